@@ -1,0 +1,391 @@
+"""What a model is, how the engine shall run it, and what a request asks of the sampler.
+
+ModelConfig comes from a checkpoint's config.json; EngineConfig and SamplingParams come from the caller. All three are
+frozen and complete: what we cannot do is refused here, by the name of its key, and nothing downstream looks anything up
+a second time. Not here: torch, files other than the two JSON ones, whether the memory suffices.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+from glimmer.errors import CheckpointError, ConfigError, RequestError
+
+ARCHITECTURE = "Glm4MoeForCausalLM"
+FAMILY = "GLM-4.5, GLM-4.5-Air, GLM-4.6 or GLM-4.7 (model_type glm4_moe)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture, under the names that config.json gives its keys. `from_dict` checks; the fields are facts."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    routed_scaling_factor: float
+    n_group: int
+    topk_group: int
+    norm_topk_prob: bool
+    first_k_dense_replace: int
+    use_qk_norm: bool
+    attention_bias: bool
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    partial_rotary_factor: float
+    max_position_embeddings: int
+    num_nextn_predict_layers: int
+    eos_token_id: tuple[int, ...]
+    dtype: str
+    quantization_config: Mapping[str, Any] | None = None
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many leading dimensions of each head are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @staticmethod
+    def load(directory: str | Path) -> "ModelConfig":
+        """Read `directory`/config.json. CheckpointError: no such directory or file, not JSON; ConfigError: its content."""
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise CheckpointError(
+                f"model directory {str(directory)!r} {'is a file' if directory.exists() else 'does not exist'}",
+                "a Hugging Face model directory (config.json, tokenizer.json, *.safetensors)",
+                "check the path; glimmer downloads nothing by itself",
+            )
+        return ModelConfig.from_dict(read_json(directory / "config.json", "the model's configuration"))
+
+    @staticmethod
+    def from_dict(raw: Mapping[str, Any]) -> "ModelConfig":
+        """Check the content of a config.json. ConfigError names the key, its value and what is accepted."""
+        architectures, model_type = raw.get("architectures"), raw.get("model_type")
+        if model_type != "glm4_moe" or (architectures is not None and architectures != [ARCHITECTURE]):
+            raise ConfigError(
+                f"config.json describes architectures={architectures}, model_type={model_type!r}",
+                f"{ARCHITECTURE}: {FAMILY}",
+                "point at a checkpoint of that family; glimmer runs no other",
+            )
+        read = _Reader(raw)
+        for key, only in (("hidden_act", "silu"), ("tie_word_embeddings", False), ("mlp_bias", False)):
+            read.only(key, only)
+        rope = read.rope()
+        config = ModelConfig(
+            hidden_size=read.count("hidden_size"),
+            num_hidden_layers=read.count("num_hidden_layers"),
+            num_attention_heads=read.count("num_attention_heads"),
+            num_key_value_heads=read.count("num_key_value_heads"),
+            head_dim=read.count("head_dim"),
+            intermediate_size=read.count("intermediate_size"),
+            moe_intermediate_size=read.count("moe_intermediate_size"),
+            n_routed_experts=read.count("n_routed_experts", alias="num_local_experts"),
+            n_shared_experts=read.count("n_shared_experts"),
+            num_experts_per_tok=read.count("num_experts_per_tok"),
+            routed_scaling_factor=read.number("routed_scaling_factor"),
+            n_group=read.count("n_group", default=1),
+            topk_group=read.count("topk_group", default=1),
+            norm_topk_prob=read.flag("norm_topk_prob"),
+            first_k_dense_replace=read.count("first_k_dense_replace", least=0),
+            use_qk_norm=read.flag("use_qk_norm", default=False),
+            attention_bias=read.flag("attention_bias", default=False),
+            vocab_size=read.count("vocab_size"),
+            rms_norm_eps=read.number("rms_norm_eps"),
+            rope_theta=rope["rope_theta"],
+            partial_rotary_factor=rope["partial_rotary_factor"],
+            max_position_embeddings=read.count("max_position_embeddings"),
+            num_nextn_predict_layers=read.count(
+                "num_nextn_predict_layers", alias="num_mtp_layers", default=0, least=0
+            ),
+            eos_token_id=_token_ids(raw.get("eos_token_id"), "config.json eos_token_id"),
+            dtype=read.dtype(),
+            quantization_config=raw.get("quantization_config"),
+        )
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        """Combinations that no forward pass could serve."""
+        for broken, found, expected in (
+            (
+                self.num_attention_heads % self.num_key_value_heads,
+                f"num_attention_heads={self.num_attention_heads} over num_key_value_heads={self.num_key_value_heads}",
+                "a whole number of query heads for each key-value head",
+            ),
+            (
+                not 0 < self.partial_rotary_factor <= 1 or self.rotary_dim % 2 or self.rotary_dim == 0,
+                f"partial_rotary_factor={self.partial_rotary_factor} of head_dim={self.head_dim}",
+                "a factor in (0, 1] that rotates an even number of dimensions",
+            ),
+            (
+                self.n_routed_experts % self.n_group or self.topk_group > self.n_group,
+                f"n_routed_experts={self.n_routed_experts}, n_group={self.n_group}, topk_group={self.topk_group}",
+                "experts that divide into n_group groups, and topk_group at most n_group",
+            ),
+            (
+                self.n_group > 1 and self.n_routed_experts // self.n_group < 2,
+                f"{self.n_group} groups of {self.n_routed_experts // self.n_group} experts",
+                "groups of at least two experts (a group's score is the sum of its best two)",
+            ),
+            (
+                self.num_experts_per_tok > self.topk_group * (self.n_routed_experts // self.n_group),
+                f"num_experts_per_tok={self.num_experts_per_tok}",
+                f"at most the {self.topk_group * (self.n_routed_experts // self.n_group)} experts that can be chosen",
+            ),
+            (
+                self.first_k_dense_replace > self.num_hidden_layers,
+                f"first_k_dense_replace={self.first_k_dense_replace}",
+                f"at most num_hidden_layers={self.num_hidden_layers}",
+            ),
+            (
+                self.num_nextn_predict_layers > 1,
+                f"num_nextn_predict_layers={self.num_nextn_predict_layers}",
+                "0 or 1: the family has at most one MTP layer",
+            ),
+            (
+                self.rms_norm_eps <= 0 or self.rope_theta <= 1,
+                f"rms_norm_eps={self.rms_norm_eps}, rope_theta={self.rope_theta}",
+                "a positive rms_norm_eps and a rope_theta above 1",
+            ),
+        ):
+            if broken:
+                raise ConfigError(f"config.json: {found}", expected, "restore the checkpoint's own config.json")
+
+
+class _Reader:
+    """Typed look-ups in a config.json; each refusal names the key."""
+
+    def __init__(self, raw: Mapping[str, Any]):
+        self.raw = raw
+
+    def _get(self, key: str, alias: str | None, default: Any, accepted: str) -> Any:
+        for name in (key, alias):
+            if name is not None and self.raw.get(name) is not None:
+                return self.raw[name]
+        if default is None:
+            raise ConfigError(
+                f"config.json has no {key!r}", accepted, "restore the checkpoint's own config.json: no value is guessed"
+            )
+        return default
+
+    def _refuse(self, key: str, value: Any, accepted: str) -> ConfigError:
+        return ConfigError(f"config.json: {key}={value!r}", accepted, "restore the checkpoint's own config.json")
+
+    def count(self, key: str, alias: str | None = None, default: int | None = None, least: int = 1) -> int:
+        accepted = f"a whole number of at least {least}"
+        value = self._get(key, alias, default, accepted)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self._refuse(key, value, accepted)
+        return value
+
+    def number(self, key: str) -> float:
+        value = self._get(key, None, None, "a number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise self._refuse(key, value, "a finite number")
+        return float(value)
+
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        value = self._get(key, None, default, "true or false")
+        if not isinstance(value, bool):
+            raise self._refuse(key, value, "true or false")
+        return value
+
+    def only(self, key: str, accepted: Any) -> None:
+        """A key that may be absent, but means something else than we compute if it differs."""
+        if self.raw.get(key, accepted) != accepted:
+            raise self._refuse(key, self.raw[key], f"{accepted!r}, as in every member of the family")
+
+    def rope(self) -> dict[str, float]:
+        """Both spellings: top-level keys (transformers 4) and `rope_parameters` (transformers 5)."""
+        nested = self.raw.get("rope_parameters")
+        scaling = self.raw.get("rope_scaling")
+        for name, value in (("rope_parameters", nested), ("rope_scaling", scaling)):
+            if value is not None and not isinstance(value, Mapping):
+                raise self._refuse(name, value, "an object or null")
+        kind = (nested or scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
+        if kind != "default":
+            raise self._refuse("rope_type", kind, "'default': no member of the family scales its positions")
+        merged = {"partial_rotary_factor": 0.5, **self.raw, **(nested or {})}
+        read = _Reader(merged)
+        return {key: read.number(key) for key in ("rope_theta", "partial_rotary_factor")}
+
+    def dtype(self) -> str:
+        value = self.raw.get("dtype", self.raw.get("torch_dtype", "bfloat16"))
+        if value not in ("bfloat16", "float16", "float32"):
+            raise self._refuse("dtype", value, "'bfloat16', 'float16' or 'float32'")
+        return value
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The object in a JSON file. CheckpointError when it is missing, unreadable or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} does not exist", f"{what}", "check that the directory is a complete Hugging Face checkpoint"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", f"{what} as JSON", "download the file again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}", "an object", "download the file again")
+    return value
+
+
+def _token_ids(value: Any, where: str) -> tuple[int, ...]:
+    """One id, a list of ids, or nothing."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        raise ConfigError(f"{where}={value!r}", "a token id or a list of token ids", "restore the checkpoint's file")
+    return tuple(ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How to run a model. Names as vLLM's users know them; every default is written here and nowhere else.
+
+    max_model_len               tokens of prompt and answer together; None: as many as the model and the cache allow
+    block_size                  tokens in one block of the KV cache
+    max_num_seqs                requests computed in one step, at most
+    max_num_batched_tokens      tokens computed in one step, at most; longer prompts are cut into chunks
+    gpu_memory_utilization      the share of the free memory (of whatever device) that weights and cache may take
+    kv_cache_memory_bytes       memory for the KV cache of each rank; None: what is left, on a CPU at most 4 GiB
+    enable_prefix_caching       reuse the KV blocks of equal prompt beginnings
+    """
+
+    model: str
+    dtype: str = "auto"
+    device: str = "auto"
+    tensor_parallel_size: int = 1
+    max_model_len: int | None = None
+    seed: int = 0
+    block_size: int = 16
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory_bytes: int | None = None
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self):
+        for key in ("tensor_parallel_size", "block_size", "max_num_seqs", "max_num_batched_tokens"):
+            _check_count(key, getattr(self, key), ConfigError)
+        for key in ("max_model_len", "kv_cache_memory_bytes"):
+            if getattr(self, key) is not None:
+                _check_count(key, getattr(self, key), ConfigError)
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise ConfigError(
+                f"dtype={self.dtype!r}",
+                "'auto', 'bfloat16' or 'float32'",
+                "choose one of these; float16 overflows in this family's residual stream",
+            )
+        if not isinstance(self.seed, int):
+            raise ConfigError(f"seed={self.seed!r}", "a whole number", "pass an int")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization!r}", "a share in (0, 1]", "try 0.9"
+            )
+
+
+def _check_count(key: str, value: Any, error: type[ConfigError]) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise error(f"{key}={value!r}", "a whole number of at least 1", f"pass a positive {key}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """What one request asks for. Names, meanings and defaults as vLLM's.
+
+    n                            answers to the same prompt, each with its own randomness
+    temperature                  0 is greedy; above, logits are divided by it
+    top_k, top_p, min_p          keep the k likeliest (0 or -1: all) · the likeliest that sum to p · those at least
+                                 min_p times as likely as the likeliest; applied in this order after the temperature
+    repetition_penalty           divides positive and multiplies negative logits of tokens in prompt or answer
+    presence_, frequency_penalty subtracted once · once per occurrence, for tokens in the answer
+    logit_bias                   {token id: added to its logit}
+    seed                         makes the answer a function of (prompt, params, seed), whatever runs beside it
+    stop, stop_token_ids         strings and ids that end the answer; ids count as part of it, strings do not
+    min_tokens                   no end-of-sequence or stop id before that many tokens
+    max_tokens                   None: up to the context's end
+    ignore_eos                   the model's own end-of-sequence ids do not end the answer
+    logprobs, prompt_logprobs    log-probabilities of that many likeliest tokens and of the one chosen (or given)
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    min_tokens: int = 0
+    max_tokens: int | None = 16
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self):
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+        whole = lambda v: isinstance(v, int) and not isinstance(v, bool)  # noqa: E731
+        real = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)  # noqa: E731
+        for field, good, accepted in (
+            ("n", lambda v: whole(v) and v >= 1, "a whole number of at least 1"),
+            ("temperature", lambda v: real(v) and v >= 0, "a number of at least 0 (0 is greedy)"),
+            ("top_p", lambda v: real(v) and 0 < v <= 1, "a number in (0, 1]"),
+            ("top_k", lambda v: whole(v) and v >= -1, "a whole number; 0 or -1 for no limit"),
+            ("min_p", lambda v: real(v) and 0 <= v <= 1, "a number in [0, 1]"),
+            ("repetition_penalty", lambda v: real(v) and v > 0, "a number above 0 (1 is none)"),
+            ("presence_penalty", lambda v: real(v) and -2 <= v <= 2, "a number in [-2, 2]"),
+            ("frequency_penalty", lambda v: real(v) and -2 <= v <= 2, "a number in [-2, 2]"),
+            ("seed", lambda v: v is None or whole(v), "a whole number or None"),
+            ("stop", lambda v: all(isinstance(s, str) and s for s in v), "a non-empty string or a list of them"),
+            ("stop_token_ids", lambda v: all(whole(i) and i >= 0 for i in v), "a list of token ids"),
+            ("logit_bias", lambda v: all(whole(i) and i >= 0 and real(b) for i, b in v.items()), "{token id: number}"),
+            ("min_tokens", lambda v: whole(v) and v >= 0, "a whole number of at least 0"),
+            ("max_tokens", lambda v: v is None or (whole(v) and v >= 1), "a whole number of at least 1, or None"),
+            ("logprobs", lambda v: v is None or (whole(v) and v >= 0), "a whole number of at least 0, or None"),
+            ("prompt_logprobs", lambda v: v is None or (whole(v) and v >= 0), "a whole number of at least 0, or None"),
+        ):
+            value = getattr(self, field)
+            if not good(value):
+                raise RequestError(field, f"{field}={value!r}", accepted, f"change {field}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            found = f"min_tokens={self.min_tokens} above max_tokens={self.max_tokens}"
+            raise RequestError("min_tokens", found, "min_tokens at most max_tokens", "change one of them")
+
+
+def generation_defaults(directory: str | Path) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """From `directory`/generation_config.json: sampling defaults under SamplingParams' names, and eos ids.
+
+    Both are empty where the file or its key is absent. `do_sample: false` means temperature 0. Raises CheckpointError
+    (unreadable) or ConfigError (an impossible value, which would otherwise surface at the first request).
+    """
+    path = Path(directory) / "generation_config.json"
+    if not path.exists():
+        return {}, ()
+    raw = read_json(path, "generation defaults")
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    defaults = {k: raw[k] for k in names if raw.get(k) is not None}
+    if raw.get("do_sample") is False:
+        defaults = {k: v for k, v in defaults.items() if k == "repetition_penalty"} | {"temperature": 0.0}
+    try:
+        SamplingParams(**defaults)
+    except RequestError as error:
+        raise ConfigError(f"{path}: {error.found}", error.expected, "correct the file") from None
+    return defaults, _token_ids(raw.get("eos_token_id"), f"{path}: eos_token_id")
