@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from glimmer.text.tokenizer import byte_symbols
+
 # GLM's pre-tokeniser: contractions, words, up to three digits, punctuation, line ends, white space.
 GLM_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -56,16 +58,6 @@ GLM_ADDED_TOKENS = {
 }
 
 
-def _byte_symbols() -> list[str]:
-    """The printable character that stands for each byte in byte-level BPE, by byte value.
-
-    Bytes that print keep their own character; the 68 others take U+0100, U+0101, ... in order.
-    """
-    keep = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    spare = iter(range(0x100, 0x200))
-    return [chr(b) if b in keep else chr(next(spare)) for b in range(256)]
-
-
 def write_tokenizer(directory: str | Path, vocab_extra: int = 0) -> dict[str, int]:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja; return the added tokens' ids by name.
 
@@ -74,7 +66,7 @@ def write_tokenizer(directory: str | Path, vocab_extra: int = 0) -> dict[str, in
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    symbols = _byte_symbols()
+    symbols = byte_symbols()
     # An odd multiplier permutes 0..65535: the pairs are all different and look random.
     codes = [i * 40503 % 65536 for i in range(vocab_extra)]
     pairs = [(symbols[code // 256], symbols[code % 256]) for code in codes]

@@ -1,0 +1,188 @@
+"""Tokenizer: a checkpoint's tokenizer.json, text to ids and ids to text; Detokenizer: the same, a few ids at a time.
+
+Encoding is the work of the `tokenizers` library. Decoding is done here, over the bytes of each token: GLM's vocabulary
+is byte-level, so one token may end in the middle of a character, and the only exact way to turn ids into text is to
+join bytes first and read UTF-8 afterwards. Bytes that are not UTF-8 become U+FFFD, one per maximal broken piece.
+Not here: chat templates (chat.py), stop strings (reply.py), and any clean-up of spaces.
+"""
+
+import codecs
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+
+from glimmer.errors import CheckpointError, RequestError
+
+
+def byte_symbols() -> list[str]:
+    """The alphabet of byte-level BPE: a printable character for each byte value.
+
+    Bytes that print in Latin-1 stand for themselves; the 68 others take U+0100, U+0101, ... in order.
+    """
+    symbols, spare = [], 0x100
+    for value in range(256):
+        if 0x21 <= value <= 0x7E or 0xA1 <= value <= 0xFF and value != 0xAD:
+            symbols.append(chr(value))
+        else:
+            symbols.append(chr(spare))
+            spare += 1
+    return symbols
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    size:        the last id + 1. The model's embedding may have more rows; they mean nothing and must not be sampled.
+    special_ids: ids of the tokens that steer the model and are no part of an answer's text, such as <|user|>. Tags
+                 such as <think> and <tool_call> are single tokens too, but not special: decoding keeps them.
+    """
+
+    def __init__(self, library: tokenizers.Tokenizer, special_ids: Iterable[int]):
+        # A file may ask for truncation or padding, as training does. A prompt is taken as it is.
+        library.no_truncation()
+        library.no_padding()
+        self._library = library
+        self._bytes = _bytes_by_id(library)
+        self.special_ids = frozenset(special_ids)
+        self.size = max(self._bytes, default=-1) + 1
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Tokenizer":
+        """Read tokenizer.json in `directory`. In tokenizer_config.json, if it is there, the list of added tokens
+        matters: it must agree about their ids, and says which of them are special.
+
+        Raises CheckpointError if a file is missing, unreadable or not byte-level, or if the two disagree.
+        """
+        path = Path(directory) / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path} does not exist",
+                "a checkpoint directory with the tokenizer of its model, in Hugging Face's format",
+                f"copy tokenizer.json from the model's repository into {directory}",
+            )
+        try:
+            library = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more specific
+            raise CheckpointError(
+                f"{path} cannot be read: {error}",
+                "a tokenizer.json as the `tokenizers` library writes it",
+                "download the file again; compare its size with the one in the model's repository",
+            ) from error
+        special = {id for id, token in library.get_added_tokens_decoder().items() if token.special}
+        for id, name, is_special in _configured_tokens(Path(directory) / "tokenizer_config.json"):
+            _agree(library, id, name, path)
+            (special.add if is_special else special.discard)(id)
+        return cls(library, special)
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Ids of `text`; names of added tokens inside it (<|user|>, <think>, /nothink, ...) become those tokens.
+
+        `add_special_tokens`: let the file's post-processor add what it adds. A rendered chat template already has it.
+        Raises RequestError if the text holds half a surrogate pair, which no UTF-8 can express.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                "text",
+                f"character {error.start} is U+{ord(text[error.start]):04X}, half of a surrogate pair",
+                "Unicode text",
+                "send the whole character; in JSON both halves, such as \\ud83d\\ude00",
+            ) from error
+        return self._library.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`. Raises RequestError for an id that the vocabulary does not have."""
+        return self.join(ids, skip_special_tokens).decode(errors="replace")
+
+    def join(self, ids: Iterable[int], skip_special_tokens: bool) -> bytes:
+        """The bytes of `ids`, one after another. Raises RequestError for an id that the vocabulary does not have."""
+        skipped = self.special_ids if skip_special_tokens else frozenset()
+        return b"".join(self.token_bytes(id) for id in ids if id not in skipped)
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes one token stands for; none for a gap in the vocabulary. RequestError if `id` is not below size."""
+        if 0 <= id < self.size:
+            return self._bytes.get(id, b"")
+        raise RequestError(
+            "token_ids",
+            f"token id {id}",
+            f"ids of the vocabulary, 0 to {self.size - 1}",
+            "encode the text with this model's own tokenizer",
+        )
+
+    def token_to_id(self, token: str) -> int | None:
+        """Id of a token under the name that tokenizer.json gives it, or None."""
+        return self._library.token_to_id(token)
+
+    def id_to_token(self, id: int) -> str | None:
+        """Name of a token in tokenizer.json (bytes spelt in its own alphabet), or None."""
+        return self._library.id_to_token(id) if 0 <= id < self.size else None
+
+
+class Detokenizer:
+    """Ids to text as they arrive. What push() and flush() return, joined, is decode() of all the ids.
+
+    A character split over tokens is held until its last byte is here; bytes that can no longer become a character are
+    let go at once as U+FFFD. Each token costs its own bytes and nothing of what came before.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that `ids` complete. Raises RequestError for an id that the vocabulary does not have."""
+        return self._utf8.decode(self._tokenizer.join(ids, self._skip_special_tokens))
+
+    def flush(self) -> str:
+        """No more ids will come: U+FFFD if a character was left unfinished, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _bytes_by_id(library: tokenizers.Tokenizer) -> dict[int, bytes]:
+    """What each token stands for. Raises CheckpointError if the vocabulary is not byte-level."""
+    byte_of = {symbol: value for value, symbol in enumerate(byte_symbols())}
+    table = {}
+    for token, id in library.get_vocab(with_added_tokens=False).items():
+        try:
+            table[id] = bytes(map(byte_of.__getitem__, token))
+        except KeyError as error:
+            raise CheckpointError(
+                f"tokenizer.json has token {token!r} (id {id}), and {error.args[0]!r} stands for no byte",
+                "a byte-level BPE vocabulary, which every GLM-4.5, 4.6 and 4.7 checkpoint has",
+                "use the tokenizer.json of the model itself",
+            ) from error
+    # Added tokens are matched as plain text, so plain text is what they stand for.
+    table.update((id, token.content.encode()) for id, token in library.get_added_tokens_decoder().items())
+    return table
+
+
+def _configured_tokens(path: Path) -> list[tuple[int, str, bool]]:
+    """(id, name, special) of the added tokens that tokenizer_config.json lists, by id; none if it does not exist."""
+    if not path.is_file():
+        return []
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+        return sorted((int(id), str(token["content"]), bool(token.get("special", False)))
+                      for id, token in listed.items())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {type(error).__name__}: {error}",
+            'a JSON object whose "added_tokens_decoder" maps ids to {"content": ..., "special": ...}',
+            "download the file again, or remove it: tokenizer.json alone is enough",
+        ) from error
+
+
+def _agree(library: tokenizers.Tokenizer, id: int, name: str, path: Path) -> None:
+    """Raise CheckpointError unless token `name` has the id that tokenizer_config.json gives it."""
+    found = library.token_to_id(name)
+    if found != id:
+        raise CheckpointError(
+            f"{path} has {name!r} as {'no token' if found is None else f'id {found}'}, tokenizer_config.json as {id}",
+            "two files from the same model",
+            "download both files again; if tokenizer.json is known to be right, remove tokenizer_config.json",
+        )
