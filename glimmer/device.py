@@ -1,0 +1,139 @@
+"""Devices: which there are, what they have, and how their processes talk. One kind at a time, chosen by name.
+
+The only file outside ops/ that says torch.cuda or torch.npu. A kind is "cpu", "cuda" or "npu"; Ascend's needs the
+torch_npu package. Not here: arithmetic.
+"""
+
+import os
+import platform
+import resource
+from pathlib import Path
+
+import torch
+
+from glimmer.errors import ConfigError
+
+COLLECTIVES = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+
+
+def _npu_available() -> bool:
+    try:
+        import torch_npu  # noqa: F401  (registers torch.npu)
+    except ImportError:
+        return False
+    return torch.npu.is_available()
+
+
+def available() -> list[str]:
+    """Kinds of device that this machine has, fastest first."""
+    return [*(["npu"] if _npu_available() else []), *(["cuda"] if torch.cuda.is_available() else []), "cpu"]
+
+
+def resolve(name: str, index: int) -> torch.device:
+    """The device that `name` ("auto", "cpu", "cuda", "npu") means for the index-th process of this machine."""
+    kinds = available()
+    kind = kinds[0] if name == "auto" else name
+    if kind not in kinds:
+        raise ConfigError(
+            f"device={name!r}",
+            "'auto' or one that this machine has: " + ", ".join(map(repr, kinds)),
+            "choose one of these" + (" (Ascend needs the torch_npu package and its driver)" if kind == "npu" else ""),
+        )
+    if kind == "cpu":
+        return torch.device("cpu")
+    module = getattr(torch, kind)
+    if index >= module.device_count():
+        raise ConfigError(
+            f"process {index} of this machine asks for {kind}:{index}",
+            f"one process a device; there are {module.device_count()}",
+            "start fewer processes, or spread them over more machines",
+        )
+    module.set_device(index)
+    return torch.device(kind, index)
+
+
+def share_cores(local_size: int) -> None:
+    """Give each of `local_size` processes on this machine its part of the cores, so that they do not fight for them."""
+    if local_size > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+
+
+def residual_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """float32 on a CPU, where it is cheap; the model's own dtype on accelerators."""
+    return torch.float32 if device.type == "cpu" else dtype
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on the device (on a CPU: of RAM, within the control group's limit)."""
+    if device.type != "cpu":
+        return getattr(torch, device.type).mem_get_info(device)[0]
+    free = _meminfo()["MemAvailable"]
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no control group, or "max"
+            continue
+    return max(free, 0)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held on the device (on a CPU: resident)."""
+    if device.type != "cpu":
+        return getattr(torch, device.type).max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was told."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
+
+
+def describe() -> list[tuple[str, str]]:
+    """(what, finding) rows about this machine, for `glimmer doctor`."""
+    flags = _cpu_flags()
+    wanted = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm")
+    memory = _meminfo()
+    rows = [
+        ("processor", f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores for this process"),
+        ("instructions", " ".join(f for f in wanted if f in flags) or "none of those that matter here"),
+        ("memory", f"{memory['MemTotal'] / 2**30:.1f} GiB, {free_memory(torch.device('cpu')) / 2**30:.1f} GiB free"),
+    ]
+    for kind in available():
+        if kind == "cpu":
+            continue
+        module = getattr(torch, kind)
+        for i in range(module.device_count()):
+            free, total = module.mem_get_info(i)
+            rows.append((f"{kind}:{i}", f"{module.get_device_name(i)}, {total / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free"))
+    if len(rows) == 3:
+        rows.append(("accelerators", "none that torch can use"))
+    return rows
+
+
+def _meminfo() -> dict[str, int]:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
+    except OSError:  # not Linux
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return {"MemTotal": total, "MemAvailable": total}
+
+
+def _cpu_field(*names: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() in names), "")
+
+
+def _cpu_name() -> str:
+    return _cpu_field("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_flags() -> set[str]:
+    return set(_cpu_field("flags", "Features").split())

@@ -1,0 +1,1 @@
+"""Requests in, tokens out. engine.py:step is the whole story; start there."""

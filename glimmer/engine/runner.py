@@ -1,0 +1,185 @@
+"""Runner: Step -> Batch -> logits; and how many blocks of cache fit beside the weights.
+
+Everything that depends on the machine's memory is decided here, from headers and free bytes, before anything is loaded.
+Not here: which tokens to compute (scheduler.py), what to do with logits (sampler.py).
+"""
+
+import logging
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from glimmer import device as devices
+from glimmer import ops
+from glimmer.batch import Batch
+from glimmer.checkpoint.files import Checkpoint
+from glimmer.config import EngineConfig, ModelConfig
+from glimmer.engine.sequence import Step
+from glimmer.errors import ConfigError, NotEnoughMemory
+from glimmer.model.cache import Cache, block_bytes
+from glimmer.model.glm4_moe import Glm4Moe
+from glimmer.model.load import Plan
+from glimmer.model.names import check_tensor_parallel
+from glimmer.parallel import Group
+
+log = logging.getLogger("glimmer")
+CPU_CACHE = 4 << 30  # bytes of KV cache on a CPU when nobody says how many: others want the machine's memory too
+
+
+@dataclass(frozen=True)
+class Room:
+    """num_blocks of cache, and the longest sequence that they and the model allow."""
+
+    num_blocks: int
+    max_model_len: int
+
+
+class Runner:
+    """One rank's model and cache. Raises CheckpointError, ConfigError or NotEnoughMemory before it loads a weight."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        group: Group,
+        device: torch.device,
+        on_load: Callable[[int, int], None] | None = None,
+    ):
+        check_tensor_parallel(model_config, group.size)
+        self.device = device
+        dtype = resolve_dtype(config.dtype, model_config.dtype)
+        with Checkpoint(config.model) as checkpoint:
+            plan = Plan(model_config, checkpoint, group, dtype)
+            self.room = make_room(config, model_config, group, device, dtype, plan.nbytes)
+            self.doors = ops.choose(device.type)
+            self.model = Glm4Moe(model_config, group, self.doors, devices.residual_dtype(device, dtype), plan.mtp).eval()
+            done = 0
+
+            def progress(nbytes: int) -> None:
+                nonlocal done
+                done += nbytes
+                if on_load is not None:
+                    on_load(min(done, plan.nbytes), plan.nbytes)
+
+            with torch.inference_mode():
+                plan.fill(self.model, device, progress)
+        if on_load is not None:
+            on_load(plan.nbytes, plan.nbytes)
+        self.cache = Cache(
+            model_config.num_hidden_layers,
+            self.room.num_blocks,
+            config.block_size,
+            max(1, model_config.num_key_value_heads // group.size),
+            model_config.head_dim,
+            dtype,
+            device,
+        )
+
+    def batch(self, step: Step) -> Batch:
+        """The step as tensors on the device."""
+        size = self.cache.block_size
+        tokens, positions, slots, rows, row = [], [], [], [], 0
+        for chunk in step.chunks:
+            blocks, span = chunk.sequence.blocks, range(chunk.start, chunk.start + chunk.n)
+            tokens += chunk.sequence.tokens[chunk.start : span.stop]
+            positions += span
+            slots += [blocks[p // size] * size + p % size for p in span]
+            row += chunk.n
+            rows += range(row - chunk.rows, row)
+        widest = max(len(chunk.sequence.blocks) for chunk in step.chunks)
+        table = [chunk.sequence.blocks + [0] * (widest - len(chunk.sequence.blocks)) for chunk in step.chunks]
+        tensor = lambda values: torch.tensor(values, dtype=torch.int64, device=self.device)  # noqa: E731
+        return Batch(
+            tokens=tensor(tokens),
+            positions=tensor(positions),
+            slots=tensor(slots),
+            blocks=tensor(table),
+            rows=tensor(rows),
+            starts=tuple(accumulate((chunk.n for chunk in step.chunks), initial=0)),
+            lengths=tuple(chunk.start + chunk.n for chunk in step.chunks),
+        )
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor | None:
+        """Logits (R, V) float32 of the rows that the batch wants; None if it wants none."""
+        try:
+            hidden = self.model(batch, self.cache)
+            return self.model.logits(hidden[batch.rows]) if len(batch.rows) else None
+        except torch.OutOfMemoryError as error:
+            raise NotEnoughMemory(
+                f"a step of {len(batch.tokens)} tokens ran out of memory: {str(error).splitlines()[0]}",
+                "room for a step's activations beside weights and cache",
+                "lower max_num_batched_tokens, max_num_seqs or gpu_memory_utilization",
+            ) from None
+
+
+def resolve_dtype(asked: str, stored: str) -> torch.dtype:
+    """The dtype to compute in. float16 checkpoints are computed in bfloat16: the family overflows float16."""
+    if asked == "auto" and stored == "float16":
+        log.info("float16 weights are computed in bfloat16: this family's activations overflow float16")
+    name = asked if asked != "auto" else "bfloat16" if stored == "float16" else stored
+    return getattr(torch, name)
+
+
+def make_room(
+    config: EngineConfig, model: ModelConfig, group: Group, device: torch.device, dtype: torch.dtype, weights: int
+) -> Room:
+    """Divide the free memory: weights (bytes of this rank), a step's activations, and blocks of cache.
+
+    Raises NotEnoughMemory with what is needed and what there is; ConfigError if max_model_len exceeds the model's own.
+    """
+    longest = model.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > longest:
+        raise ConfigError(
+            f"max_model_len={config.max_model_len}",
+            f"at most max_position_embeddings={longest}: the model knows no position beyond",
+            f"set max_model_len to {longest} or less, or leave it out",
+        )
+    free = devices.free_memory(device) // (group.local_size if device.type == "cpu" else 1)
+    usable = int(free * config.gpu_memory_utilization)
+    activations = _activation_bytes(config, model)
+    where = f"{free / 2**30:.2f} GiB free for each of {group.size} processes" if group.size > 1 else f"{free / 2**30:.2f} GiB free"
+    where += f", of which {usable / 2**30:.2f} GiB may be used (gpu_memory_utilization={config.gpu_memory_utilization})"
+    heads = max(1, model.num_key_value_heads // group.size)
+    block = block_bytes(model.num_hidden_layers, config.block_size, heads, model.head_dim, dtype)
+    blocks_for = lambda tokens: -(-tokens // config.block_size)  # noqa: E731
+    least = blocks_for(config.max_model_len or config.block_size) * block
+    left = usable - weights - activations
+    if left < max(least, config.kv_cache_memory_bytes or 0):
+        cache = max(least, config.kv_cache_memory_bytes or 0)
+        raise NotEnoughMemory(
+            f"{(weights + activations + cache) / 2**30:.2f} GiB needed on {device} (weights {weights / 2**30:.2f},"
+            f" activations {activations / 2**30:.2f}, KV cache {cache / 2**30:.2f} for {least // block * config.block_size}"
+            f" tokens or as configured), {where}",
+            "room for all three before anything is loaded",
+            "free memory, use more processes (tensor_parallel_size), a smaller max_model_len or"
+            " max_num_batched_tokens, or FP8 weights",
+        )
+    if config.kv_cache_memory_bytes is not None:
+        left = config.kv_cache_memory_bytes
+        if left < least:
+            raise ConfigError(
+                f"kv_cache_memory_bytes={left} for a context of {least // block * config.block_size} tokens",
+                f"at least {least} bytes ({block} for each block of {config.block_size} tokens)",
+                "raise kv_cache_memory_bytes or lower max_model_len",
+            )
+    elif device.type == "cpu":
+        left = min(left, max(CPU_CACHE, least))
+    num_blocks = group.least(min(left // block, config.max_num_seqs * blocks_for(config.max_model_len or longest)))
+    limit = min(config.max_model_len or longest, num_blocks * config.block_size)
+    if config.max_model_len is None and limit < longest:
+        log.warning("context limited to %d of the model's %d tokens by the memory for its cache", limit, longest)
+    return Room(num_blocks, limit)
+
+
+def _activation_bytes(config: EngineConfig, model: ModelConfig) -> int:
+    """A generous estimate of what one step holds at its widest moment."""
+    hidden, top_k = model.hidden_size, model.num_experts_per_tok
+    attention = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
+    wide = max(3 * attention, 3 * model.intermediate_size, 3 * top_k * (hidden + model.moe_intermediate_size))
+    tokens = min(config.max_num_batched_tokens, config.max_model_len or model.max_position_embeddings)
+    rows = min(config.max_num_seqs, tokens)
+    return 4 * (tokens * (4 * hidden + wide) + 2 * rows * model.vocab_size)

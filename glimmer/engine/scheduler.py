@@ -1,0 +1,156 @@
+"""Who computes which tokens (`plan`), and what came of it (`commit`).
+
+Running sequences go first, in the order of their arrival; what is left of the step's token budget goes to the rest of
+long prompts and to new sequences. When blocks run out, the latest arrival gives its own back and waits again. Decisions
+depend on arrival order and counts only, never on clocks or values, so that all ranks decide alike.
+"""
+
+from collections import deque
+
+from glimmer.engine.blocks import Blocks
+from glimmer.engine.sequence import Choice, Chunk, FinishReason, Output, Sequence, Step
+
+# With prompt_logprobs every prompt row has logits, a vocabulary wide each: 128 rows of 151,552 float32 are 78 MB.
+PROMPT_LOGPROB_ROWS = 128
+
+
+class Scheduler:
+    """max_tokens: most tokens in a step; max_sequences: most sequences running at once."""
+
+    def __init__(self, blocks: Blocks, max_tokens: int, max_sequences: int):
+        self.blocks, self.max_tokens, self.max_sequences = blocks, max_tokens, max_sequences
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """A new sequence; the caller has checked that it can fit when alone."""
+        assert self.blocks.needed(sequence.limit) <= self.blocks.count, "a sequence that can never fit"
+        self.waiting.append(sequence)
+
+    def abort(self, request_id: str) -> bool:
+        """Forget a sequence, wherever it is. False if there is none (it may just have finished)."""
+        for queue in (self.running, self.waiting):
+            for sequence in queue:
+                if sequence.request.id == request_id:
+                    queue.remove(sequence)
+                    self.blocks.release(sequence)
+                    return True
+        return False
+
+    def plan(self) -> Step:
+        """Choose the chunks of the next step and give them blocks. No chunks only when there are no sequences."""
+        budget, chunks = self.max_tokens, []
+        i = 0
+        while i < len(self.running) and budget > 0:
+            sequence = self.running[i]
+            n = self._length(sequence, budget)
+            while not self.blocks.grow(sequence, sequence.computed + n):
+                latest = self.running.pop()  # not yet planned: it stands behind, or is this very one
+                self._wait_again(latest)
+                if latest is sequence:
+                    break
+            else:
+                chunks.append(self._chunk(sequence, n))
+                budget -= n
+                i += 1
+        budget = self._admit(chunks, budget)
+        assert chunks or not (self.running or self.waiting), "sequences, but nothing to compute"
+        return Step(tuple(chunks))
+
+    def _admit(self, chunks: list[Chunk], budget: int) -> int:
+        """Start waiting sequences, first come first served, while budget, room and blocks last."""
+        coming = self._coming(chunks)
+        held = deque()  # those that wait a step for a block that another sequence is computing right now
+        while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
+            sequence = self.waiting.popleft()
+            found = [] if sequence.request.params.prompt_logprobs is not None else self.blocks.shared(sequence)
+            if self._follows(sequence, len(found), coming):
+                held.append(sequence)
+                continue
+            self.blocks.adopt(sequence, found)
+            if self.blocks.needed(len(sequence.tokens)) - len(found) > self.blocks.free:
+                self.blocks.release(sequence)  # room for its known tokens, not only for a first chunk, or not at all
+                self.waiting.appendleft(sequence)
+                break
+            n = self._length(sequence, budget)
+            grown = self.blocks.grow(sequence, sequence.computed + n)
+            assert grown, "free blocks were counted"
+            self.running.append(sequence)
+            chunks.append(self._chunk(sequence, n))
+            coming |= self._coming(chunks[-1:])
+            budget -= n
+        self.waiting.extendleft(reversed(held))
+        return budget
+
+    def _coming(self, chunks: list[Chunk]) -> set[bytes]:
+        """Hashes of the prompt blocks that these chunks will have filled after the step."""
+        if not self.blocks.reuse:
+            return set()
+        return {
+            digest
+            for chunk in chunks
+            if chunk.start < chunk.sequence.prompt_length
+            for digest in self.blocks.hashes(chunk.sequence, (chunk.start + chunk.n) // self.blocks.size)
+        }
+
+    def _follows(self, sequence: Sequence, found: int, coming: set[bytes]) -> bool:
+        """Whether the first block that this sequence lacks is being computed for another in this step."""
+        if not coming or sequence.request.params.prompt_logprobs is not None:
+            return False
+        if (len(sequence.tokens) - 1) // self.blocks.size <= found:
+            return False
+        return self.blocks.hashes(sequence, found + 1)[found] in coming
+
+    def _length(self, sequence: Sequence, budget: int) -> int:
+        """How many tokens of the sequence to compute in this step."""
+        if sequence.request.params.prompt_logprobs is not None and sequence.computed < sequence.prompt_length:
+            budget = min(budget, PROMPT_LOGPROB_ROWS)
+        return min(len(sequence.tokens) - sequence.computed, budget)
+
+    def _chunk(self, sequence: Sequence, n: int) -> Chunk:
+        """Logits are wanted of the last known token, and of every prompt token that has a log-probability to give."""
+        start = sequence.computed
+        rows = int(start + n == len(sequence.tokens))
+        if sequence.request.params.prompt_logprobs is not None and start < sequence.prompt_length:
+            rows = n
+        return Chunk(sequence, start, n, rows)
+
+    def _wait_again(self, sequence: Sequence) -> None:
+        self.blocks.release(sequence)
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def commit(self, step: Step, choices: list[Choice]) -> list[Output]:
+        """Advance the sequences of the step, append their new tokens, free the blocks of those that ended."""
+        outputs = []
+        for chunk, choice in zip(step.chunks, choices, strict=True):
+            sequence = chunk.sequence
+            before = sequence.computed
+            sequence.computed += chunk.n
+            self.blocks.publish(sequence, before)
+            # A sequence that was preempted within its prompt computes it again, but reports each row once.
+            prompt_logprobs = choice.prompt_logprobs[max(0, sequence.reported - before) :]
+            sequence.reported += len(prompt_logprobs)
+            finish = None
+            if choice.problem is not None:
+                finish = FinishReason.ERROR
+            elif choice.token is not None:
+                sequence.tokens.append(choice.token)
+                finish = sequence.finish_reason()
+            if finish is not None:
+                self.running.remove(sequence)
+                self.blocks.release(sequence)
+            if finish is None and choice.token is None and not prompt_logprobs:
+                continue
+            outputs.append(
+                Output(
+                    sequence.request.id,
+                    () if choice.token is None else (choice.token,),
+                    () if choice.logprobs is None else (choice.logprobs,),
+                    prompt_logprobs,
+                    finish,
+                    choice.problem,
+                )
+            )
+        return outputs

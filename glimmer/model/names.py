@@ -1,0 +1,139 @@
+"""The table: for each leaf of the model, the checkpoint's tensors that fill it and this rank's cut of them.
+
+`entries` walks the model in the order of its layers. Cuts are half-open ranges of rows (outputs) or columns (inputs);
+None means whole. Heads must divide (key-value heads are copied when there are more ranks than heads); widths and the
+vocabulary need not, because Group.split gives some ranks one more. Not here: reading (load.py) and packing (ops/).
+"""
+
+from dataclasses import dataclass
+from typing import Iterator
+
+from glimmer.config import ModelConfig
+from glimmer.errors import ConfigError
+from glimmer.parallel import Group
+
+Cut = tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One matrix `name`.weight of the checkpoint: its whole shape (out, in) there, and our cut of it."""
+
+    name: str
+    shape: tuple[int, int]
+    rows: Cut = None
+    cols: Cut = None
+
+    @property
+    def local_shape(self) -> tuple[int, int]:
+        """(out, in) of the cut."""
+        rows, cols = self.rows or (0, self.shape[0]), self.cols or (0, self.shape[1])
+        return rows[1] - rows[0], cols[1] - cols[0]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What fills one leaf. `groups` has one tuple of parts, or one for each expert; norms and vectors have none.
+
+    leaf     path in the model
+    groups   matrices whose rows follow each other
+    vectors  (name, whole length, cut): a norm's weight, the correction bias, or the biases of the parts, in order
+    exact    kept in float32 whatever the model's dtype (router)
+    """
+
+    leaf: str
+    groups: tuple[tuple[Part, ...], ...] = ()
+    vectors: tuple[tuple[str, int, Cut], ...] = ()
+    exact: bool = False
+
+
+def tensor_parallel_sizes(config: ModelConfig) -> list[int]:
+    """How many processes can share the model: heads divide, and key-value heads divide or are copied evenly."""
+    h, g = config.num_attention_heads, config.num_key_value_heads
+    narrowest = min(config.moe_intermediate_size, config.intermediate_size, config.vocab_size)
+    return [n for n in range(1, h + 1) if h % n == 0 and (g % n == 0 or n % g == 0) and n <= narrowest]
+
+
+def check_tensor_parallel(config: ModelConfig, size: int) -> None:
+    """ConfigError, with the sizes that do, when `size` does not divide the heads."""
+    sizes = tensor_parallel_sizes(config)
+    if size not in sizes:
+        raise ConfigError(
+            f"tensor_parallel_size={size} for {config.num_attention_heads} query heads"
+            f" and {config.num_key_value_heads} key-value heads",
+            "one of " + ", ".join(map(str, sizes)),
+            "start that many processes",
+        )
+
+
+def mtp_prefix(config: ModelConfig) -> str:
+    """What the names of the MTP layer's tensors begin with."""
+    return f"model.layers.{config.num_hidden_layers}."
+
+
+def entries(config: ModelConfig, group: Group, mtp: tuple[bool, bool] | None) -> Iterator[Entry]:
+    """Every leaf once. mtp as in Glm4Moe: None, or whether the MTP layer has its own embedding and its own head."""
+    hidden, vocabulary = config.hidden_size, group.split(config.vocab_size)
+    table = (config.vocab_size, hidden)
+    yield Entry("embed_tokens", ((Part("model.embed_tokens", table, rows=vocabulary),),))
+    for i in range(config.num_hidden_layers):
+        yield from _block(config, group, f"layers.{i}", f"model.layers.{i}", dense=i < config.first_k_dense_replace)
+    yield Entry("norm", vectors=(("model.norm.weight", hidden, None),))
+    yield Entry("lm_head", ((Part("lm_head", table, rows=vocabulary),),))
+    if mtp is None:
+        return
+    ours, theirs = "mtp", mtp_prefix(config)[:-1]
+    for norm in ("enorm", "hnorm"):
+        yield Entry(f"{ours}.{norm}", vectors=((f"{theirs}.{norm}.weight", hidden, None),))
+    yield Entry(f"{ours}.eh_proj", ((Part(f"{theirs}.eh_proj", (hidden, 2 * hidden)),),))
+    yield from _block(config, group, f"{ours}.block", theirs, dense=False)
+    yield Entry(f"{ours}.norm", vectors=((f"{theirs}.shared_head.norm.weight", hidden, None),))
+    own_embedding, own_head = mtp
+    if own_embedding:
+        yield Entry(f"{ours}.embed_tokens", ((Part(f"{theirs}.embed_tokens", table, rows=vocabulary),),))
+    if own_head:
+        yield Entry(f"{ours}.head", ((Part(f"{theirs}.shared_head.head", table, rows=vocabulary),),))
+
+
+def _block(config: ModelConfig, group: Group, ours: str, theirs: str, dense: bool) -> Iterator[Entry]:
+    hidden = config.hidden_size
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        yield Entry(f"{ours}.{norm}", vectors=((f"{theirs}.{norm}.weight", hidden, None),))
+    yield from _attention(config, group, f"{ours}.self_attn", f"{theirs}.self_attn")
+    ours, theirs = f"{ours}.mlp", f"{theirs}.mlp"
+    if dense:
+        yield from _mlp(config.intermediate_size, hidden, group, ours, theirs)
+        return
+    experts = config.n_routed_experts
+    correction = (f"{theirs}.gate.e_score_correction_bias", experts, None)
+    yield Entry(f"{ours}.gate.proj", ((Part(f"{theirs}.gate", (experts, hidden)),),), exact=True)
+    yield Entry(f"{ours}.gate.e_score_correction_bias", vectors=(correction,), exact=True)
+    each = [list(_mlp(config.moe_intermediate_size, hidden, group, ours, f"{theirs}.experts.{e}")) for e in range(experts)]
+    for i, leaf in enumerate(("gate_up_proj", "down_proj")):
+        yield Entry(f"{ours}.experts.{leaf}", tuple(pair[i].groups[0] for pair in each))
+    shared = config.moe_intermediate_size * config.n_shared_experts
+    yield from _mlp(shared, hidden, group, f"{ours}.shared_experts", f"{theirs}.shared_experts")
+
+
+def _attention(config: ModelConfig, group: Group, ours: str, theirs: str) -> Iterator[Entry]:
+    hidden, d, (h, g) = config.hidden_size, config.head_dim, (config.num_attention_heads, config.num_key_value_heads)
+    q = (h // group.size * group.rank * d, h // group.size * (group.rank + 1) * d)
+    kv = max(1, g // group.size)  # heads of this rank; with more ranks than heads, neighbours hold the same one
+    first = group.rank * g // group.size
+    k = (first * d, (first + kv) * d)
+    rows = (("q_proj", h * d, q), ("k_proj", g * d, k), ("v_proj", g * d, k))
+    yield Entry(
+        f"{ours}.qkv_proj",
+        (tuple(Part(f"{theirs}.{name}", (out, hidden), rows=cut) for name, out, cut in rows),),
+        tuple((f"{theirs}.{name}.bias", out, cut) for name, out, cut in rows) if config.attention_bias else (),
+    )
+    yield Entry(f"{ours}.o_proj", ((Part(f"{theirs}.o_proj", (hidden, h * d), cols=q),),))
+    for norm in ("q_norm", "k_norm") if config.use_qk_norm else ():
+        yield Entry(f"{ours}.{norm}", vectors=((f"{theirs}.{norm}.weight", d, None),))
+
+
+def _mlp(width: int, hidden: int, group: Group, ours: str, theirs: str) -> Iterator[Entry]:
+    cut = group.split(width)
+    gate, up = (Part(f"{theirs}.{name}", (width, hidden), rows=cut) for name in ("gate_proj", "up_proj"))
+    yield Entry(f"{ours}.gate_up_proj", ((gate, up),))
+    yield Entry(f"{ours}.down_proj", ((Part(f"{theirs}.down_proj", (hidden, width), cols=cut),),))

@@ -1,0 +1,80 @@
+"""Ops: the doors to arithmetic, and who serves each of them.
+
+The model calls nothing but these. `choose` fills the record once per process, door by door, from the backends that serve
+the device; whatever is left comes from `reference`, the definition that every backend is compared with. A door gets
+tensors and numbers, never a configuration; it writes over an input only if its name ends in `_`.
+
+    door          inputs -> output                                                      (T rows, H wide)
+    embed         tokens (T,), table (V', H), first -> (T, H); zeros for tokens outside first..first+V'
+    rms_norm      x (..., N), weight (N,), eps -> (..., N) in weight's dtype
+    add_rms_norm  x (T, H), residual (T, H), weight, eps -> (normed, residual + x); residual keeps its dtype
+    linear        x (T, in), packed, bias (out,) or None -> (T, out) in x's dtype
+    swiglu        x (T, 2M): gate then up -> (T, M), silu(gate) * up
+    rope_         q (T, h, D), k (T, g, D), cos (T, R/2), sin (T, R/2): rotates the first R of D in place, pairs (i, i+R/2)
+    store_kv_     k, v (T, g, D), keys, values (blocks, block_size, g, D), slots (T,): writes rows to their slots
+    attention     q (T, h, D), keys, values, batch, scale -> (T, h*D); causal within each sequence of the batch
+    route         logits (T, E) float32, bias (E,) float32, rule -> ids (T, K) int64, scores (T, K) float32
+    experts       x (T, H), ids, scores, gate_up, down (packed) -> (T, H) float32, a sum over K
+    pack_linear   Weights whose rows follow each other, dtype, device -> packed
+    pack_experts  for each expert such Weights, dtype, device -> packed; takes one expert at a time
+
+Not here: any choice made per call, and any knowledge of ranks. To bisect a wrong answer set GLIMMER_OPS=reference.
+"""
+
+import importlib
+import os
+from dataclasses import dataclass, fields
+from typing import Any, Callable
+
+from glimmer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RouteRule:
+    """How a token chooses experts; fields as in config.json, top_k = num_experts_per_tok."""
+
+    top_k: int
+    n_group: int
+    topk_group: int
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One callable a door; see the table above for what each takes and promises."""
+
+    embed: Callable[..., Any]
+    rms_norm: Callable[..., Any]
+    add_rms_norm: Callable[..., Any]
+    linear: Callable[..., Any]
+    swiglu: Callable[..., Any]
+    rope_: Callable[..., Any]
+    store_kv_: Callable[..., Any]
+    attention: Callable[..., Any]
+    route: Callable[..., Any]
+    experts: Callable[..., Any]
+    pack_linear: Callable[..., Any]
+    pack_experts: Callable[..., Any]
+
+    def table(self) -> list[tuple[str, str]]:
+        """(door, backend) for each door: what `glimmer doctor` and the start-up log print."""
+        return [(f.name, getattr(self, f.name).__module__.rpartition(".")[2]) for f in fields(self)]
+
+
+# Modules of glimmer.ops that serve each kind of device, best first; reference completes them all.
+BACKENDS: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": (), "npu": ()}
+
+
+def choose(device: str) -> Ops:
+    """The doors for a kind of device ("cpu", "cuda", "npu"). ConfigError: GLIMMER_OPS names no backend."""
+    asked = os.environ.get("GLIMMER_OPS", "")
+    available = (*BACKENDS.get(device, ()), "reference")
+    if asked and asked not in available:
+        raise ConfigError(
+            f"GLIMMER_OPS={asked!r}", " or ".join(map(repr, available)), "unset GLIMMER_OPS, or set it to one of these"
+        )
+    modules = [importlib.import_module(f"glimmer.ops.{name}") for name in available]
+    if asked:
+        modules = [m for m in modules if m.__name__.endswith((f".{asked}", ".reference"))]
+    return Ops(**{f.name: next(getattr(m, f.name) for m in modules if hasattr(m, f.name)) for f in fields(Ops)})

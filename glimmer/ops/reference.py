@@ -1,0 +1,177 @@
+"""Every door in plain torch: the definition that faster backends must agree with. Runs wherever torch does.
+
+Norms, softmax, routing and every sum are float32 inside; results are rounded once, on the way out. A packed matrix here
+is a Weight on its device; a packed set of experts is a list of them. "fp8" weights stay one byte in memory: they are
+widened at each use, which is slow and says so nowhere but here. Contracts and shapes: the table in ops/__init__.py.
+"""
+
+from functools import lru_cache
+from typing import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glimmer.batch import Batch
+from glimmer.ops import RouteRule
+from glimmer.weight import Weight
+
+FP8_MAX = 448.0  # the largest float8_e4m3fn
+QUERY_ROWS = 512  # query rows of one attention call that needs a mask, so that the mask stays small
+
+
+def embed(tokens: Tensor, table: Tensor, first: int) -> Tensor:
+    """Rows of the table; this rank holds ids first..first+len(table), the others' rows are zero until summed."""
+    local = tokens - first
+    mine = (local >= 0) & (local < len(table))
+    return F.embedding(local.where(mine, 0), table) * mine[:, None]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) * weight, in float32."""
+    x = x.float()
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return (x * weight).to(weight.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual addition and the norm that follows it."""
+    residual = (residual + x).to(residual.dtype)
+    return rms_norm(residual, weight, eps), residual
+
+
+@lru_cache
+def _multiplies_bf16(device: torch.device) -> bool:
+    """Whether torch's bf16 matrix product is fast there. On a CPU without bf16 instructions it is a scalar loop."""
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _matmul(x: Tensor, w: Tensor) -> Tensor:
+    """x (T, in) @ w (out, in).T; the result is in x's dtype or, where that costs nothing, in float32."""
+    if x.dtype == torch.bfloat16 and len(x) > 3 and not _multiplies_bf16(x.device):
+        return F.linear(x.float(), w.float())  # from 4 rows on, widening the weights is cheaper than torch's loop
+    return F.linear(x, w)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Dynamic per-token FP8: codes (T, in) float8_e4m3fn and scales (T, 1) float32, x ≈ codes * scales."""
+    x = x.float()
+    scales = (x.abs().amax(-1, keepdim=True) / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+    return (x / scales).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scales
+
+
+def linear(x: Tensor, packed: Weight, bias: Tensor | None) -> Tensor:
+    """y = x @ W.T + bias. For "fp8", x is quantised per token first, and both codes are multiplied exactly."""
+    if packed.kind == "fp8":
+        codes, scales = quantize_rows(x)
+        wide = torch.float32 if x.dtype == torch.float32 else torch.bfloat16  # holds every e4m3 value exactly
+        y = _matmul(codes.to(wide), packed.codes.to(wide)).float() * scales * packed.scales.T
+    else:
+        y = _matmul(x, packed.codes)
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up of rows that hold gate, then up."""
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate.float()).mul_(up).to(x.dtype)
+
+
+def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Half-split rotary embedding (pairs i, i+R/2) of the first R dimensions; the rest of the head is left alone."""
+    half = cos.shape[-1]
+    cos, sin = cos[:, None], sin[:, None]  # (T, 1, R/2): one angle for all heads
+    for x in (q, k):
+        a, b = x[..., :half].float(), x[..., half : 2 * half].float()
+        rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+        x[..., : 2 * half] = rotated
+
+
+def store_kv_(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    """Write each row's key and value into its slot of the cache."""
+    keys.flatten(0, 1)[slots] = k
+    values.flatten(0, 1)[slots] = v
+
+
+def attention(q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float) -> Tensor:
+    """Causal attention of every row over its own sequence's blocks; query head i reads key head i // (h/g)."""
+    _, h, d = q.shape
+    block_size, g = keys.shape[1:3]
+    out = torch.empty_like(q)
+    for s, length in enumerate(batch.lengths):
+        first, last = batch.starts[s], batch.starts[s + 1]
+        table = batch.blocks[s, : -(-length // block_size)]
+        k = keys[table].flatten(0, 1)[:length].transpose(0, 1)[:, None]  # (g, 1, L, d)
+        v = values[table].flatten(0, 1)[:length].transpose(0, 1)[:, None]
+        rows = q[first:last].unflatten(1, (g, h // g)).permute(1, 2, 0, 3)  # (g, h/g, n, d)
+        out[first:last].unflatten(1, (g, h // g)).permute(1, 2, 0, 3).copy_(_attend(rows, k, v, scale))
+    return out.flatten(1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """q (g, h/g, n, d) are the last n of the L positions that k, v (g, 1, L, d) hold."""
+    g, heads, n, _ = q.shape
+    length = k.shape[2]
+    if n == 1:  # nothing to hide: the heads of a group become rows of one product
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=scale).transpose(1, 2)
+    k, v = k.expand(g, heads, length, -1), v.expand(g, heads, length, -1)
+    if n == length:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    position = torch.arange(length, device=q.device)
+    parts = []
+    for a in range(0, n, QUERY_ROWS):
+        b = min(a + QUERY_ROWS, n)
+        seen = length - n + b  # keys that the last row of this part sees
+        mask = position[None, :seen] <= position[length - n + a : seen, None]
+        part = F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, :seen], v[:, :, :seen], attn_mask=mask, scale=scale)
+        parts.append(part)
+    return torch.cat(parts, 2)
+
+
+def route(logits: Tensor, bias: Tensor, rule: RouteRule) -> tuple[Tensor, Tensor]:
+    """Sigmoid scores; the correction bias takes part in choosing experts, never in weighing them."""
+    scores = logits.float().sigmoid()
+    choice = scores + bias
+    if rule.n_group > 1:
+        groups = choice.unflatten(-1, (rule.n_group, -1))  # (T, G, E/G)
+        best = groups.topk(2, -1).values.sum(-1).topk(rule.topk_group, -1).indices  # (T, topk_group)
+        kept = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(-1, best, True)
+        choice = groups.masked_fill(~kept[..., None], float("-inf")).flatten(-2)
+    ids = choice.topk(rule.top_k, -1).indices
+    scores = scores.gather(-1, ids)
+    if rule.norm_topk_prob:
+        scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+    return ids, scores * rule.routed_scaling_factor
+
+
+def experts(x: Tensor, ids: Tensor, scores: Tensor, gate_up: Sequence[Weight], down: Sequence[Weight]) -> Tensor:
+    """sum over k of scores[:, k] * down(swiglu(gate_up(x))) of expert ids[:, k]."""
+    top_k = ids.shape[1]
+    order = ids.flatten().argsort(stable=True)  # token-expert pairs, sorted by expert
+    rows = x[order // top_k]  # (T*K, H)
+    found, counts = ids.flatten()[order].unique_consecutive(return_counts=True)
+    parts = []
+    for expert, part in zip(found.tolist(), rows.split(counts.tolist())):
+        parts.append(linear(swiglu(linear(part, gate_up[expert], None)), down[expert], None))
+    pairs = x.new_empty(rows.shape, dtype=torch.float32)
+    pairs[order] = torch.cat(parts).float()  # back to token order
+    return torch.einsum("tkh,tk->th", pairs.unflatten(0, (-1, top_k)), scores)
+
+
+def pack_linear(parts: Sequence[Weight], dtype: torch.dtype, device: torch.device) -> Weight:
+    """One Weight holding the rows of all parts, copied once; codes in `dtype` unless they are FP8."""
+    kind = parts[0].kind
+    if kind == "fp8":
+        dtype = torch.float8_e4m3fn
+    codes = torch.empty(sum(p.shape[0] for p in parts), parts[0].shape[1], dtype=dtype, device=device)
+    row = 0
+    for part in parts:
+        codes[row : row + part.shape[0]].copy_(part.codes)
+        row += part.shape[0]
+    scales = torch.cat([p.scales for p in parts]).to(device) if kind == "fp8" else None
+    return Weight(kind, codes, scales)
+
+
+def pack_experts(experts: Iterable[Sequence[Weight]], dtype: torch.dtype, device: torch.device) -> list[Weight]:
+    """A list: expert e's matrix at index e."""
+    return [pack_linear(parts, dtype, device) for parts in experts]

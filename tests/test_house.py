@@ -1,0 +1,125 @@
+"""The house rules: who may import whom, and who alone may say certain words. Reads the source, imports nothing of it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "glimmer"
+FILES = sorted(p.relative_to(ROOT) for p in PACKAGE.rglob("*.py"))
+
+FLOORS = (
+    ("errors", "config", "weight", "batch"),
+    ("checkpoint", "ops", "parallel", "device", "text"),
+    ("model",),
+    ("engine",),
+    ("llm", "testing"),
+    ("predict", "bench", "doctor", "launch", "__main__", "__init__"),
+)
+FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+
+# Beyond the order of floors: what a room must not import even from below.
+FORBIDDEN = {
+    "errors": ("torch",),
+    "config": ("torch", "transformers"),
+    "checkpoint": ("glimmer.ops", "glimmer.parallel", "glimmer.device", "glimmer.text"),
+    "ops": ("glimmer.config", "glimmer.checkpoint", "glimmer.parallel", "torch.distributed", "glimmer.text"),
+    "parallel": ("glimmer.config", "glimmer.ops", "glimmer.device", "glimmer.checkpoint", "glimmer.text"),
+    "device": ("glimmer.ops", "glimmer.parallel", "glimmer.checkpoint", "glimmer.text"),
+    "text": ("torch", "glimmer.ops", "glimmer.checkpoint", "glimmer.parallel", "glimmer.device", "numpy"),
+    "model": ("glimmer.text", "triton"),
+    "engine": ("glimmer.text", "tokenizers", "omegaconf"),
+    "llm": ("argparse", "http"),
+    "predict": ("glimmer.model", "glimmer.ops", "glimmer.checkpoint", "glimmer.engine", "torch"),
+    "bench": ("glimmer.model", "glimmer.ops", "glimmer.checkpoint", "glimmer.engine", "torch"),
+}
+
+
+def room(path: Path) -> str:
+    return path.parts[1] if len(path.parts) > 2 else path.stem
+
+
+def imports(tree: ast.AST) -> list[tuple[str, int]]:
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import at line {node.lineno}"
+            found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
+    return found
+
+
+def begins(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_go_down(path):
+    tree = ast.parse((ROOT / path).read_text())
+    own = room(path)
+    assert own in FLOOR, f"{path}: give {own!r} a floor in this test"
+    for name, line in imports(tree):
+        for forbidden in FORBIDDEN.get(own, ()):
+            assert not begins(name, forbidden), f"{path}:{line} imports {name}"
+        if begins(name, "glimmer") and name.count(".") >= 1:
+            other = name.split(".")[1]
+            if other in FLOOR and other != own:
+                assert FLOOR[other] < FLOOR[own] or FLOOR[own] == len(FLOORS) - 1, f"{path}:{line} imports up: {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_no_project_import_hides_in_a_function(path):
+    tree = ast.parse((ROOT / path).read_text())
+    for function in ast.walk(tree):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            hidden = [(n, line) for n, line in imports(function) if begins(n, "glimmer")]
+            assert not hidden, f"{path}: {function.name} hides imports {hidden}"
+
+
+def attributes(tree: ast.AST) -> set[str]:
+    return {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_words_that_belong_to_one_file(path):
+    tree = ast.parse((ROOT / path).read_text())
+    said = attributes(tree)
+    if room(path) not in ("device", "ops"):
+        assert not {a for a in said if a.startswith(("torch.cuda", "torch.npu"))}, f"{path} names a device"
+    if str(path) not in ("glimmer/parallel.py", "glimmer/launch.py"):
+        assert not [n for n, _ in imports(tree) if begins(n, "torch.distributed")], f"{path} talks to other ranks"
+    if str(path) not in ("glimmer/parallel.py", "glimmer/ops/__init__.py", "glimmer/launch.py"):
+        assert not {a for a in said if a.startswith(("os.environ", "os.getenv"))}, f"{path} reads the environment"
+    assert not [n for n, _ in imports(tree) if begins(n, "transformers") or begins(n, "pickle")], f"{path}"
+    calls = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    assert not calls & {"eval", "exec", "torch.load", "pickle.loads"}, f"{path} runs what it reads"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_files_open_with_what_they_do(path):
+    assert ast.get_docstring(ast.parse((ROOT / path).read_text())), f"{path} has no docstring"
+
+
+def test_public_names():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    public = next(n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__")
+    assert ast.literal_eval(public) == ["LLM", "SamplingParams", "__version__"]
+
+
+def test_the_model_can_be_read():
+    """The import closure of the model file: what one must open to understand it. A sense of proportion, with slack."""
+    todo, seen = [Path("glimmer/model/glm4_moe.py")], set()
+    while todo:
+        path = todo.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for name, _ in imports(ast.parse((ROOT / path).read_text())):
+            parts = name.split(".")
+            for candidate in (Path(*parts).with_suffix(".py"), Path(*parts[:-1]).with_suffix(".py"), Path(*parts[:-1]) / "__init__.py"):
+                if parts[0] == "glimmer" and candidate != Path("glimmer/__init__.py") and (ROOT / candidate).is_file():
+                    todo.append(candidate)
+    lines = sum(len((ROOT / p).read_text().splitlines()) for p in seen)
+    assert len(seen) <= 12 and lines <= 2000, f"{len(seen)} files, {lines} lines: {sorted(map(str, seen))}"
