@@ -1,0 +1,326 @@
+"""ChatTemplate: messages and tools -> the prompt, by the Jinja template that comes with a checkpoint.
+
+Two kinds of stranger meet here. Messages come from users: they are checked and brought into the form that GLM's
+templates rely on, without touching the caller's objects. The template comes from the checkpoint: it is a program, and
+runs in Jinja's sandbox, where it can read its messages but reach no file, no module and no attribute of Python's own.
+Bounded: the length of the prompt, one range(), products and powers. NOT bounded: the time that nested loops take, and
+the memory of texts that a template doubles or pads without printing them. Who loads a checkpoint trusts it that far.
+Not here: tokens (tokenizer.py), and reading answers back into reasoning, content and tool calls.
+"""
+
+import io
+import json
+import reprlib
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+from glimmer.errors import CheckpointError, RequestError
+
+MAX_CHARACTERS = 1 << 24  # of a prompt, and of a text built by `*`; the longest context, 202,752 tokens, holds far less
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class ChatTemplate:
+    """The chat template of a checkpoint. One object may render for several threads at once."""
+
+    def __init__(self, source: str | None, origin: str):
+        """Compile `source`; None if the checkpoint has none. `origin` says in error messages where it came from.
+
+        Raises CheckpointError if `source` is not a Jinja template.
+        """
+        self.origin = origin
+        try:
+            self._template = None if source is None else _ENVIRONMENT.from_string(source)
+        except Exception as error:  # a foreign program may break its compiler in many ways; all mean the same
+            raise CheckpointError(
+                f"{origin} is not a template that Jinja can compile: {_problem(error)}",
+                "a chat template as transformers renders it",
+                "use the chat_template.jinja of the model's repository, or remove it and send raw prompts",
+            ) from error
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "ChatTemplate":
+        """The template in chat_template.jinja, else the one under "chat_template" in tokenizer_config.json.
+
+        A checkpoint without any is loaded too: base models have none, and only render() needs it.
+        Raises CheckpointError if a file cannot be read or the template is broken.
+        """
+        path = Path(directory) / "chat_template.jinja"
+        if path.is_file():
+            return cls(_read(path), str(path))
+        path = Path(directory) / "tokenizer_config.json"
+        if path.is_file():
+            return cls(_configured_template(path), f'"chat_template" in {path}')
+        return cls(None, str(directory))
+
+    def render(self, /, messages: Sequence[dict], tools: Sequence[dict] | None = None,
+               add_generation_prompt: bool = True, **kwargs: Any) -> str:
+        """The prompt. It holds all special tokens, to be encoded with add_special_tokens=False.
+
+        messages: dicts with "role" (system, user, assistant, tool) and "content" (a text, a list of text parts, or
+            None), and where they apply "reasoning_content" and "tool_calls", as in OpenAI's API.
+        tools: JSON objects that describe functions; the template prints each as it is.
+        kwargs: further variables, such as enable_thinking (4.5, 4.6, 4.7) or clear_thinking (4.7).
+        Raises RequestError that names the field at fault, or CheckpointError if there is no template or it misbehaves.
+        """
+        if self._template is None:
+            raise CheckpointError(
+                f"{self.origin} has no chat template",
+                'chat_template.jinja, or "chat_template" in tokenizer_config.json',
+                "copy chat_template.jinja from the model's repository; raw prompts (completions) work without it",
+            )
+        variables = {
+            **kwargs,
+            "messages": _messages(messages),
+            "tools": _tools(tools),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        prompt = io.StringIO()
+        try:
+            for piece in self._template.generate(variables):
+                if prompt.tell() + len(piece) > MAX_CHARACTERS:
+                    break
+                prompt.write(piece)
+            else:
+                return prompt.getvalue()
+        except _Refusal as error:
+            raise RequestError(
+                "messages",
+                f"the chat template refuses them: {_problem(error)}",
+                "a conversation that this model was trained on",
+                "change the messages as the template says",
+            ) from error
+        except SecurityError as error:
+            raise CheckpointError(
+                f"{self.origin} does what a template may not: {_problem(error)}",
+                "a template that reads its variables and prints text",
+                "use the chat_template.jinja of the model's repository",
+            ) from error
+        except Exception as error:  # whatever the template's own expressions raise on this input
+            raise RequestError(
+                "messages",
+                f"{self.origin} fails on them: {_problem(error)}",
+                "messages, tools and template arguments of the form that the template reads",
+                "compare the request with what the template uses; if it is in order, the template is at fault",
+            ) from error
+        raise RequestError(
+            "messages",
+            f"the chat template makes more than {MAX_CHARACTERS} characters of them",
+            f"a prompt of at most {MAX_CHARACTERS} characters",
+            "send fewer or shorter messages; if they are short, the template is at fault",
+        )
+
+
+# ── the template's side ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Refusal(jinja2.TemplateError):
+    """The template called raise_exception()."""
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, where in addition no single product or power can fill the memory or never end."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context, operator, left, right):
+        if isinstance(left, int) and isinstance(right, int):
+            too_big = max(abs(left), abs(right)) >= 1 << 63 or (operator == "**" and right > 64)
+        else:
+            lengths = [max(x, 0) if isinstance(x, int) else len(x) for x in (left, right) if not isinstance(x, float)]
+            too_big = len(lengths) == 2 and lengths[0] * lengths[1] > MAX_CHARACTERS
+        if too_big:
+            raise SecurityError(f"the result of {operator!r} would be too big")
+        return super().call_binop(context, operator, left, right)
+
+
+def _raise_exception(message):
+    raise _Refusal(message)
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """Jinja's own tojson escapes for HTML; a prompt wants plain JSON."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(format):
+    return datetime.now().strftime(format)
+
+
+def _environment() -> _Sandbox:
+    """What transformers offers to templates, so that they render here as they do there."""
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+_ENVIRONMENT = _environment()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {_problem(error)}",
+            "a text file in UTF-8",
+            "download the file again",
+        ) from error
+
+
+def _configured_template(path: Path) -> str | None:
+    """"chat_template" in tokenizer_config.json: absent, a text, or a list of named texts of which "default" counts."""
+    try:
+        found = json.loads(_read(path)).get("chat_template")
+        if isinstance(found, list):
+            found = {entry["name"]: entry["template"] for entry in found}["default"]
+        if found is None or isinstance(found, str):
+            return found
+        problem = f"it is {_kind(found)}"
+    except KeyError as error:
+        problem = f"it is a list without {error}"
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        problem = _problem(error)
+    raise CheckpointError(
+        f'"chat_template" in {path} cannot be read: {problem}',
+        'a text, or a list of {"name": ..., "template": ...} of which one is named "default"',
+        "put the template into a file chat_template.jinja beside it",
+    )
+
+
+def _problem(error: Exception) -> str:
+    """What a foreign program complains of, on one line of reasonable length."""
+    text = " ".join(str(error).split())
+    kind = "" if isinstance(error, _Refusal) else f"{type(error).__name__}: "
+    return kind + (text if len(text) <= 300 else text[:300] + "...")
+
+
+# ── the user's side ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _messages(messages: Any) -> list[dict]:
+    """Copies of the messages in the form that templates rely on, or RequestError."""
+    _need(messages, list | tuple, "messages", "a list of messages")
+    if not messages:
+        raise RequestError(
+            "messages",
+            "messages is empty",
+            "at least one message",
+            'send [{"role": "user", "content": "..."}]',
+        )
+    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _message(message: Any, at: str) -> dict:
+    """One message: content a text or a list of parts, arguments of tool calls as objects."""
+    _need(message, dict, at, "an object with role and content")
+    role = message.get("role")
+    if role not in ROLES:
+        # GLM's templates leave out messages of a role that they do not know, and say nothing.
+        raise RequestError(
+            f"{at}.role",
+            f"{at}.role is {reprlib.repr(role) if 'role' in message else 'absent'}",
+            f"one of {', '.join(ROLES)}",
+            "correct the role; instructions of a developer go under system",
+        )
+    if role != "assistant" and "content" not in message:
+        raise RequestError(f"{at}.content", f"{at}.content is absent", "a text, or a list of text parts",
+                           f"send what the {role} says as {at}.content")
+    message = {**message, "content": _content(message.get("content"), role, f"{at}.content")}
+    if message.get("reasoning_content") is not None:
+        _need(message["reasoning_content"], str, f"{at}.reasoning_content", "a text")
+    if message.get("tool_calls") is not None:
+        calls = message["tool_calls"]
+        _need(calls, list | tuple, f"{at}.tool_calls", "a list of tool calls")
+        message["tool_calls"] = [_tool_call(call, f"{at}.tool_calls[{i}]") for i, call in enumerate(calls)]
+    return message
+
+
+def _content(content: Any, role: str, at: str) -> str | list:
+    """A text, or a list of parts, of which each is of a kind that the template prints."""
+    if content is None:
+        return ""  # the template would print the word None
+    if isinstance(content, str):
+        return content
+    _need(content, list | tuple, at, "a text or a list of text parts")
+    if role == "tool" and all(map(_is_text_part, content)):
+        # One result in parts. The template would take each for a result of its own and print it as Python does.
+        return "".join(part["text"] for part in content)
+    known, expected = (_is_result, 'a text or {"output": ...}') if role == "tool" else (
+        _is_text_part, 'a text or {"type": "text", "text": ...}')
+    for i, part in enumerate(content):
+        if not (isinstance(part, str) or known(part)):
+            # The template would leave it out and say nothing.
+            found = f"a part of type {reprlib.repr(part.get('type'))}" if isinstance(part, dict) else _kind(part)
+            raise RequestError(f"{at}[{i}]", f"{at}[{i}] is {found}", expected, "send the content as text")
+    return list(content)
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _is_result(part: Any) -> bool:
+    """GLM's own form: a tool message may hold a list of results."""
+    return isinstance(part, dict) and "output" in part
+
+
+def _tool_call(call: Any, at: str) -> dict:
+    """One tool call, {"function": {"name", "arguments"}} or the inner object alone, with arguments as an object."""
+    _need(call, dict, at, "an object with a function")
+    if call.get("function"):
+        _need(call["function"], dict, f"{at}.function", "an object with name and arguments")
+        return {**call, "function": _function(call["function"], f"{at}.function")}
+    return _function(call, at)
+
+
+def _function(function: dict, at: str) -> dict:
+    _need(function.get("name"), str, f"{at}.name", "the name of a function")
+    return {**function, "arguments": _arguments(function.get("arguments"), f"{at}.arguments")}
+
+
+def _arguments(arguments: Any, at: str) -> dict:
+    """OpenAI's API carries arguments as JSON text; templates walk an object. Nothing at all means no arguments."""
+    if arguments is None or arguments == "":
+        return {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(
+                at,
+                f"{at} is not JSON: {_problem(error)}",
+                "a JSON object, or the text of one",
+                'send the arguments as the model gave them, such as {"city": "Paris"}',
+            ) from error
+    _need(arguments, dict, at, "a JSON object, or the text of one")
+    return arguments
+
+
+def _tools(tools: Any) -> list[dict] | None:
+    if tools is None:
+        return None
+    _need(tools, list | tuple, "tools", "a list of tools")
+    for i, tool in enumerate(tools):
+        _need(tool, dict, f"tools[{i}]", "an object that describes a function")
+    return list(tools)
+
+
+def _need(value: Any, type: Any, field: str, expected: str) -> None:
+    """Raise RequestError that names `field` unless `value` is of `type`."""
+    if not isinstance(value, type):
+        raise RequestError(field, f"{field} is {_kind(value)}", expected, f"send {expected} as {field}")
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, in JSON's words."""
+    kinds = {type(None): "null or absent", bool: "a boolean", str: "a text", int: "a number", float: "a number",
+             list: "a list", tuple: "a list", dict: "an object"}
+    return kinds.get(type(value), f"a {type(value).__name__}")

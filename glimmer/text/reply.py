@@ -1,0 +1,156 @@
+"""Reply: one answer growing. Token ids go in, text that may be shown comes out, and a stop string ends it.
+
+The text is a function of the ids alone: it does not matter whether they arrive one at a time or many at once. The stop
+string whose last character comes first ends the answer; of several that end on the same character, the longest counts.
+Not here: stop tokens (the engine ends on those) and what the text means (reasoning, tool calls).
+"""
+
+import reprlib
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+from glimmer.errors import RequestError
+from glimmer.text.tokenizer import Detokenizer, Tokenizer
+
+
+class Reply:
+    """The text of one answer, released as soon as it can no longer be part of a stop string.
+
+    stopped: the stop string that ended the answer, or None. The text is cut before it, or after it if
+             `include_stop_str_in_output`.
+    used:    how many ids were taken in, up to and including the one that completed the stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), include_stop_str_in_output: bool = False,
+                 skip_special_tokens: bool = True, prefix: str = ""):
+        """`prefix` is shown in front of the answer (an echoed prompt) and is not searched for stop strings.
+
+        Raises RequestError if `stop` is not a list of texts of at least one character.
+        """
+        self.stopped: str | None = None
+        self.used = 0
+        self._include_stop = include_stop_str_in_output
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
+        self._search = StopSearch(stop)
+        self._held = ""  # text that is still a beginning of a stop string
+        self._unsaid = prefix
+        self._released: list[str] = []
+        self._finished = False
+
+    @property
+    def text(self) -> str:
+        """All that push() and finish() have returned."""
+        self._released[:] = ["".join(self._released)]
+        return self._released[0]
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """Take in the next ids; return the text that may be shown now. After a stop string, ids are ignored.
+
+        Raises RequestError for an id that the vocabulary does not have.
+        """
+        assert self.stopped is not None or not self._finished, "push() after finish()"
+        shown = []
+        for id in token_ids:
+            if self.stopped is not None:
+                break
+            shown.append(self._scan(self._detokenizer.push((id,))))
+            self.used += 1
+        return self._release("".join(shown))
+
+    def finish(self) -> str:
+        """No more ids will come: return the text that was held back. It may complete a stop string, too."""
+        self._finished = True
+        if self.stopped is not None:
+            return self._release("")
+        shown = self._scan(self._detokenizer.flush())
+        if self.stopped is None:
+            shown += self._held
+            self._held = ""
+        return self._release(shown)
+
+    def _scan(self, text: str) -> str:
+        """What of the held-back text and `text` may be shown. Sets `stopped` if a stop string is complete."""
+        text, start = self._held + text, len(self._held)
+        hit = self._search.advance(text, start)
+        if hit is not None:
+            end, self.stopped = hit
+            self._held = ""
+            return text[:end if self._include_stop else end - len(self.stopped)]
+        # A stop string that will be shown anyway is no reason to wait.
+        shown = len(text) - (0 if self._include_stop else self._search.depth)
+        self._held = text[shown:]
+        return text[:shown]
+
+    def _release(self, text: str) -> str:
+        text, self._unsaid = self._unsaid + text, ""
+        if text:
+            self._released.append(text)
+        return text
+
+
+class StopSearch:
+    """All stop strings at once, one look at each character of the text (the automaton of Aho and Corasick).
+
+    A state is a beginning of some stop string: the longest one that the text now ends with. `depth` is its length, and
+    so the number of characters that could still become a stop string.
+    """
+
+    def __init__(self, stop: Sequence[str]):
+        """Raises RequestError if `stop` is not a list of texts of at least one character."""
+        if not isinstance(stop, list | tuple) or not all(isinstance(word, str) and word for word in stop):
+            raise RequestError(
+                "stop",
+                f"stop is {reprlib.repr(stop)}",
+                "a list of texts of at least one character each",
+                'write stop as a list, such as ["\\n\\n", "END"], without empty texts',
+            )
+        self._next: list[dict[str, int]] = [{}]  # per state: character -> the state one character longer
+        self._depth = [0]
+        self._hit: list[str | None] = [None]  # the longest stop string that ends here
+        self._shorter = [0]  # the next shorter beginning that the text also ends with
+        for word in stop:
+            self._add(word)
+        self._link()
+        self._state = 0
+
+    @property
+    def depth(self) -> int:
+        """How many characters at the end of the text are a beginning of a stop string."""
+        return self._depth[self._state]
+
+    def advance(self, text: str, start: int) -> tuple[int, str] | None:
+        """Read text[start:]; return (end, stop string) of the first to be complete, `end` as an index in `text`."""
+        if len(self._next) == 1:
+            return None
+        for i in range(start, len(text)):
+            while self._state and text[i] not in self._next[self._state]:
+                self._state = self._shorter[self._state]
+            self._state = self._next[self._state].get(text[i], 0)
+            if self._hit[self._state] is not None:
+                return i + 1, self._hit[self._state]
+        return None
+
+    def _add(self, word: str) -> None:
+        state = 0
+        for character in word:
+            if character not in self._next[state]:
+                self._next[state][character] = len(self._next)
+                self._next.append({})
+                self._depth.append(self._depth[state] + 1)
+                self._hit.append(None)
+                self._shorter.append(0)
+            state = self._next[state][character]
+        self._hit[state] = word
+
+    def _link(self) -> None:
+        """Fill `_shorter` from the short states to the long, and let each state know a stop string inside its end."""
+        queue = deque(self._next[0].values())
+        while queue:
+            state = queue.popleft()
+            for character, longer in self._next[state].items():
+                back = self._shorter[state]
+                while back and character not in self._next[back]:
+                    back = self._shorter[back]
+                self._shorter[longer] = self._next[back].get(character, 0)
+                self._hit[longer] = self._hit[longer] or self._hit[self._shorter[longer]]
+                queue.append(longer)
