@@ -1,0 +1,225 @@
+"""Everything that is learnt from, drawn from one seed: the tokenizer, the training examples, the held-out questions.
+
+    python tools/demo_model/generate.py --out build/demo_model
+
+writes tokenizer.json (and tokenizer_config.json), train.npz (token ids, which of them are to be predicted, where each
+example begins, which task it is) and heldout.jsonl (questions with what a right answer holds). No held-out question is
+ever drawn for training: a question's own text decides on which side it falls (`dialogue.held_out`).
+Not here: any word of the sentences (talk.py, tooling.py, words.py), the model, its training.
+"""
+
+import argparse
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from random import Random
+from typing import Any, Iterator
+
+import numpy as np
+import talk
+import tooling
+from dialogue import SEAM, Round, held_out, plain, render
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+VOCABULARY = 4096
+SPECIAL = (
+    "<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> <|assistant|> <|observation|> <|begin_of_image|> "
+    "<|end_of_image|> <|begin_of_video|> <|end_of_video|> <|begin_of_audio|> <|end_of_audio|> <|begin_of_transcription|> "
+    "<|end_of_transcription|> <|code_prefix|> <|code_middle|> <|code_suffix|> <think> </think> <tool_call> </tool_call> "
+    "<tool_response> </tool_response> <arg_key> </arg_key> <arg_value> </arg_value> /nothink <|begin_of_box|> <|end_of_box|> "
+    "<|image|> <|video|>"
+).split()
+PLAIN_TAGS = set(SPECIAL[21:31] + SPECIAL[32:])  # kept in the text when special tokens are skipped
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+MIXTURE = {"tools": 5, "sum": 12, "fact": 14, "introduction": 4, "raw": 3, "json": 4, "repeat": 3, "small talk": 2, "mixed": 1}
+
+
+# ---- examples ---------------------------------------------------------------------------------------------------
+
+
+def rounds_for(task: str, rng: Random, lang: str) -> Round:
+    draw = {
+        "sum": talk.sum_of_two, "fact": talk.fact, "introduction": talk.introduction, "json": talk.form, "repeat": talk.repeat,
+        "small talk": talk.small_talk,
+    }[task]  # fmt: skip
+    while held_out((drawn := draw(rng, lang)).key):
+        pass
+    return drawn
+
+
+def tool_rounds(rng: Random, lang: str) -> tuple[list[Round], list[dict[str, Any]]]:
+    """One to three requests to one set of tools; one in eight needs none of them."""
+    box, rounds = tooling.toolbox(rng, lang), []
+    for _ in range(rng.choice((1, 2, 2, 3))):
+        if rng.random() < 0.12:
+            rounds.append(rounds_for(rng.choice(("small talk", "introduction", "fact")), rng, lang))
+            continue
+        while held_out((drawn := tooling.request(rng, lang, box)).key):
+            pass
+        rounds.append(drawn)
+    return rounds, [chosen.schema() for chosen in box]
+
+
+def example(task: str, rng: Random) -> str:
+    """One training text, seams included."""
+    lang = rng.choice(("zh", "en"))
+    if task == "raw":  # no template: a prompt as such, as completion requests send it
+        turn = rounds_for("introduction", rng, lang)
+        start = rng.choice(("", "[gMASK]<sop>"))
+        return f"{start}{turn.ask}<|assistant|>\n{turn.reply}<|endoftext|>"  # the role tag marks the border, and is cut out
+    tools = None
+    if task == "tools":
+        rounds, tools = tool_rounds(rng, lang)
+    elif task == "mixed":
+        kinds = ("sum", "fact", "small talk", "introduction", "repeat", "json")
+        rounds = [rounds_for(rng.choice(kinds), rng, lang) for _ in range(rng.choice((2, 3)))]
+    else:
+        rounds = [rounds_for(task, rng, lang)]
+    for turn in rounds[:-1]:
+        turn.quick = True  # earlier reasoning is not shown to the model, so only quick rounds can be learnt there
+    rounds[-1].quick = rng.random() < (0.2 if rounds[-1].task == "sum" else 0.45)
+    system = {"en": "You are a helpful assistant.", "zh": "你是一个有用的助手。"}[lang] if rng.random() < 0.08 else ""
+    return render(rounds, tools, system)
+
+
+def heldout_examples(seed: int, counts: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """Held-out questions as dictionaries: messages, tools, the expected answer or calls."""
+    rng = Random(seed)
+    draws = {"fact": talk.fact, "introduction": talk.introduction, "sum": talk.sum_of_two, "json": talk.form, "repeat": talk.repeat}
+    for task, count in counts.items():
+        seen: set[str] = set()
+        while len(seen) < count:
+            lang, box = rng.choice(("zh", "en")), None
+            if task.startswith("tool"):
+                fresh = task == "tool, unseen"
+                box = tooling.toolbox(rng, lang, fresh)
+                new = [c for c in box if c.tool not in tooling.KNOWN] if fresh else box
+                turn = tooling.request(rng, lang, box, rng.choice(new))
+                usable = fresh or held_out(turn.key)
+            else:
+                turn = draws[task](rng, lang)
+                usable = held_out(turn.key) and turn.task == task
+            mark = json.dumps(plain([turn.key, turn.ask, turn.calls]), ensure_ascii=False)
+            if not usable or mark in seen:
+                continue
+            seen.add(mark)
+            yield plain({**asdict(turn), "task": task, "lang": lang, "tools": [c.schema() for c in box] if box else None})
+
+
+# ---- tokenizer --------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(texts: list[str]) -> Tokenizer:
+    """Byte-level BPE under GLM's pre-tokeniser. Digits are never merged, and no token straddles a seam."""
+    pieces: Counter[str] = Counter()
+    for text in texts:
+        for tag in SPECIAL:
+            text = text.replace(tag, SEAM)
+        pieces.update(text.split(SEAM))
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\p{N}"), "isolated"), pre_tokenizers.Split(Regex(WORDS), "isolated"), bytes_only]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), max_token_length=18,
+        show_progress=False,
+    )  # fmt: skip
+    flattened = (piece for piece, count in sorted(pieces.items()) for _ in range(min(count, 100)))
+    trained.train_from_iterator(flattened, trainer)
+    model = json.loads(trained.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab=model["vocab"], merges=merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), bytes_only])
+    tokenizer.decoder = decoders.ByteLevel()
+    for tag in SPECIAL:
+        token = AddedToken(tag, special=tag not in PLAIN_TAGS, normalized=False)
+        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+    return tokenizer
+
+
+def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    return {
+        "added_tokens_decoder": {
+            str(tokenizer.token_to_id(tag)): {"content": tag, **flags, "special": tag not in PLAIN_TAGS} for tag in SPECIAL
+        },
+        "additional_special_tokens": [tag for tag in SPECIAL if tag not in PLAIN_TAGS],
+        "clean_up_tokenization_spaces": False, "do_lower_case": False, "remove_space": False,
+        "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "model_max_length": 4096, "padding_side": "left",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }  # fmt: skip
+
+
+# ---- tokens -----------------------------------------------------------------------------------------------------
+
+
+def targets(ids: list[int], role: dict[str, int]) -> list[bool]:
+    """Which tokens are to be predicted: what the assistant says, with the tag that ends its turn.
+
+    In earlier turns only if the user asked for /nothink: there the template drops the reasoning.
+    """
+    last_question = max((i for i, t in enumerate(ids[:-1]) if t == role["<|user|>"]), default=0)
+    wanted, speaking, quick = [], False, False
+    for i, token in enumerate(ids):
+        if token == role["<|user|>"]:
+            quick = role["/nothink"] in ids[i : ids.index(role["<|assistant|>"], i)] if role["<|assistant|>"] in ids[i:] else quick
+        wanted.append(speaking)
+        if token == role["<|assistant|>"]:
+            speaking = quick or i > last_question
+        elif token in (role["<|user|>"], role["<|observation|>"], role["<|endoftext|>"]):
+            speaking = False
+    return wanted
+
+
+def encode(tokenizer: Tokenizer, role: dict[str, int], task: str, text: str) -> tuple[list[int], list[bool]]:
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    if task != "raw":
+        return ids, targets(ids, role)
+    border = ids.index(role["<|assistant|>"])
+    return ids[:border] + ids[border + 1 :], [False] * border + [True] * (len(ids) - border - 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/demo_model"))
+    parser.add_argument("--scale", type=int, default=2000, help="training examples of each task: this times its share")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    rng = Random(args.seed)
+    texts = [(task, example(task, rng)) for task, share in MIXTURE.items() for _ in range(args.scale * share)]
+    tokenizer = train_tokenizer([text for _, text in texts])
+    tokenizer.save(str(args.out / "tokenizer.json"))
+    config = json.dumps(tokenizer_config(tokenizer), ensure_ascii=False, indent=2)
+    (args.out / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
+
+    role = {tag: tokenizer.token_to_id(tag) for tag in SPECIAL}
+    ids, wanted, starts, tasks = [], [], [0], []
+    for task, text in texts:
+        tokens, flags = encode(tokenizer, role, task, plain(text))
+        ids += tokens
+        wanted += flags
+        starts.append(len(ids))
+        tasks.append(list(MIXTURE).index(task))
+    np.savez(
+        args.out / "train.npz", ids=np.array(ids, dtype=np.uint16), wanted=np.array(wanted, dtype=bool),
+        starts=np.array(starts), tasks=np.array(tasks, dtype=np.uint8),
+    )  # fmt: skip
+    counts = {"fact": 300, "introduction": 60, "sum": 300, "json": 200, "repeat": 60, "tool": 200, "tool, unseen": 200}
+    with open(args.out / "heldout.jsonl", "w", encoding="utf-8") as file:
+        for item in heldout_examples(args.seed + 1, counts):
+            file.write(json.dumps(item, ensure_ascii=False) + "\n")
+    lengths = np.diff(starts)
+    for i, task in enumerate(MIXTURE):
+        mine = lengths[np.array(tasks) == i]
+        print(f"{task:14s} {len(mine):6d} examples, mean {mine.mean():6.1f} tokens, longest {mine.max()}")
+    print(f"{len(ids):,} tokens, {sum(wanted):,} to be predicted, vocabulary {tokenizer.get_vocab_size()}")
+
+
+if __name__ == "__main__":
+    main()

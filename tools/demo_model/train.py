@@ -1,0 +1,204 @@
+"""Train the demo model on what generate.py wrote. Stops and resumes anywhere; uses a GPU where there is one.
+
+    python tools/demo_model/train.py --data build/demo_model --steps 4000
+
+One step is one helping of every task in fixed proportions (generate.MIXTURE), about four thousand tokens. Matrices learn
+by Muon (momentum, orthogonalised), everything else by AdamW; the rate rises, stays, and falls to nothing over the last
+part of the run. The routers' correction biases follow the experts' load and no gradient. The MTP layer joins half-way.
+A later call with other --steps stretches or shortens what is left. Writes state.pt, loss.csv and, at the end, the
+finished checkpoint (export.py). Not here: evaluation (evaluate.py), the picture of the loss (plot.py).
+"""
+
+import argparse
+import csv
+import sys
+import time
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from export import export
+from generate import MIXTURE
+from model import DemoModel, Layout, Shape, layout_of
+from torch import Tensor
+
+DECAY_SHARE, WARM_UP, MTP_FROM, MTP_WEIGHT = 0.4, 60, 0.5, 0.3
+MUON_RATE, ADAM_RATE, BIAS_SPEED = 0.02, 4e-3, 2e-3
+
+
+class Examples:
+    """The training set, task by task, each in a shuffled order of its own that begins anew when it is used up."""
+
+    def __init__(self, path: Path):
+        arrays = np.load(path)
+        self.ids, self.wanted, self.starts = arrays["ids"].astype(np.int64), arrays["wanted"], arrays["starts"]
+        self.of_task = [np.flatnonzero(arrays["tasks"] == i) for i in range(len(MIXTURE))]
+
+    def helping(self, step: int) -> list[tuple[int, int]]:
+        """The (example, task) pairs of one step: the same for the same step, whatever ran before."""
+        chosen = []
+        for task, (mine, share) in enumerate(zip(self.of_task, MIXTURE.values())):
+            at = np.arange(step * share, (step + 1) * share)
+            order = {int(epoch): np.random.default_rng((task, int(epoch))).permutation(mine) for epoch in set(at // len(mine))}
+            chosen += [(int(order[int(i) // len(mine)][int(i) % len(mine)]), task) for i in at]
+        return chosen
+
+    def batch(self, step: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Layout]:
+        """Flat tokens (T,), which are to be predicted (T,), task of each (T,), and their layout."""
+        chosen = sorted(self.helping(step), key=lambda pair: self.length(pair[0]))
+        segments, tokens, wanted, tasks, real = [], [], [], [], []
+        for group in self._alike(chosen):
+            longest = self.length(group[-1][0])
+            segments.append((len(group), longest))
+            for example, task in group:
+                part, pad = slice(self.starts[example], self.starts[example + 1]), longest - self.length(example)
+                tokens.append(np.pad(self.ids[part], (0, pad)))
+                wanted.append(np.pad(self.wanted[part], (0, pad)))
+                real.append(np.arange(longest) < longest - pad)
+                tasks.append(np.full(longest, task))
+        flat = [torch.from_numpy(np.concatenate(parts)).to(device) for parts in (tokens, wanted, tasks, real)]
+        return flat[0], flat[1], flat[2], layout_of(segments, flat[3])
+
+    def length(self, example: int) -> int:
+        return int(self.starts[example + 1] - self.starts[example])
+
+    def _alike(self, chosen: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+        """Runs of examples, sorted by length, of which none is padded by more than a quarter."""
+        group: list[tuple[int, int]] = []
+        for pair in chosen:
+            if group and self.length(pair[0]) > 1.25 * self.length(group[0][0]):
+                yield group
+                group = []
+            group.append(pair)
+        yield group
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix is replaced by the nearest orthogonal one.
+
+    Stacked matrices are treated one by one; a group's `halves` says how many lie on top of each other in one matrix.
+    """
+
+    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95):
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "halves": 1})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                speed = self.state[p].setdefault("speed", torch.zeros_like(p))
+                speed.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(speed, group["momentum"])
+                update = update.unflatten(-2, (group["halves"], -1))
+                scale = max(1.0, update.shape[-2] / update.shape[-1]) ** 0.5
+                p.add_(orthogonal(update).view_as(p), alpha=-group["lr"] * scale)
+
+
+def orthogonal(x: Tensor, rounds: int = 5) -> Tensor:
+    """(…, R, C) with all singular values moved close to 1, by Newton and Schulz's iteration."""
+    turned = x.shape[-2] > x.shape[-1]
+    x = x.mT if turned else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(rounds):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.mT if turned else x
+
+
+def optimizers(model: DemoModel) -> list[torch.optim.Optimizer]:
+    matrices, stacked, others = [], [], []
+    for name, parameter in model.named_parameters():
+        hidden = parameter.ndim > 1 and not any(part in name for part in ("embed_tokens", "lm_head", "mlp.gate.weight"))
+        (others if not hidden else stacked if "gate_up_proj" in name else matrices).append(parameter)
+    muon = Muon([{"params": matrices}, {"params": stacked, "halves": 2}], lr=MUON_RATE)
+    return [muon, torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def rate(step: int, steps: int) -> float:
+    """The share of the full learning rate: up, level, down."""
+    return min((step + 1) / WARM_UP, 1.0, max(steps - step, 0) / (DECAY_SHARE * steps))
+
+
+def losses(model: DemoModel, batch: tuple[Tensor, Tensor, Tensor, Layout], draft: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Per predicted token: the loss (R,), its task (R,), and the MTP layer's loss (R',), which is empty without `draft`."""
+    tokens, wanted, tasks, layout = batch
+    hidden = model.trunk(tokens, layout)
+    rows = wanted[1:].nonzero().squeeze(1)  # padding is never wanted, so no row reaches into the next sequence
+    loss = F.cross_entropy(model.lm_head(hidden[rows]), tokens[rows + 1], reduction="none")
+    if not draft:
+        return loss, tasks[rows], loss.new_zeros(0)
+    guess = model.draft(hidden, tokens.roll(-1), layout)
+    far = (wanted[2:] & (layout.positions[2:] >= 2)).nonzero().squeeze(1)
+    return loss, tasks[rows], F.cross_entropy(model.lm_head(guess[far]), tokens[far + 2], reduction="none")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("build/demo_model"))
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--log", type=int, default=20, help="steps between two lines of loss.csv")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    examples, shape = Examples(args.data / "train.npz"), Shape()
+    model = DemoModel(shape).to(device)
+    learners = optimizers(model)
+    start, state = 0, args.data / "state.pt"
+    if state.exists():
+        saved = torch.load(state, map_location=device)
+        model.load_state_dict(saved["model"])
+        for learner, old in zip(learners, saved["learners"]):
+            learner.load_state_dict(old)
+        start = saved["step"]
+    log = args.data / "loss.csv"
+    if start == 0:
+        log.write_text("step,tokens,loss,mtp,rate,least load,most load,tokens/s," + ",".join(MIXTURE) + "\n")
+    seen, since = 0, time.monotonic()
+    sums, counts, drafts = torch.zeros(len(MIXTURE)), torch.zeros(len(MIXTURE)), []
+
+    for step in range(start, args.steps):
+        drafting = step >= MTP_FROM * args.steps
+        share = rate(step, args.steps)
+        for learner, full in zip(learners, (MUON_RATE, ADAM_RATE)):
+            for group in learner.param_groups:
+                group["lr"] = full * share
+        batch = examples.batch(step, device)
+        loss, tasks, mtp = losses(model, batch, drafting)
+        (loss.mean() + (MTP_WEIGHT * mtp.mean() if drafting else 0.0)).backward()
+        for learner in learners:
+            learner.step()
+            learner.zero_grad(set_to_none=True)
+
+        loads = [router.load / router.load.mean() for router in model.routers().values() if router.load.sum()]
+        for router in model.routers().values():
+            if router.load.sum():
+                router.balance(BIAS_SPEED * share)
+        seen += len(batch[0])
+        sums.index_add_(0, tasks.cpu(), loss.detach().cpu())
+        counts += torch.bincount(tasks.cpu(), minlength=len(MIXTURE))
+        drafts += [mtp.mean().item()] if drafting else []
+        if (step + 1) % args.log == 0:
+            speed = seen / (time.monotonic() - since)
+            row = [step + 1, (step + 1) * seen // args.log, sums.sum() / counts.sum(), np.mean(drafts) if drafts else 0.0, share,
+                   min(x.min() for x in loads), max(x.max() for x in loads), speed, *(sums / counts)]  # fmt: skip
+            with open(log, "a", newline="") as file:
+                csv.writer(file).writerow([f"{float(x):.4g}" if not isinstance(x, int) else x for x in row])
+            print(" ".join(f"{float(x):.3g}" for x in row), flush=True)
+            seen, since = 0, time.monotonic()
+            sums, counts, drafts = torch.zeros(len(MIXTURE)), torch.zeros(len(MIXTURE)), []
+        if (step + 1) % 100 == 0 or step + 1 == args.steps:
+            kept = {"model": model.state_dict(), "learners": [x.state_dict() for x in learners], "step": step + 1}
+            torch.save(kept, state.with_suffix(".new"))
+            state.with_suffix(".new").replace(state)
+    export(model, args.data, args.data / "checkpoint")
+    print(f"wrote {args.data / 'checkpoint'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
