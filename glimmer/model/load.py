@@ -19,6 +19,7 @@ from glimmer.parallel import Group
 from glimmer.weight import Weight
 
 SHOWN = 8  # names in an error message; the rest is counted
+MTP_ONLY = ("eh_proj.", "enorm.", "hnorm.", "embed_tokens.", "shared_head.")  # what an ordinary layer does not have
 
 
 class Plan:
@@ -70,15 +71,17 @@ class Plan:
                 elif self.checkpoint.shape(name) != (length,):
                     misshapen.append(f"{name} is {list(self.checkpoint.shape(name))}, config.json says {[length]}")
                 nbytes += (length if cut is None else cut[1] - cut[0]) * width
-        superfluous = sorted(n for n in self.checkpoint.names() - wanted if not self._left_out(n))
+        superfluous = sorted(self.checkpoint.names() - wanted - self._left_out())
         self._refuse("missing", missing, "download the checkpoint's missing files, or restore its own config.json")
         self._refuse("of another shape", misshapen, "use the config.json that belongs to these weights")
         self._refuse("superfluous", superfluous, "use the config.json that belongs to these weights")
         return nbytes
 
-    def _left_out(self, name: str) -> bool:
-        """What we knowingly leave: the MTP layer, when nobody asked for it."""
-        return self.mtp is None and name.startswith(self._prefix)
+    def _left_out(self) -> set[str]:
+        """What we knowingly leave: the MTP layer, when nobody asked for it. An ordinary layer there is not it."""
+        layer = {name for name in self.checkpoint.names() if name.startswith(self._prefix)}
+        is_mtp = any(name.removeprefix(self._prefix).startswith(MTP_ONLY) for name in layer)
+        return layer if self.mtp is None and is_mtp else set()
 
     def _refuse(self, what: str, found: list[str], todo: str) -> None:
         if found:
