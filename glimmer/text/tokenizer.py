@@ -125,8 +125,8 @@ class Tokenizer:
 class Detokenizer:
     """Ids to text as they arrive. What push() and flush() return, joined, is decode() of all the ids.
 
-    A character split over tokens is held until its last byte is here; bytes that can no longer become a character are
-    let go at once as U+FFFD. Each token costs its own bytes and nothing of what came before.
+    A character split over tokens is held until its last byte is here; bytes that cannot become a character are let go
+    as U+FFFD. Never are more than three bytes held. Each token costs its own bytes and nothing of what came before.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
