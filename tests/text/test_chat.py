@@ -201,11 +201,6 @@ def test_a_template_that_fails_is_an_error_and_no_traceback(source):
     "{{ messages[0].update(role='x') }}",
     "{{ raise_exception.__globals__['json'] }}",
     "{{ ('{0.' ~ '__class__.__mro__}').format(messages) }}",
-    "{{ 9 ** (9 ** 9) }}",
-    "{{ 2 ** 100000000000 }}",
-    "{{ 'x' * 100000000000 }}",
-    "{{ 100000000000 * [messages] }}",
-    "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
 ])
 def test_a_template_that_reaches_too_far_is_stopped(source):
     messages = [dict(ASK)]
@@ -213,6 +208,18 @@ def test_a_template_that_reaches_too_far_is_stopped(source):
         template(source).render(messages)
         pytest.fail(f"{source} was rendered")
     assert caught.value.found and messages == [ASK]
+
+
+@pytest.mark.parametrize("source", [
+    "{{ 2 ** 65 }}",
+    "{{ 9 ** (9 ** 9) }}",
+    "{{ ('x' * 20000000) | length }}",
+    "{{ (20000000 * [messages]) | length }}",
+    "{% set n = namespace(x=3) %}{% for i in range(9) %}{% set n.x = n.x * n.x %}{% endfor %}",
+])
+def test_no_single_product_or_power_is_huge(source):
+    error = refusal(CheckpointError, lambda: template(source).render([ASK]))
+    assert "would be too big" in error.found
 
 
 def test_the_longest_prompt():
