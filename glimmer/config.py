@@ -258,6 +258,7 @@ class EngineConfig:
     gpu_memory_utilization      the share of the free memory (of whatever device) that weights and cache may take
     kv_cache_memory_bytes       memory for the KV cache of each rank; None: what is left, on a CPU at most 4 GiB
     enable_prefix_caching       reuse the KV blocks of equal prompt beginnings
+    skip_tokenizer_init         need no tokenizer.json: prompts are token ids, answers have no text
     """
 
     model: str
@@ -272,6 +273,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     kv_cache_memory_bytes: int | None = None
     enable_prefix_caching: bool = True
+    skip_tokenizer_init: bool = False
 
     def __post_init__(self):
         for key in ("tensor_parallel_size", "block_size", "max_num_seqs", "max_num_batched_tokens"):

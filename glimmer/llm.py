@@ -79,14 +79,14 @@ class LLM:
     def __init__(self, model: str, *, on_load: OnLoad | None = None, **settings: Any):
         self.config = EngineConfig(model=str(model), **settings)
         self.model_config = ModelConfig.load(self.config.model)
-        self.tokenizer = Tokenizer.load(self.config.model)
+        self.tokenizer = None if self.config.skip_tokenizer_init else Tokenizer.load(self.config.model)
         self.chat_template = ChatTemplate.load(self.config.model)
         self._defaults, eos = generation_defaults(self.config.model)
         self.eos_token_ids = eos or self.model_config.eos_token_id
-        if self.tokenizer.size > self.model_config.vocab_size:
+        choosable = self.tokenizer.size if self.tokenizer else self.model_config.vocab_size
+        if choosable > self.model_config.vocab_size:
             raise CheckpointError(
-                f"the tokenizer has ids up to {self.tokenizer.size - 1}, the model's vocab_size is"
-                f" {self.model_config.vocab_size}",
+                f"the tokenizer has ids up to {choosable - 1}, the model's vocab_size is {self.model_config.vocab_size}",
                 "a tokenizer whose ids the model knows",
                 "use the tokenizer.json and config.json of one checkpoint",
             )
@@ -95,9 +95,7 @@ class LLM:
         if device.type == "cpu":
             devices.share_cores(self.group.local_size)
         self._runner = Runner(self.config, self.model_config, self.group, device, on_load)
-        self._engine = Engine(
-            self.config, self._runner, self.group, self.model_config.vocab_size, self.tokenizer.size
-        )
+        self._engine = Engine(self.config, self._runner, self.group, self.model_config.vocab_size, choosable)
         self._open: dict[str, _Answer] = {}
         self._numbers = itertools.count()
         self._inbox: deque[Callable[[], None]] = deque()  # what coroutines ask of the engine's thread
@@ -209,7 +207,7 @@ class LLM:
     ) -> dict[str, Any]:
         """A conversation as the prompt {"prompt", "prompt_token_ids"} that `generate` and `stream` take."""
         text = self.chat_template.render(messages, tools=tools, **(kwargs or {}))
-        return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
+        return {"prompt": text, "prompt_token_ids": self._encode(text, add_special_tokens=False)}
 
     # ------------------------------------------------------------------ piece by piece
 
@@ -322,12 +320,20 @@ class LLM:
                 'text, {"prompt": text} or {"prompt_token_ids": [ids]}', "pass one of these",
             )
         if ids is None:
-            ids = self.tokenizer.encode(text, add_special_tokens=True) if text else []
+            ids = self._encode(text, add_special_tokens=True) if text else []
         elif not isinstance(ids, (list, tuple)) or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
             raise RequestError("prompt_token_ids", "ids that are not whole numbers", "a list of token ids", "pass ints")
         output = RequestOutput(text, list(ids))
         self._engine.check(self._request(output, params, "", ""))
         return output
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if self.tokenizer is None:
+            raise RequestError(
+                "prompt", "a prompt of text with skip_tokenizer_init", '{"prompt_token_ids": [ids]}',
+                "pass ids, or leave skip_tokenizer_init out",
+            )
+        return self.tokenizer.encode(text, add_special_tokens)
 
     def _request(self, output: RequestOutput, params: SamplingParams, id: str, seed: str) -> Request:
         return Request(id, tuple(output.prompt_token_ids), params, seed, tuple(self.eos_token_ids))
@@ -381,13 +387,15 @@ class _Answer:
         output: RequestOutput,
         completion: CompletionOutput,
         params: SamplingParams,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         deliver: Callable[[Any], None] | None,
     ):
         self.id, self.output, self.completion, self.params, self.tokenizer = id, output, completion, params, tokenizer
         self.pieces: deque[Piece] = deque()
         self.deliver = deliver or self.pieces.append
-        self.reply = Reply(tokenizer, params.stop, params.include_stop_str_in_output, params.skip_special_tokens)
+        self.reply = _NoReply()
+        if tokenizer is not None:
+            self.reply = Reply(tokenizer, params.stop, params.include_stop_str_in_output, params.skip_special_tokens)
 
     @property
     def done(self) -> bool:
@@ -425,5 +433,19 @@ class _Answer:
             self.deliver(piece)
 
     def _decoded(self, position: dict[int, Logprob]) -> dict[int, Logprob]:
-        decode = lambda id: self.tokenizer.decode([id], skip_special_tokens=False) if id < self.tokenizer.size else ""  # noqa: E731
-        return {id: replace(found, decoded_token=decode(id)) for id, found in position.items()}
+        if self.tokenizer is None:
+            return position
+        text = {id: self.tokenizer.decode([id], skip_special_tokens=False) for id in position if id < self.tokenizer.size}
+        return {id: replace(found, decoded_token=text.get(id, "")) for id, found in position.items()}
+
+
+class _NoReply:
+    """In place of a Reply where there is no tokenizer: an answer of ids only."""
+
+    text, stopped = "", None
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""

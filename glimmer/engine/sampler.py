@@ -55,9 +55,12 @@ class Sampler:
                 _adjust_(row, sequence)
         tokens = logits.argmax(-1).tolist()
         drawn = [i for i, s in enumerate(sequences) if s.request.params.temperature > 0]
-        if drawn:
-            for i, token in zip(drawn, _draw(logits[drawn], [sequences[i] for i in drawn])):
-                tokens[i] = token
+        # Apart, because they number their tokens differently: no row may notice which kind its neighbours are.
+        for draw in (_draw, _draw_limited):
+            rows = [i for i in drawn if _limits(sequences[i]) == (draw is _draw_limited)]
+            if rows:
+                for i, token in zip(rows, draw(logits[rows], [sequences[i] for i in rows])):
+                    tokens[i] = token
         return tokens
 
 
@@ -90,35 +93,52 @@ def _adjust_(logits: Tensor, sequence: Sequence) -> None:
         logits[[i for i in sequence.request.stop_ids if i < len(logits)]] = float("-inf")
 
 
+def _limits(sequence: Sequence) -> bool:
+    p = sequence.request.params
+    return p.top_k > 0 or p.top_p < 1 or p.min_p > 0
+
+
+def _column(like: Tensor, values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+
+
+def _probabilities(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    return (logits / _column(logits, [s.request.params.temperature for s in sequences])).softmax(-1)
+
+
 def _draw(logits: Tensor, sequences: list[Sequence]) -> list[int]:
-    """Draw a token for each row of logits (N, V) after temperature, top_k, top_p and min_p."""
-    params = [s.request.params for s in sequences]
-    column = lambda values: torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]  # noqa: E731
-    probs = (logits / column([p.temperature for p in params])).softmax(-1)
-    ids = None
-    if any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params):
-        vocabulary = logits.shape[-1]
-        top_k = column([p.top_k if p.top_k > 0 else vocabulary for p in params])
-        top_p = column([p.top_p for p in params])
-        min_p = column([p.min_p for p in params])
-        for candidates in (min(CANDIDATES, vocabulary), vocabulary):
-            kept, ids = probs.topk(candidates, -1)  # likeliest first
-            kept = kept * (torch.arange(candidates, device=probs.device) < top_k)
-            if candidates == vocabulary or _suffices(kept, ids, probs, top_k, top_p, min_p):
-                break
-        # With top_k the mass that top_p speaks of is that of the k tokens; without it, of all.
-        whole = torch.where(top_k < vocabulary, kept.sum(-1, keepdim=True), 1.0)
-        before = kept.cumsum(-1) - kept
-        kept = kept * (before < top_p * whole) * (kept >= min_p * kept[:, :1])
-        probs = kept
-    cumulative = probs.double().cumsum(-1)
-    uniform = torch.tensor([_uniform(s) for s in sequences], dtype=torch.float64, device=logits.device)[:, None]
+    """Draw a token for each row of logits (N, V) after temperature."""
+    return _look_up(_probabilities(logits, sequences), sequences).squeeze(-1).tolist()
+
+
+def _draw_limited(logits: Tensor, sequences: list[Sequence]) -> list[int]:
+    """The same after top_k, top_p and min_p; candidates are numbered by rank, the likeliest first."""
+    params, vocabulary = [s.request.params for s in sequences], logits.shape[-1]
+    probs = _probabilities(logits, sequences)
+    top_k = _column(logits, [p.top_k if p.top_k > 0 else vocabulary for p in params])
+    top_p, min_p = _column(logits, [p.top_p for p in params]), _column(logits, [p.min_p for p in params])
+    for candidates in (min(CANDIDATES, vocabulary), vocabulary):
+        kept, ids = probs.topk(candidates, -1)
+        kept = kept * (torch.arange(candidates, device=probs.device) < top_k)
+        if candidates == vocabulary or _suffices(kept, top_k, top_p, min_p):
+            break
+    # With top_k, the mass that top_p speaks of is that of the k tokens; without, it is the whole.
+    whole = torch.where(top_k < vocabulary, kept.sum(-1, keepdim=True), 1.0)
+    before = kept.cumsum(-1) - kept
+    kept = kept * (before < top_p * whole) * (kept >= min_p * kept[:, :1])
+    return ids.gather(-1, _look_up(kept, sequences)).squeeze(-1).tolist()
+
+
+def _look_up(weights: Tensor, sequences: list[Sequence]) -> Tensor:
+    """(N, 1): for each row, the index that its uniform number hits in the cumulative weights (N, C)."""
+    cumulative = weights.double().cumsum(-1)
+    uniform = torch.tensor([[_uniform(s)] for s in sequences], dtype=torch.float64, device=weights.device)
     index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-    index = index.clamp_max((probs > 0).sum(-1, keepdim=True) - 1 if ids is not None else probs.shape[-1] - 1)
-    return (index if ids is None else ids.gather(-1, index)).squeeze(-1).tolist()
+    last = (weights > 0).long().mul(torch.arange(weights.shape[-1], device=weights.device)).amax(-1, keepdim=True)
+    return torch.minimum(index, last)  # rounding may push the product to the very end
 
 
-def _suffices(kept: Tensor, ids: Tensor, probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> bool:
+def _suffices(kept: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> bool:
     """Whether no row could keep a token beyond these candidates."""
     by_count = top_k <= kept.shape[-1]
     by_mass = (top_p < 1) & (kept.sum(-1, keepdim=True) >= top_p)

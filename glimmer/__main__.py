@@ -1,0 +1,56 @@
+"""The command line: `glimmer predict | bench | doctor`. Each word has a file of its own; this one only finds it.
+
+Errors that glimmer raises on purpose become three lines and an exit code here, never a traceback.
+"""
+
+import sys
+
+from glimmer import __version__, bench, doctor, predict
+from glimmer.errors import GlimmerError
+
+HELP = """\
+usage: glimmer COMMAND [options]
+
+Runs the GLM-4.5 family (GLM-4.5, 4.5-Air, 4.6, 4.7) from a Hugging Face directory, in one process or many.
+
+commands
+  predict   answer one prompt, several, or a file of them
+  bench     measure loading, prefill and decode on this machine
+  doctor    what this machine has, and which operations will serve
+
+examples
+  glimmer predict "请介绍一下北京"                           the demo model that comes with glimmer
+  glimmer predict --model DIR --chat "Why is the sky blue?"
+  torchrun --nproc-per-node 8 -m glimmer predict --model DIR --tensor-parallel-size 8 "请介绍一下北京"
+  glimmer bench DIR
+
+Each command has its own --help. `glimmer --version` prints the version.
+"""
+
+COMMANDS = {"predict": predict.main, "bench": bench.main, "doctor": doctor.main}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code (0 done, 1 the engine failed, 2 bad input, 130 interrupted)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if argv[0] == "--version":
+        print(f"glimmer {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"glimmer: no command {argv[0]!r}\n  expected: {', '.join(COMMANDS)}\n  to do:    see glimmer --help", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[argv[0]](argv[1:])
+    except GlimmerError as error:
+        print(f"glimmer {argv[0]}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"\nglimmer {argv[0]}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""A model made of bookkeeping: it stores each token in the slot that the batch names, and "predicts" a hash of all the
+tokens that the block table then shows it. Any lost, shared or overwritten slot changes the prediction."""
+
+from hashlib import blake2b
+
+import torch
+
+from glimmer.config import EngineConfig
+from glimmer.engine.engine import Engine
+from glimmer.engine.runner import Room, Runner
+from glimmer.parallel import Group
+
+VOCABULARY = 50
+
+
+class ScriptedRunner:
+    """Quacks like Runner. `batch` is the real one; the cache holds token ids instead of keys and values."""
+
+    batch = Runner.batch
+    device = torch.device("cpu")
+
+    def __init__(self, num_blocks: int, block_size: int, max_model_len: int):
+        self.room = Room(num_blocks, max_model_len)
+        self.cache = self  # Runner.batch asks it for block_size
+        self.block_size = block_size
+        self.slots = [-1] * (num_blocks * block_size)
+        self.steps, self.rows = 0, 0
+
+    def forward(self, batch):
+        self.steps += 1
+        self.rows = max(self.rows, len(batch.tokens))
+        assert len(set(batch.slots.tolist())) == len(batch.slots), "two tokens in one slot"
+        for token, slot in zip(batch.tokens.tolist(), batch.slots.tolist()):
+            self.slots[slot] = token
+        wanted, logits = set(batch.rows.tolist()), []
+        for s, length in enumerate(batch.lengths):
+            table = batch.blocks[s].tolist()
+            history = [self.slots[table[p // self.block_size] * self.block_size + p % self.block_size] for p in range(length)]
+            first, last = batch.starts[s], batch.starts[s + 1]
+            assert batch.positions[first:last].tolist() == list(range(length - (last - first), length))
+            logits += [row_for(history[: length - last + r + 1]) for r in range(first, last) if r in wanted]
+        return torch.tensor(logits) if logits else None
+
+
+def next_token(history) -> int:
+    """What the scripted model says after `history`."""
+    return blake2b(repr(list(history)).encode(), digest_size=4).digest()[0] % VOCABULARY
+
+
+def row_for(history) -> list[float]:
+    """Logits with the scripted token on top and all others in a fixed order."""
+    token = next_token(history)
+    return [10.0 if i == token else -float(i) / VOCABULARY for i in range(VOCABULARY)]
+
+
+def scripted_engine(num_blocks=64, block_size=4, max_model_len=64, **settings) -> Engine:
+    """An Engine over the scripted model."""
+    config = EngineConfig(model="scripted", block_size=block_size, **settings)
+    return Engine(config, ScriptedRunner(num_blocks, block_size, max_model_len), Group(), VOCABULARY, VOCABULARY)
