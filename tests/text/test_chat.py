@@ -66,7 +66,7 @@ MESSAGE = st.one_of(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(messages=st.lists(MESSAGE, min_size=1, max_size=6), begin=st.booleans(),
        tools=st.none() | st.lists(st.dictionaries(TEXT, JSON), max_size=2),
        thinking=st.sampled_from([{}, {"enable_thinking": True}, {"enable_thinking": False}]))

@@ -127,7 +127,7 @@ def test_stop_must_be_a_list_of_texts(tokenizer, stop):
 # ── properties ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(ids=st.lists(BYTES | st.integers(0, 2291), max_size=30), stop=STOPS, include=st.booleans(), data=st.data())
 def test_any_cutting_of_the_ids_gives_the_defined_answer(tokenizer, ids, stop, include, data):
     whole = tokenizer.decode(ids)
@@ -147,7 +147,7 @@ def test_any_cutting_of_the_ids_gives_the_defined_answer(tokenizer, ids, stop, i
         assert reply.used == runs[0][1].used
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=st.text(ALPHABET, max_size=20), stop=STOPS)
 def test_all_is_shown_but_a_beginning_of_a_stop_string(tokenizer, text, stop):
     reply = Reply(tokenizer, stop)

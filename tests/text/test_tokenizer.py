@@ -132,7 +132,7 @@ def test_an_id_outside_the_vocabulary_is_refused(tokenizer, id):
 # ── Detokenizer ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(ids=st.lists(IDS), sizes=st.lists(st.integers(0, 4)), skip=st.booleans())
 def test_any_cutting_of_the_ids_gives_the_same_text(tokenizer, ids, sizes, skip):
     detokenizer = Detokenizer(tokenizer, skip)
@@ -140,7 +140,7 @@ def test_any_cutting_of_the_ids_gives_the_same_text(tokenizer, ids, sizes, skip)
     assert "".join(pieces) + detokenizer.flush() == tokenizer.decode(ids, skip)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @example([0xED, 0xA0])
 @given(ids=st.lists(IDS))
 def test_only_an_unfinished_character_is_held_back(tokenizer, ids):
