@@ -70,10 +70,13 @@ class Plan:
                     missing.append(name)
                 elif self.checkpoint.shape(name) != (length,):
                     misshapen.append(f"{name} is {list(self.checkpoint.shape(name))}, config.json says {[length]}")
+                elif self.checkpoint.dtype(name) not in formats.FLOATS:
+                    dtype = str(self.checkpoint.dtype(name)).removeprefix("torch.")
+                    misshapen.append(f"{name} is {dtype}, where bfloat16, float16 or float32 can be read")
                 nbytes += (length if cut is None else cut[1] - cut[0]) * width
         superfluous = sorted(self.checkpoint.names() - wanted - self._left_out())
         self._refuse("missing", missing, "download the checkpoint's missing files, or restore its own config.json")
-        self._refuse("of another shape", misshapen, "use the config.json that belongs to these weights")
+        self._refuse("of another shape or type", misshapen, "use the config.json that belongs to these weights")
         self._refuse("superfluous", superfluous, "use the config.json that belongs to these weights")
         return nbytes
 
