@@ -24,7 +24,7 @@ def embed(tokens: Tensor, table: Tensor, first: int) -> Tensor:
     """Rows of the table; this rank holds ids first..first+len(table), the others' rows are zero until summed."""
     local = tokens - first
     mine = (local >= 0) & (local < len(table))
-    return F.embedding(local.where(mine, 0), table) * mine[:, None]
+    return F.embedding(local.where(mine, 0), table).masked_fill_(~mine[:, None], 0)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
