@@ -1,0 +1,461 @@
+"""Every door of every backend on this machine against its definition, written out here once more in plain torch.
+
+A definition is one function, evaluated twice: in float64 it is the truth, in the door's own dtype it shows what plain
+torch makes of it. A door passes if its error is at most twice plain torch's, plus one rounding of its result.
+"""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from glimmer import device as devices
+from glimmer.batch import Batch
+from glimmer.ops import BACKENDS, Ops, RouteRule, choose
+from glimmer.weight import Weight
+
+KINDS = devices.available()
+
+
+@pytest.fixture(scope="module", params=[*KINDS, *(f"{kind} reference" for kind in KINDS if BACKENDS[kind])])
+def doors(request) -> tuple[Ops, torch.device]:
+    """(ops, device): each backend here, and the reference on every device where something else serves."""
+    kind, _, only = request.param.partition(" ")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLIMMER_OPS", only)
+        return choose(kind), torch.device(kind)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def noise():
+    """noise(*shape, dtype=...) -> normal numbers, the same in every run."""
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+    return draw
+
+
+def double(value):
+    """The same in float64, whatever it is."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, list):
+        return [double(v) for v in value]
+    return value
+
+
+def assert_close(found: Tensor, definition, *inputs) -> None:
+    """The tolerance of this file."""
+    truth = definition(*double(list(inputs)))
+    plain = definition(*inputs)
+    error = (found.cpu().double() - truth).abs().max()
+    allowed = 2 * (plain.double() - truth).abs().max() + torch.finfo(found.dtype).eps * truth.abs().max()
+    assert found.isfinite().all() and error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
+
+
+def call(door, device: torch.device, *inputs, changes: tuple[int, ...] = ()):
+    """door(*inputs) on the device; its inputs stay as they are, except those that it is there to change."""
+    there = [value.to(device) if isinstance(value, Tensor) else value for value in inputs]
+    before = [value.clone() if isinstance(value, Tensor) else value for value in there]
+    result = door(*there)
+    for i, (a, b) in enumerate(zip(there, before)):
+        if isinstance(a, Tensor) and i not in changes:
+            assert torch.equal(a, b), f"input {i} was changed"
+    return [there[i].cpu() for i in changes] if changes else result
+
+
+# ---- small ones ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("first, held", [(0, 50), (10, 5), (49, 1)])
+def test_embed(rows, first, held, doors, dtype, noise):
+    ops, device = doors
+    table, tokens = noise(held, 36, dtype=dtype), torch.arange(rows) * 7 % 50
+    found = call(ops.embed, device, tokens, table, first).cpu()
+    assert found.dtype == dtype
+    for token, row in zip(tokens.tolist(), found):
+        inside = first <= token < first + held
+        assert torch.equal(row, table[token - first] if inside else torch.zeros(36, dtype=dtype))
+
+
+def test_embed_keeps_a_broken_row_to_itself(doors):
+    """NaN in a rank's first row is no reason to spoil tokens that other ranks hold."""
+    ops, device = doors
+    table = torch.tensor([[float("nan")], [2.0]], device=device)
+    found = ops.embed(torch.tensor([0, 4, 5, 9], device=device), table, 4).cpu()
+    assert found[[0, 2, 3], 0].tolist() == [0, 2, 0] and found[1].isnan().all()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (7, 44), (7, 5120), (3, 12, 128)], ids=str)
+@pytest.mark.parametrize("eps", [1e-5, 0.1])
+def test_rms_norm(shape, eps, doors, dtype, noise):
+    ops, device = doors
+    x, weight = noise(*shape, dtype=dtype, scale=3), 1 + noise(shape[-1], dtype=dtype, scale=0.1)
+    found = call(ops.rms_norm, device, x, weight, eps)
+    assert found.dtype == dtype and found.shape == x.shape
+    assert_close(found, rms_norm, x, weight, eps)
+
+
+def test_rms_norm_of_nothing_and_of_much(doors, dtype):
+    ops, device = doors
+    x = torch.tensor([[0.0] * 8, [1e-4] * 8, [3e18] * 8], dtype=dtype)
+    found = call(ops.rms_norm, device, x, torch.ones(8, dtype=dtype), 1e-5).tolist()
+    assert found[0] == [0] * 8
+    assert found[1] == pytest.approx([1e-4 / (1e-8 + 1e-5) ** 0.5] * 8, rel=0.01)
+    assert found[2] == pytest.approx([1] * 8, rel=0.01)
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=["residual float32", "residual bfloat16"])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_add_rms_norm(rows, kept, doors, dtype, noise):
+    ops, device = doors
+    x, residual, weight = noise(rows, 176, dtype=dtype), noise(rows, 176, dtype=kept, scale=4), noise(176, dtype=dtype)
+    normed, total = call(ops.add_rms_norm, device, x, residual, weight, 1e-5)
+    assert normed.dtype == dtype and total.dtype == kept
+    assert_close(total, lambda x, residual: (x + residual).to(residual.dtype), x, residual)
+    # From the sum as it is kept: what is lost in keeping it is lost for the next layer, too.
+    assert_close(normed, rms_norm, total.cpu().to(dtype) if dtype == kept else total.cpu().float(), weight, 1e-5)
+
+
+@pytest.mark.parametrize("rows, width", [(1, 44), (7, 88), (33, 176), (2, 1408)])
+def test_swiglu(rows, width, doors, dtype, noise):
+    ops, device = doors
+    x = noise(rows, 2 * width, dtype=dtype, scale=4)
+    found = call(ops.swiglu, device, x)
+    assert found.shape == (rows, width) and found.dtype == dtype
+    assert_close(found, lambda x: x[:, :width] / (1 + (-x[:, :width]).exp()) * x[:, width:], x)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Dimension i of the first half of the rotated part turns with dimension i of its second half."""
+    half, out = cos.shape[1], x.clone()
+    for i in range(half):
+        a, b = x[..., i], x[..., i + half]
+        out[..., i] = a * cos[:, None, i] - b * sin[:, None, i]
+        out[..., i + half] = b * cos[:, None, i] + a * sin[:, None, i]
+    return out
+
+
+@pytest.mark.parametrize("heads, dim, turned", [((96, 8), 128, 64), ((3, 1), 16, 4), ((2, 2), 12, 12)], ids=str)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_rope(rows, heads, dim, turned, doors, dtype, noise):
+    """In place, on views of one matrix, as the model calls it; the rest of each head, and v, stay as they were."""
+    ops, device = doors
+    angles = torch.arange(rows)[:, None] * 1e6 ** (-torch.arange(0, turned, 2) / turned) + 1000
+    qkv = noise(rows, sum(heads) + heads[1], dim, dtype=dtype).to(device)
+    before, cos, sin = qkv.cpu().clone(), angles.cos(), angles.sin()
+    q, k, _ = qkv.split((*heads, heads[1]), 1)
+    assert ops.rope_(q, k, cos.to(device), sin.to(device)) is None
+    after = qkv.cpu()
+    q, k, v = before.split((*heads, heads[1]), 1)
+    assert_close(after[:, : heads[0]], rope, q, cos, sin)
+    assert_close(after[:, heads[0] : sum(heads)], rope, k, cos, sin)
+    assert torch.equal(after[..., turned:], before[..., turned:]) and torch.equal(after[:, sum(heads) :], v)
+
+
+def test_store_kv(doors, dtype, noise):
+    ops, device = doors
+    keys, values, slots = noise(5, 3, 2, 16, dtype=dtype), noise(5, 3, 2, 16, dtype=dtype), [14, 0, 7, 8, 3]
+    k, v = noise(5, 2, 16, dtype=dtype), noise(5, 4, 16, dtype=dtype)[:, 1:3]  # v a view, as in the model
+    found = call(ops.store_kv_, device, k, v, keys, values, torch.tensor(slots), changes=(2, 3))
+    for cache, rows, before in zip(found, (k, v), (keys, values)):
+        for slot in range(15):
+            expected = rows[slots.index(slot)] if slot in slots else before.flatten(0, 1)[slot]
+            assert torch.equal(cache.flatten(0, 1)[slot], expected)
+
+
+# ---- matrices ------------------------------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    return x @ w.T if bias is None else x @ w.T + bias
+
+
+SIZES = [(1, 64, 44), (7, 44, 88), (3, 88, 176), (4, 176, 1408), (33, 1408, 64), (2, 4096, 5)]
+
+
+@pytest.mark.parametrize("rows, inner, out", SIZES, ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+def test_linear(rows, inner, out, bias, stored, doors, dtype, noise):
+    ops, device = doors
+    x, w = noise(rows, inner, dtype=dtype), noise(out, inner, dtype=stored, scale=inner**-0.5)
+    b = noise(out, dtype=dtype) if bias else None
+    packed = ops.pack_linear([Weight("plain", w)], dtype, device)
+    found = call(lambda x: ops.linear(x, packed, None if b is None else b.to(device)), device, x)
+    assert found.dtype == dtype and found.shape == (rows, out)
+    assert_close(found, linear, x, w.to(dtype), b)
+
+
+def fp8_weight(noise, out: int, inner: int) -> Weight:
+    codes = noise(out, inner, scale=100).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return Weight("fp8", codes, noise(out, 1).abs() * inner**-0.5 / 100 + 1e-6)
+
+
+@pytest.mark.parametrize("rows, inner, out", SIZES, ids=str)
+def test_linear_fp8(rows, inner, out, doors, dtype, noise):
+    """Rows that FP8 expresses exactly, with scales that are powers of two: their quantisation rounds nothing."""
+    ops, device = doors
+    weight = fp8_weight(noise, out, inner)
+    codes = noise(rows, inner, scale=100).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    codes[:, 0] = 448
+    x = (codes * 2.0 ** -torch.arange(5, 5 + rows)[:, None].clamp(max=20)).to(dtype)
+    b = noise(out, dtype=dtype)
+    packed = ops.pack_linear([weight], dtype, device)
+    found = call(lambda x: ops.linear(x, packed, b.to(device)), device, x)
+    assert found.dtype == dtype
+    assert_close(found, lambda x, w, b: (x @ w.to(x.dtype).T) + b, x, weight.codes.double() * weight.scales.double(), b)
+
+
+def test_linear_fp8_quantises_each_row_by_its_own_largest(doors, dtype, noise):
+    """A row of large numbers costs its neighbours nothing; nor do zeros. The error is that of 3 bits of fraction."""
+    ops, device = doors
+    weight = fp8_weight(noise, 40, 512)
+    x = noise(4, 512, dtype=dtype) * torch.tensor([[1e-6], [1.0], [0.0], [1e6]], dtype=dtype)
+    found = call(lambda x: ops.linear(x, ops.pack_linear([weight], dtype, device), None), device, x).cpu().double()
+    truth = x.double() @ weight.dequantize().double().T
+    assert found[2].abs().max() == 0
+    error = (found - truth).norm(dim=1) / truth.norm(dim=1)
+    assert all(0.01 < e < 0.06 for e in error[[0, 1, 3]])
+
+
+@pytest.mark.parametrize("kind", ["plain", "fp8"])
+def test_packed_parts_follow_each_other_and_are_copies(kind, doors, dtype, noise):
+    """Rows of q, k and v in one matrix; what comes later to the file's own bytes is nothing to the packed form."""
+    ops, device = doors
+    plain = lambda n: Weight("plain", noise(n, 48, dtype=dtype))
+    parts = [fp8_weight(noise, n, 48) if kind == "fp8" else plain(n) for n in (5, 1, 9)]
+    x = noise(3, 48, dtype=dtype).to(device)
+    apart = [ops.linear(x, ops.pack_linear([part], dtype, device), None) for part in parts]
+    packed = ops.pack_linear(parts, dtype, device)
+    together = ops.linear(x, packed, None)
+    for part in parts:
+        part.codes.zero_()
+        if part.scales is not None:
+            part.scales.zero_()
+    torch.testing.assert_close(together, torch.cat(apart, 1))
+    assert torch.equal(ops.linear(x, packed, None), together)
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------
+
+STEPS = {  # (tokens already in the cache, tokens in this chunk) of each sequence
+    "first token": [(0, 1)],
+    "one decodes": [(40, 1)],
+    "several decode": [(0, 1), (14, 1), (15, 1), (16, 1), (31, 1), (99, 1)],
+    "prompts": [(0, 15), (0, 16), (0, 17), (0, 1), (0, 50)],
+    "chunks with a past": [(16, 16), (3, 30), (31, 2), (16, 1), (64, 64)],
+    "everything at once": [(0, 20), (33, 1), (17, 5), (0, 1), (48, 16)],
+}
+LONG = {"longer than one call": [(20, 600), (0, 530), (700, 1)]}
+HEADS = {"96 over 8": (96, 8, 128), "8 over 4": (8, 4, 16), "3 over 1": (3, 1, 44), "as many": (2, 2, 64)}
+
+
+def paged(steps: list[tuple[int, int]], size: int, seed: int) -> tuple[Batch, int]:
+    """The batch of such a step, its blocks scattered over a pool; and the number of blocks."""
+    lengths = [past + n for past, n in steps]
+    needed = [-(-length // size) for length in lengths]
+    pool = torch.randperm(sum(needed) + 3, generator=torch.Generator().manual_seed(seed))
+    blocks, at = torch.zeros(len(steps), max(needed) + 1, dtype=torch.int64), 0
+    for s, n in enumerate(needed):
+        blocks[s, :n] = pool[at : at + n]
+        at += n
+    places = [(s, p) for s, (past, n) in enumerate(steps) for p in range(past, past + n)]
+    starts = (0, *itertools.accumulate(n for _, n in steps))
+    slots = torch.tensor([int(blocks[s, p // size]) * size + p % size for s, p in places])
+    positions = torch.tensor([p for _, p in places])
+    rows = torch.tensor([stop - 1 for stop in starts[1:]])
+    return Batch(torch.zeros_like(slots), positions, slots, blocks, rows, starts, tuple(lengths)), len(pool)
+
+
+def attention(q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float) -> Tensor:
+    """Each row by itself: its keys gathered one slot after the other, a softmax, a sum."""
+    size, out = keys.shape[1], []
+    share = q.shape[1] // keys.shape[2]
+    for s, length in enumerate(batch.lengths):
+        slots = torch.tensor([int(batch.blocks[s, p // size]) * size + p % size for p in range(length)])
+        k, v = (x.flatten(0, 1)[slots].repeat_interleave(share, 1) for x in (keys, values))  # (L, h, D)
+        for row in range(batch.starts[s], batch.starts[s + 1]):
+            seen = int(batch.positions[row]) + 1
+            weights = torch.einsum("hd,lhd->hl", q[row], k[:seen]) * scale
+            out.append(torch.einsum("hl,lhd->hd", weights.softmax(-1), v[:seen]).flatten())
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("steps, heads", [
+    *itertools.product(STEPS, HEADS),
+    ("longer than one call", "8 over 4"),
+])
+def test_attention(steps, heads, doors, dtype, noise):
+    ops, device = doors
+    h, g, dim = HEADS[heads]
+    size = 16 if steps != "chunks with a past" else 5
+    batch, pool = paged((STEPS | LONG)[steps], size, seed=len(steps))
+    q = noise(len(batch.tokens), h + g, dim, dtype=dtype)[:, :h]
+    keys, values = noise(pool, size, g, dim, dtype=dtype), noise(pool, size, g, dim, dtype=dtype)
+    used = torch.zeros(pool * size, dtype=torch.bool)
+    for s, length in enumerate(batch.lengths):
+        used[[int(batch.blocks[s, p // size]) * size + p % size for p in range(length)]] = True
+    for cache in (keys, values):
+        cache.flatten(0, 1)[~used] = 1e4  # what others have left there must not be seen
+    there = Batch(*(x.to(device) if isinstance(x, Tensor) else x for x in vars(batch).values()))
+    scale = dim**-0.5
+    found = call(lambda *args: ops.attention(*args, there, scale), device, q, keys, values)
+    assert found.shape == (len(batch.tokens), h * dim) and found.dtype == dtype
+    assert_close(found, attention, q, keys, values, batch, scale)
+
+
+# ---- routing and experts -------------------------------------------------------------------------------------------
+
+
+def route(logits: Tensor, bias: Tensor, rule: RouteRule) -> list[dict[int, float]]:
+    """For each token {expert: weight}, in Python's own numbers."""
+    out = []
+    for row in logits.double().tolist():
+        scores = [1 / (1 + 2.718281828459045 ** -x) for x in row]
+        choice = dict(enumerate(s + b for s, b in zip(scores, bias.double().tolist())))
+        size = len(row) // rule.n_group
+        if rule.n_group > 1:
+            of = lambda group: sum(sorted(choice[e] for e in range(group * size, (group + 1) * size))[-2:])  # noqa: B023
+            kept = sorted(range(rule.n_group), key=of)[-rule.topk_group :]
+            choice = {e: c for e, c in choice.items() if e // size in kept}
+        chosen = sorted(choice, key=choice.get)[-rule.top_k :]
+        total = sum(scores[e] for e in chosen) + 1e-20 if rule.norm_topk_prob else 1
+        out.append({e: scores[e] / total * rule.routed_scaling_factor for e in chosen})
+    return out
+
+
+def rule(top_k: int, n_group: int = 1, topk_group: int = 1, norm: bool = True, factor: float = 1.0) -> RouteRule:
+    return RouteRule(top_k, n_group, topk_group, norm, factor)
+
+
+def assert_routes(doors, logits: Tensor, bias: Tensor, how: RouteRule) -> None:
+    ops, device = doors
+    ids, scores = call(lambda *args: ops.route(*args, how), device, logits, bias)
+    assert ids.shape == scores.shape == (len(logits), how.top_k)
+    assert ids.dtype == torch.int64 and scores.dtype == torch.float32
+    for row, weights, expected in zip(ids.tolist(), scores.tolist(), route(logits, bias, how)):
+        assert len(set(row)) == how.top_k and dict(zip(row, weights)) == pytest.approx(expected, rel=1e-5, abs=1e-30)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 65])
+@pytest.mark.parametrize("experts, how", [
+    (128, rule(8)), (160, rule(8, factor=2.5)), (8, rule(8)), (8, rule(1, norm=False)), (16, rule(4, 4, 2)),
+    (16, rule(2, 8, 1, norm=False, factor=2.5)), (160, rule(8, 8, 3)), (8, rule(4, 2, 2)),
+], ids=str)
+def test_route(rows, experts, how, doors, noise):
+    assert_routes(doors, noise(rows, experts, scale=2), noise(experts, scale=0.3), how)
+
+
+def test_route_bias_chooses_but_does_not_weigh(doors):
+    logits, bias = torch.tensor([[3.0, 2.0, 1.0, -1.0]]), torch.tensor([0.0, -1.0, 0.0, 2.0])
+    ops, device = doors
+    ids, scores = ops.route(logits.to(device), bias.to(device), rule(2, norm=False))
+    found = dict(zip(ids[0].tolist(), scores[0].tolist()))
+    assert found == pytest.approx({0: float(torch.tensor(3.0).sigmoid()), 3: float(torch.tensor(-1.0).sigmoid())})
+
+
+def test_route_of_tiny_scores(doors):
+    """1e-20 keeps the sum from being zero, and is too small to be seen otherwise."""
+    ops, device = doors
+    for logit, total in ((-30.0, 1.0), (-200.0, 0.0)):
+        _, scores = ops.route(torch.full((1, 4), logit, device=device), torch.zeros(4, device=device), rule(2))
+        assert float(scores.sum()) == pytest.approx(total, abs=1e-6)
+
+
+def test_route_with_negative_choices(doors):
+    """Experts of groups that lost are out, even where all choices of the group that won are below zero."""
+    logits, bias = torch.zeros(3, 8), torch.tensor([-3.0, -3.1, -3.2, -3.3, -0.6, -40.0, -40.0, -40.0])
+    assert_routes(doors, logits, bias, rule(3, n_group=2))
+    ops, device = doors
+    ids, _ = ops.route(logits.to(device), bias.to(device), rule(3, n_group=2))
+    assert {frozenset(row) for row in ids.tolist()} == {frozenset((0, 1, 2))}
+
+
+def test_route_sees_the_last_bits_of_the_bias(doors):
+    """In bfloat16 these biases would be one number: 238 of them were once 8, and other experts were chosen."""
+    bias = 0.5 + torch.arange(128) * 1e-5
+    assert_routes(doors, torch.zeros(2, 128), bias.roll(50), rule(8))
+
+
+def experts(x: Tensor, ids: Tensor, scores: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
+    """One token and one of its experts after the other; the weight is put on what comes out."""
+    out = []
+    for row, chosen, weights in zip(x, ids.tolist(), scores):
+        y = torch.zeros_like(row)
+        for e, weight in zip(chosen, weights):
+            gate, up = (gate_up[e] @ row).chunk(2)
+            y += (down[e] @ (gate / (1 + (-gate).exp()) * up)) * weight
+        out.append(y)
+    return torch.stack(out)
+
+
+CHOICES = {
+    "one token": [[2, 0]],
+    "all on one expert": [[3]] * 7,
+    "each on its own": [[0], [1], [2], [3], [4], [5], [6], [7]],
+    "one expert for all, the others for some": [[5, i] for i in range(5)],
+    "every expert": [[*range(8)], [*range(7, -1, -1)]],
+    "few of many": [[7, 1], [1, 7], [7, 2]],
+}
+
+
+def chosen(case: str, noise) -> tuple[Tensor, Tensor]:
+    ids = torch.tensor(CHOICES[case])
+    return ids, noise(*ids.shape).sigmoid()
+
+
+@pytest.mark.parametrize("width", [44, 88, 176, 1408])
+@pytest.mark.parametrize("case", CHOICES)
+def test_experts(case, width, doors, dtype, noise):
+    ops, device = doors
+    hidden = 64 if width > 50 else 100
+    ids, scores = chosen(case, noise)
+    x = noise(len(ids), hidden, dtype=dtype)
+    gates, ups = ([noise(width, hidden, dtype=dtype, scale=hidden**-0.5) for _ in range(8)] for _ in range(2))
+    downs = [noise(hidden, width, dtype=dtype, scale=width**-0.5) for _ in range(8)]
+    plain = lambda w: Weight("plain", w)
+    packed = (
+        ops.pack_experts(([plain(g), plain(u)] for g, u in zip(gates, ups)), dtype, device),
+        ops.pack_experts(([plain(d)] for d in downs), dtype, device),
+    )
+    found = call(lambda *args: ops.experts(*args, *packed), device, x, ids, scores)
+    assert found.dtype == torch.float32 and found.shape == x.shape
+    assert_close(found, experts, x, ids, scores, [torch.cat(pair) for pair in zip(gates, ups)], downs)
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_experts_fp8(case, doors, dtype, noise):
+    """As the FP8 linears and swiglu, called for one token and one expert at a time, would do it."""
+    ops, device = doors
+    ids, scores = chosen(case, noise)
+    x = noise(len(ids), 64, dtype=dtype).to(device)
+    halves = [[fp8_weight(noise, 88, 64), fp8_weight(noise, 88, 64)] for _ in range(8)]
+    downs = [[fp8_weight(noise, 64, 88)] for _ in range(8)]
+    packed = ops.pack_experts(halves, dtype, device), ops.pack_experts(downs, dtype, device)
+    found = ops.experts(x, ids.to(device), scores.to(device), *packed).cpu().double()
+    single = lambda x, parts: ops.linear(x, ops.pack_linear(parts, dtype, device), None)
+    for row, y, its, weights in zip(x, found, ids.tolist(), scores.double()):
+        each = [single(ops.swiglu(single(row[None], halves[e])), downs[e])[0].cpu().double() for e in its]
+        expected = sum(w * part for w, part in zip(weights, each))
+        # An input of the second matrix on the border of two codes may go either way: 1/16 of one of 88 numbers.
+        assert (y - expected).norm() <= 0.02 * expected.norm()
+
+
+def test_the_table_names_every_door(doors):
+    ops, _ = doors
+    assert [name for name, _ in ops.table()] == list(Ops.__dataclass_fields__)
+    assert {backend for _, backend in ops.table()} <= {"reference", *itertools.chain.from_iterable(BACKENDS.values())}
