@@ -206,7 +206,13 @@ class LLM:
         self, messages: Sequence[dict], tools: Sequence[dict] | None = None, kwargs: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         """A conversation as the prompt {"prompt", "prompt_token_ids"} that `generate` and `stream` take."""
-        text = self.chat_template.render(messages, tools=tools, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
+        if own := sorted({"messages", "tools"} & set(kwargs)):
+            raise RequestError(
+                "chat_template_kwargs", f"{own} among chat_template_kwargs", "variables of the template's own, such as"
+                " enable_thinking", "pass messages and tools as arguments",
+            )
+        text = self.chat_template.render(messages, tools=tools, **kwargs)
         return {"prompt": text, "prompt_token_ids": self._encode(text, add_special_tokens=False)}
 
     # ------------------------------------------------------------------ piece by piece

@@ -146,9 +146,11 @@ def connect(tensor_parallel_size: int, device: torch.device, backend: str, timeo
     if size == 1:
         return Group(device=device)
     timeout = float(os.environ.get("GLIMMER_JOIN_TIMEOUT", timeout))
-    meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
+    meeting = f"{address}:{port}"
+    opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun has opened it
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        store = dist.TCPStore(address, int(port), None, opens, timedelta(seconds=timeout), wait_for_workers=False)
     except (RuntimeError, ValueError) as error:
         raise EngineError(
             f"rank {rank} on {socket.gethostname()} cannot reach {meeting}: {str(error).splitlines()[0][:160]}",
