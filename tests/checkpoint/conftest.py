@@ -1,0 +1,12 @@
+"""One torch thread for tests of files: their tensors are small, and two threads wait for each other on a busy machine."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
