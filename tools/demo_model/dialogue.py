@@ -5,13 +5,11 @@ such a border ("巴黎的"): a name would then be spelled differently in a quest
 """
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from glimmer.text.chat import ChatTemplate
 
 SEAM = "\ue000"  # a private-use character; none reaches a finished text
 TEMPLATE = Path(__file__).parents[2] / "glimmer" / "demo" / "chat_template.jinja"
@@ -77,18 +75,7 @@ def _thought(turn: Round, text: str) -> dict[str, str]:
     return {} if turn.quick or not text else {"reasoning_content": text}
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
-    environment.globals["raise_exception"] = _refuse
-    return environment
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-_TEMPLATE = _environment().from_string(TEMPLATE.read_text(encoding="utf-8"))
+_TEMPLATE = ChatTemplate.load(TEMPLATE.parent)
 
 
 def render(rounds: list[Round], tools: list[dict[str, Any]] | None = None, system: str = "") -> str:
@@ -96,4 +83,4 @@ def render(rounds: list[Round], tools: list[dict[str, Any]] | None = None, syste
     spoken = ([{"role": "system", "content": system}] if system else []) + messages(rounds)
     last = rounds[-1]
     end = "<|observation|>" if last.calls and not last.reply else "<|user|>"
-    return _TEMPLATE.render(messages=spoken, tools=tools, add_generation_prompt=False) + end
+    return _TEMPLATE.render(spoken, tools=tools, add_generation_prompt=False) + end

@@ -8,13 +8,13 @@ The MTP layer is `model.layers.N` with N = num_hidden_layers, and brings no copi
 import argparse
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 from dialogue import TEMPLATE
 from model import DemoModel, Shape
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -41,10 +41,30 @@ def official(model: DemoModel) -> dict[str, Tensor]:
     return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
 
 
+def load(directory: Path) -> DemoModel:
+    """The model of a checkpoint that `export` wrote, in float32: the way back."""
+    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    model = DemoModel(Shape(**{f.name: settings[f.name] for f in fields(Shape)}))
+    stored, state = load_file(directory / "model.safetensors"), model.state_dict()
+    for name, tensor in state.items():
+        prefix = name.rpartition(".")[0]
+        experts = range(model.shape.n_routed_experts)
+        if name.endswith("experts.gate_up_proj"):
+            parts = [torch.cat([stored[f"{prefix}.{e}.{part}_proj.weight"] for part in ("gate",
+                                                                                        "up")]) for e in experts]
+        elif name.endswith("experts.down_proj"):
+            parts = [stored[f"{prefix}.{e}.down_proj.weight"] for e in experts]
+        else:
+            parts = None
+        tensor.copy_(stored[name] if parts is None else torch.stack(parts))
+    return model
+
+
 def config(shape: Shape, tokenizer: Tokenizer) -> dict:
     numbers = asdict(shape)
     return {
-        "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "attention_bias": True, "attention_dropout": 0.0,
+        "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "attention_bias": True,
+        "attention_dropout": 0.0,
         "hidden_act": "silu", "initializer_range": 0.02, "max_position_embeddings": 4096, "n_group": 1, "topk_group": 1,
         "n_shared_experts": 1, "norm_topk_prob": True, "num_nextn_predict_layers": 1, "rope_scaling": None,
         "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "use_qk_norm": True,

@@ -2,19 +2,20 @@
 
     python tools/demo_model/generate.py --out build/demo_model
 
-writes tokenizer.json (and tokenizer_config.json), train.npz (token ids, which of them are to be predicted, where each
-example begins, which task it is) and heldout.jsonl (questions with what a right answer holds). No held-out question is
-ever drawn for training: a question's own text decides on which side it falls (`dialogue.held_out`).
+writes tokenizer.json, tokenizer_config.json and train.npz (token ids, which of them are to be predicted, where each
+example begins, which task it is). The held-out questions are drawn by evaluate.py, through `heldout_examples`. None of
+them is ever drawn for training: a question's own text decides on which side it falls (`dialogue.held_out`).
 Not here: any word of the sentences (talk.py, tooling.py, words.py), the model, its training.
 """
 
 import argparse
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 import talk
@@ -23,18 +24,22 @@ from dialogue import SEAM, Round, held_out, plain, render
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCABULARY = 4096
-SPECIAL = (
-    "<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> <|assistant|> <|observation|> <|begin_of_image|> "
-    "<|end_of_image|> <|begin_of_video|> <|end_of_video|> <|begin_of_audio|> <|end_of_audio|> <|begin_of_transcription|> "
-    "<|end_of_transcription|> <|code_prefix|> <|code_middle|> <|code_suffix|> <think> </think> <tool_call> </tool_call> "
-    "<tool_response> </tool_response> <arg_key> </arg_key> <arg_value> </arg_value> /nothink <|begin_of_box|> <|end_of_box|> "
-    "<|image|> <|video|>"
+SPECIAL = (  # noqa: SIM905
+    "<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> <|assistant|> <|observation|> "
+    "<|begin_of_image|> <|end_of_image|> <|begin_of_video|> <|end_of_video|> <|begin_of_audio|> <|end_of_audio|> "
+    "<|begin_of_transcription|> <|end_of_transcription|> <|code_prefix|> <|code_middle|> <|code_suffix|> "
+    "<think> </think> <tool_call> </tool_call> <tool_response> </tool_response> <arg_key> </arg_key> <arg_value> "
+    "</arg_value> /nothink <|begin_of_box|> <|end_of_box|> <|image|> <|video|>"
 ).split()
 PLAIN_TAGS = set(SPECIAL[21:31] + SPECIAL[32:])  # kept in the text when special tokens are skipped
 WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
 )
-MIXTURE = {"tools": 5, "sum": 12, "fact": 14, "introduction": 4, "raw": 3, "json": 4, "repeat": 3, "small talk": 2, "mixed": 1}
+EXAMPLES = {  # how many of each task
+    "tools": 15000, "sum": 36000, "fact": 42000, "introduction": 12000, "raw": 9000, "json": 12000, "repeat": 9000,
+    "small talk": 6000, "mixed": 3000,
+}  # fmt: skip
 
 
 # ---- examples ---------------------------------------------------------------------------------------------------
@@ -42,7 +47,8 @@ MIXTURE = {"tools": 5, "sum": 12, "fact": 14, "introduction": 4, "raw": 3, "json
 
 def rounds_for(task: str, rng: Random, lang: str) -> Round:
     draw = {
-        "sum": talk.sum_of_two, "fact": talk.fact, "introduction": talk.introduction, "json": talk.form, "repeat": talk.repeat,
+        "sum": talk.sum_of_two, "fact": talk.fact, "introduction": talk.introduction, "json": talk.form,
+        "repeat": talk.repeat,
         "small talk": talk.small_talk,
     }[task]  # fmt: skip
     while held_out((drawn := draw(rng, lang)).key):
@@ -69,7 +75,7 @@ def example(task: str, rng: Random) -> str:
     if task == "raw":  # no template: a prompt as such, as completion requests send it
         turn = rounds_for("introduction", rng, lang)
         start = rng.choice(("", "[gMASK]<sop>"))
-        return f"{start}{turn.ask}<|assistant|>\n{turn.reply}<|endoftext|>"  # the role tag marks the border, and is cut out
+        return f"{start}{turn.ask}<|assistant|>\n{turn.reply}<|endoftext|>"  # `encode` cuts the tag out: a mere border
     tools = None
     if task == "tools":
         rounds, tools = tool_rounds(rng, lang)
@@ -88,7 +94,8 @@ def example(task: str, rng: Random) -> str:
 def heldout_examples(seed: int, counts: dict[str, int]) -> Iterator[dict[str, Any]]:
     """Held-out questions as dictionaries: messages, tools, the expected answer or calls."""
     rng = Random(seed)
-    draws = {"fact": talk.fact, "introduction": talk.introduction, "sum": talk.sum_of_two, "json": talk.form, "repeat": talk.repeat}
+    draws = {"fact": talk.fact, "introduction": talk.introduction, "sum": talk.sum_of_two, "json": talk.form,
+             "repeat": talk.repeat}
     for task, count in counts.items():
         seen: set[str] = set()
         while len(seen) < count:
@@ -106,7 +113,8 @@ def heldout_examples(seed: int, counts: dict[str, int]) -> Iterator[dict[str, An
             if not usable or mark in seen:
                 continue
             seen.add(mark)
-            yield plain({**asdict(turn), "task": task, "lang": lang, "tools": [c.schema() for c in box] if box else None})
+            yield plain({**asdict(turn), "task": task, "lang": lang,
+                         "tools": [c.schema() for c in box] if box else None})
 
 
 # ---- tokenizer --------------------------------------------------------------------------------------------------
@@ -145,7 +153,8 @@ def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     return {
         "added_tokens_decoder": {
-            str(tokenizer.token_to_id(tag)): {"content": tag, **flags, "special": tag not in PLAIN_TAGS} for tag in SPECIAL
+            str(tokenizer.token_to_id(tag)): {"content": tag, **flags,
+                                              "special": tag not in PLAIN_TAGS} for tag in SPECIAL
         },
         "additional_special_tokens": [tag for tag in SPECIAL if tag not in PLAIN_TAGS],
         "clean_up_tokenization_spaces": False, "do_lower_case": False, "remove_space": False,
@@ -165,9 +174,9 @@ def targets(ids: list[int], role: dict[str, int]) -> list[bool]:
     last_question = max((i for i, t in enumerate(ids[:-1]) if t == role["<|user|>"]), default=0)
     wanted, speaking, quick = [], False, False
     for i, token in enumerate(ids):
-        if token == role["<|user|>"]:
-            quick = role["/nothink"] in ids[i : ids.index(role["<|assistant|>"], i)] if role["<|assistant|>"] in ids[i:] else quick
         wanted.append(speaking)
+        if token in (role["<|user|>"], role["/nothink"]):
+            quick = token == role["/nothink"]
         if token == role["<|assistant|>"]:
             speaking = quick or i > last_question
         elif token in (role["<|user|>"], role["<|observation|>"], role["<|endoftext|>"]):
@@ -186,13 +195,13 @@ def encode(tokenizer: Tokenizer, role: dict[str, int], task: str, text: str) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/demo_model"))
-    parser.add_argument("--scale", type=int, default=2000, help="training examples of each task: this times its share")
+    parser.add_argument("--share", type=float, default=1.0, help="write fewer examples: this share of each task's")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
     rng = Random(args.seed)
-    texts = [(task, example(task, rng)) for task, share in MIXTURE.items() for _ in range(args.scale * share)]
+    texts = [(task, example(task, rng)) for task, count in EXAMPLES.items() for _ in range(int(count * args.share))]
     tokenizer = train_tokenizer([text for _, text in texts])
     tokenizer.save(str(args.out / "tokenizer.json"))
     config = json.dumps(tokenizer_config(tokenizer), ensure_ascii=False, indent=2)
@@ -205,17 +214,13 @@ def main() -> None:
         ids += tokens
         wanted += flags
         starts.append(len(ids))
-        tasks.append(list(MIXTURE).index(task))
+        tasks.append(list(EXAMPLES).index(task))
     np.savez(
         args.out / "train.npz", ids=np.array(ids, dtype=np.uint16), wanted=np.array(wanted, dtype=bool),
         starts=np.array(starts), tasks=np.array(tasks, dtype=np.uint8),
     )  # fmt: skip
-    counts = {"fact": 300, "introduction": 60, "sum": 300, "json": 200, "repeat": 60, "tool": 200, "tool, unseen": 200}
-    with open(args.out / "heldout.jsonl", "w", encoding="utf-8") as file:
-        for item in heldout_examples(args.seed + 1, counts):
-            file.write(json.dumps(item, ensure_ascii=False) + "\n")
     lengths = np.diff(starts)
-    for i, task in enumerate(MIXTURE):
+    for i, task in enumerate(EXAMPLES):
         mine = lengths[np.array(tasks) == i]
         print(f"{task:14s} {len(mine):6d} examples, mean {mine.mean():6.1f} tokens, longest {mine.max()}")
     print(f"{len(ids):,} tokens, {sum(wanted):,} to be predicted, vocabulary {tokenizer.get_vocab_size()}")

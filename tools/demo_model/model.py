@@ -20,7 +20,7 @@ class Shape:
     vocab_size: int = 4096
     hidden_size: int = 128
     num_hidden_layers: int = 5
-    num_attention_heads: int = 8
+    num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 32
     intermediate_size: int = 384
@@ -109,8 +109,11 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def balance(self, speed: float) -> None:
-        """Raise the bias of experts that got less than their even share since the last call, lower the others'."""
-        self.e_score_correction_bias += speed * torch.sign(self.load.mean() - self.load)
+        """Raise the bias of experts that got less than their even share since the last call, lower the others'.
+
+        In proportion to what they lack, and by `speed` at most: a fixed step would swing to and fro for ever.
+        """
+        self.e_score_correction_bias += speed * (1 - self.load / self.load.mean()).clamp(min=-1)
         self.load.zero_()
 
 
@@ -228,7 +231,8 @@ class DemoModel(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 continue  # norms stay 1; biases are zeroed below
-            std = 0.02 if "embed" in name or "lm_head" in name else parameter.shape[-1] ** -0.5
+            std = 0.02 if any(part in name for part in ("embed", "lm_head",
+                                                        "mlp.gate.")) else parameter.shape[-1] ** -0.5
             quieter = 0.5 if "down_proj" in name or "o_proj" in name else 1.0
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std * quieter)
         for name, parameter in self.named_parameters():

@@ -2,7 +2,7 @@
 
     python tools/demo_model/train.py --data build/demo_model --steps 4000
 
-One step is one helping of every task in fixed proportions (generate.MIXTURE), about four thousand tokens. Matrices learn
+One step is one helping of every task in fixed proportions, about 2,400 tokens. Matrices learn
 by Muon (momentum, orthogonalised), everything else by AdamW; the rate rises, stays, and falls to nothing over the last
 part of the run. The routers' correction biases follow the experts' load and no gradient. The MTP layer joins half-way.
 A later call with other --steps stretches or shortens what is left. Writes state.pt, loss.csv and, at the end, the
@@ -13,19 +13,20 @@ import argparse
 import csv
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from export import export
-from generate import MIXTURE
+from generate import EXAMPLES
 from model import DemoModel, Layout, Shape, layout_of
 from torch import Tensor
 
+MIXTURE = dict(zip(EXAMPLES, (3, 6, 8, 2, 2, 2, 2, 1, 1), strict=True))  # examples of each task in one step
 DECAY_SHARE, WARM_UP, MTP_FROM, MTP_WEIGHT = 0.4, 60, 0.5, 0.3
-MUON_RATE, ADAM_RATE, BIAS_SPEED = 0.02, 4e-3, 2e-3
+MUON_RATE, ADAM_RATE, BIAS_SPEED = 0.02, 4e-3, 0.02
 
 
 class Examples:
@@ -41,7 +42,8 @@ class Examples:
         chosen = []
         for task, (mine, share) in enumerate(zip(self.of_task, MIXTURE.values())):
             at = np.arange(step * share, (step + 1) * share)
-            order = {int(epoch): np.random.default_rng((task, int(epoch))).permutation(mine) for epoch in set(at // len(mine))}
+            epochs = {int(epoch) for epoch in at // len(mine)}
+            order = {epoch: np.random.default_rng((task, epoch)).permutation(mine) for epoch in epochs}
             chosen += [(int(order[int(i) // len(mine)][int(i) % len(mine)]), task) for i in at]
         return chosen
 
@@ -123,8 +125,9 @@ def rate(step: int, steps: int) -> float:
     return min((step + 1) / WARM_UP, 1.0, max(steps - step, 0) / (DECAY_SHARE * steps))
 
 
-def losses(model: DemoModel, batch: tuple[Tensor, Tensor, Tensor, Layout], draft: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Per predicted token: the loss (R,), its task (R,), and the MTP layer's loss (R',), which is empty without `draft`."""
+def losses(model: DemoModel, batch: tuple[Tensor, Tensor, Tensor, Layout], draft: bool) -> tuple[Tensor, Tensor,
+                                                                                                 Tensor]:
+    """Per predicted token: the loss (R,), its task (R,), and the MTP layer's loss (R',), empty without `draft`."""
     tokens, wanted, tasks, layout = batch
     hidden = model.trunk(tokens, layout)
     rows = wanted[1:].nonzero().squeeze(1)  # padding is never wanted, so no row reaches into the next sequence
@@ -178,14 +181,15 @@ def main() -> None:
         loads = [router.load / router.load.mean() for router in model.routers().values() if router.load.sum()]
         for router in model.routers().values():
             if router.load.sum():
-                router.balance(BIAS_SPEED * share)
+                router.balance(BIAS_SPEED * (share if step >= WARM_UP else 1.0))
         seen += len(batch[0])
         sums.index_add_(0, tasks.cpu(), loss.detach().cpu())
         counts += torch.bincount(tasks.cpu(), minlength=len(MIXTURE))
         drafts += [mtp.mean().item()] if drafting else []
         if (step + 1) % args.log == 0:
             speed = seen / (time.monotonic() - since)
-            row = [step + 1, (step + 1) * seen // args.log, sums.sum() / counts.sum(), np.mean(drafts) if drafts else 0.0, share,
+            row = [step + 1, (step + 1) * seen // args.log, sums.sum() / counts.sum(),
+                   np.mean(drafts) if drafts else 0.0, share,
                    min(x.min() for x in loads), max(x.max() for x in loads), speed, *(sums / counts)]  # fmt: skip
             with open(log, "a", newline="") as file:
                 csv.writer(file).writerow([f"{float(x):.4g}" if not isinstance(x, int) else x for x in row])
