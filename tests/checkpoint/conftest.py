@@ -1,4 +1,4 @@
-"""One torch thread for tests of files: their tensors are small, and two threads wait for each other on a busy machine."""
+"""One torch thread for tests of files: the tensors are small, and on a busy machine two threads mostly wait."""
 
 import pytest
 import torch

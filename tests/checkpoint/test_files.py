@@ -173,7 +173,7 @@ def test_index_decides_between_files(directory, chosen):
 def test_twice_without_an_index(directory):
     save_file({"a": torch.tensor([1])}, directory / "1.safetensors")
     save_file({"a": torch.tensor([2])}, directory / "2.safetensors")
-    with pytest.raises(CheckpointError, match="tensor 'a' lies in 1.safetensors and in 2.safetensors"):
+    with pytest.raises(CheckpointError, match=r"tensor 'a' lies in 1\.safetensors and in 2\.safetensors"):
         Checkpoint(directory)
 
 
@@ -215,7 +215,7 @@ def test_index_names_files_that_are_missing(directory):
 
 
 def test_no_directory(tmp_path):
-    with pytest.raises(CheckpointError, match="there is no directory .*nowhere"):
+    with pytest.raises(CheckpointError, match=r"there is no directory .*nowhere"):
         Checkpoint(tmp_path / "nowhere")
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="is a file") as caught:
