@@ -155,7 +155,7 @@ def experts(x: Tensor, ids: Tensor, scores: Tensor, gate_up: Sequence[Weight], d
         parts.append(linear(swiglu(linear(part, gate_up[expert], None)), down[expert], None))
     pairs = x.new_empty(rows.shape, dtype=torch.float32)
     pairs[order] = torch.cat(parts).float()  # back to token order
-    return torch.einsum("tkh,tk->th", pairs.unflatten(0, (-1, top_k)), scores)
+    return torch.bmm(scores[:, None], pairs.unflatten(0, (-1, top_k))).squeeze(1)  # (T, 1, K) @ (T, K, H)
 
 
 def pack_linear(parts: Sequence[Weight], dtype: torch.dtype, device: torch.device) -> Weight:
