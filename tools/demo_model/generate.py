@@ -23,19 +23,10 @@ import tooling
 from dialogue import SEAM, Round, held_out, plain, render
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from glimmer.testing import GLM_ADDED_TOKENS, GLM_SPLIT
+
 VOCABULARY = 4096
-SPECIAL = (  # noqa: SIM905
-    "<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> <|assistant|> <|observation|> "
-    "<|begin_of_image|> <|end_of_image|> <|begin_of_video|> <|end_of_video|> <|begin_of_audio|> <|end_of_audio|> "
-    "<|begin_of_transcription|> <|end_of_transcription|> <|code_prefix|> <|code_middle|> <|code_suffix|> "
-    "<think> </think> <tool_call> </tool_call> <tool_response> </tool_response> <arg_key> </arg_key> <arg_value> "
-    "</arg_value> /nothink <|begin_of_box|> <|end_of_box|> <|image|> <|video|>"
-).split()
-PLAIN_TAGS = set(SPECIAL[21:31] + SPECIAL[32:])  # kept in the text when special tokens are skipped
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-    r"\s+(?!\S)|\s+"
-)
+SPECIAL = list(GLM_ADDED_TOKENS)
 EXAMPLES = {  # how many of each task
     "tools": 15000, "sum": 36000, "fact": 42000, "introduction": 12000, "raw": 9000, "json": 12000, "repeat": 9000,
     "small talk": 6000, "mixed": 3000,
@@ -129,9 +120,8 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
         pieces.update(text.split(SEAM))
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\p{N}"), "isolated"), pre_tokenizers.Split(Regex(WORDS), "isolated"), bytes_only]
-    )
+    digits, words = (pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (r"\p{N}", GLM_SPLIT))
+    trained.pre_tokenizer = pre_tokenizers.Sequence([digits, words, bytes_only])
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), max_token_length=18,
         show_progress=False,
@@ -141,10 +131,10 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     model = json.loads(trained.to_str())["model"]
     merges = [tuple(pair) for pair in model["merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=model["vocab"], merges=merges, ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), bytes_only])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_only])
     tokenizer.decoder = decoders.ByteLevel()
     for tag in SPECIAL:
-        token = AddedToken(tag, special=tag not in PLAIN_TAGS, normalized=False)
+        token = AddedToken(tag, special=GLM_ADDED_TOKENS[tag], normalized=False)
         (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
     return tokenizer
 
@@ -154,9 +144,9 @@ def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "added_tokens_decoder": {
             str(tokenizer.token_to_id(tag)): {"content": tag, **flags,
-                                              "special": tag not in PLAIN_TAGS} for tag in SPECIAL
+                                              "special": GLM_ADDED_TOKENS[tag]} for tag in SPECIAL
         },
-        "additional_special_tokens": [tag for tag in SPECIAL if tag not in PLAIN_TAGS],
+        "additional_special_tokens": [tag for tag, special in GLM_ADDED_TOKENS.items() if special],
         "clean_up_tokenization_spaces": False, "do_lower_case": False, "remove_space": False,
         "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "model_max_length": 4096, "padding_side": "left",
         "tokenizer_class": "PreTrainedTokenizerFast",

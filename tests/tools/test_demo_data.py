@@ -1,0 +1,136 @@
+"""The training data: true sums, calls that fit their schemas, a split without overlap, the right targets."""
+
+import json
+import re
+from random import Random
+
+import generate
+import pytest
+import talk
+import tooling
+from dialogue import SEAM, Round, held_out, plain, render
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from words import CITIES
+
+NUMBERS = st.integers(0, 999)
+TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo):
+    return Tokenizer.from_file(str(demo / "tokenizer.json"))
+
+
+@given(NUMBERS, NUMBERS, st.sampled_from("+-"), st.sampled_from(["en", "zh"]))
+def test_every_step_of_a_worked_sum_is_true(a, b, sign, lang):
+    if sign == "-" and a < b:
+        a, b = b, a
+    steps = re.findall(r"([0-9+-]+)=(\d+)", talk.working(a, b, sign, lang))
+    assert [eval(left) for left, _ in steps] == [int(right) for _, right in steps]
+    top = str(int(steps[-1][1]))
+    digits = top + "".join(right[-1] for _, right in reversed(steps[:-1]))
+    assert int(digits) == (a + b if sign == "+" else a - b)
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["en", "zh"]))
+def test_a_sum_ends_in_its_result(seed, lang):
+    turn = plain(talk.sum_of_two(Random(seed), lang))
+    left, right = turn.reply.split("=")
+    assert eval(left) == int(right) and turn.think.endswith(right)
+
+
+def test_cities_are_told_apart_by_name_and_by_sight():
+    for lang in ("en", "zh"):
+        assert len({c.name[lang] for c in CITIES}) == len({c.sight[lang] for c in CITIES}) == len(CITIES) > 100
+    capitals = [c.country["en"] for c in CITIES if c.capital]
+    assert len(set(capitals)) == len(capitals), "a country with two capitals"
+    assert all(c.millions in talk.CROWD["en"] for c in CITIES)
+
+
+@pytest.mark.parametrize("city", CITIES, ids=lambda c: c.name["en"])
+def test_a_paragraph_tells_every_fact(city):
+    for lang in ("en", "zh"):
+        text = plain(talk.paragraph(city, lang))
+        assert all(fact in text for fact in talk.facts_of(city, lang).values())
+        assert ("首都" in text or "the capital of" in text) == city.capital
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["en", "zh"]), st.booleans())
+def test_calls_fit_their_schema_and_values_stand_in_the_request(seed, lang, fresh):
+    rng = Random(seed)
+    box = tooling.toolbox(rng, lang, fresh)
+    turn = plain(tooling.request(rng, lang, box))
+    schemas = {c.name: c.schema()["function"]["parameters"] for c in box}
+    assert len(schemas) == len(box) and len(turn.results) == len(turn.calls) in (1, 2)
+    for name, arguments in turn.calls:
+        assert set(schemas[name].get("required", [])) <= set(arguments) <= set(schemas[name]["properties"])
+        for key, value in arguments.items():
+            assert isinstance(value, TYPES[schemas[name]["properties"][key]["type"]])
+            if isinstance(value, str):
+                assert value in turn.ask
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["en", "zh"]))
+def test_a_form_is_json_that_its_sentence_supports(seed, lang):
+    turn = plain(talk.form(Random(seed), lang))
+    for value in json.loads(turn.reply).values():
+        assert isinstance(value, bool) or str(value) in turn.ask
+
+
+@given(st.integers(0, 10**6), st.sampled_from(list(generate.EXAMPLES)))
+def test_examples_are_the_same_for_the_same_seed_and_lose_their_seams(seed, task):
+    text = generate.example(task, Random(seed))
+    assert text == generate.example(task, Random(seed))
+    assert SEAM not in plain(text)
+
+
+def test_no_held_out_question_is_drawn_for_training():
+    rng = Random(7)
+    for task in ("sum", "fact", "introduction", "json", "repeat"):
+        assert not any(held_out(generate.rounds_for(task, rng, lang).key) for lang in ("en", "zh") for _ in range(200))
+    assert not any(held_out(turn.key) for _ in range(200) for turn in generate.tool_rounds(rng, "en")[0])
+    held = [item for item in generate.heldout_examples(1, {"sum": 20, "fact": 20, "json": 20, "tool": 20})]
+    assert len(held) == 80 and all(held_out(item["key"]) for item in held)
+
+
+def test_unseen_tools_have_words_that_training_never_shows():
+    names = {noun for noun, _ in tooling.NEW_NOUNS}
+    assert not names & {noun for noun, _ in tooling.NOUNS}
+    assert not {p.names for p in tooling.NEW_FREE} & {p.names for p in tooling.FREE}
+    for item in generate.heldout_examples(2, {"tool, unseen": 30}):
+        assert all(name.split("_")[1] in names for name, _ in item["calls"])
+
+
+def spoken(tokenizer: Tokenizer, rounds: list[Round]) -> str:
+    role = {tag: tokenizer.token_to_id(tag) for tag in generate.SPECIAL}
+    ids, wanted = generate.encode(tokenizer, role, "mixed", render(rounds))
+    return tokenizer.decode([t for t, w in zip(ids, wanted, strict=True) if w], skip_special_tokens=False)
+
+
+def test_only_the_assistants_words_are_targets(tokenizer):
+    first, last = Round("sum", "", "1+2=?", "1+2=3", quick=True), Round("sum", "", "2+2=?", "2+2=4", "four")
+    quick, slow = "\n<think></think>\n1+2=3<|user|>", "\n<think>four</think>\n2+2=4<|user|>"
+    assert spoken(tokenizer, [first, last]) == quick + slow
+    first.quick = False  # its reasoning is not rendered any more: nothing to learn there
+    assert spoken(tokenizer, [first, last]) == slow
+
+
+def test_a_call_ends_at_the_observation_and_the_result_is_not_a_target(tokenizer):
+    turn = Round("tool", "", "time?", "noon", calls=[("clock", {})], results=["12"], quick=True)
+    call = "\n<think></think>\n<tool_call>clock\n</tool_call><|observation|>"
+    assert spoken(tokenizer, [turn]) == call + "\n<think></think>\nnoon<|user|>"
+
+
+def test_a_raw_prompt_goes_straight_into_its_answer(tokenizer):
+    role = {tag: tokenizer.token_to_id(tag) for tag in generate.SPECIAL}
+    text = plain(generate.example("raw", Random(3)))
+    ids, wanted = generate.encode(tokenizer, role, "raw", text)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text.replace("<|assistant|>", "")
+    assert wanted == sorted(wanted) and ids[-1] == role["<|endoftext|>"]
+
+
+def test_digits_are_single_tokens(tokenizer):
+    assert tokenizer.encode("4096+512=4608").tokens == [*"4096", "+", *"512", "=", *"4608"]
+    assert not any(sum(c in "0123456789" for c in token) > 1 for token in tokenizer.get_vocab())
