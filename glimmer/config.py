@@ -186,8 +186,8 @@ class _Reader:
             raise self._refuse(key, value, accepted)
         return value
 
-    def number(self, key: str) -> float:
-        value = self._get(key, None, None, "a number")
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._get(key, None, default, "a number")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise self._refuse(key, value, "a finite number")
         return float(value)
@@ -200,7 +200,7 @@ class _Reader:
 
     def only(self, key: str, accepted: Any) -> None:
         """A key that may be absent, but means something else than we compute if it differs."""
-        if self.raw.get(key, accepted) != accepted:
+        if self.raw.get(key) not in (None, accepted):
             raise self._refuse(key, self.raw[key], f"{accepted!r}, as in every member of the family")
 
     def rope(self) -> dict[str, float]:
@@ -213,12 +213,14 @@ class _Reader:
         kind = (nested or scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
         if kind != "default":
             raise self._refuse("rope_type", kind, "'default': no member of the family scales its positions")
-        merged = {"partial_rotary_factor": 0.5, **self.raw, **(nested or {})}
-        read = _Reader(merged)
-        return {key: read.number(key) for key in ("rope_theta", "partial_rotary_factor")}
+        read = _Reader({**self.raw, **(nested or {})})
+        return {
+            "rope_theta": read.number("rope_theta"),
+            "partial_rotary_factor": read.number("partial_rotary_factor", default=0.5),
+        }
 
     def dtype(self) -> str:
-        value = self.raw.get("dtype", self.raw.get("torch_dtype", "bfloat16"))
+        value = self._get("dtype", "torch_dtype", "bfloat16", "the name of a type")
         if value not in ("bfloat16", "float16", "float32"):
             raise self._refuse("dtype", value, "'bfloat16', 'float16' or 'float32'")
         return value
@@ -289,7 +291,11 @@ class EngineConfig:
             )
         if not isinstance(self.seed, int):
             raise ConfigError(f"seed={self.seed!r}", "a whole number", "pass an int")
-        if not 0 < self.gpu_memory_utilization <= 1:
+        for key in ("enable_prefix_caching", "skip_tokenizer_init"):
+            if not isinstance(getattr(self, key), bool):
+                raise ConfigError(f"{key}={getattr(self, key)!r}", "True or False", "pass one of these")
+        share = self.gpu_memory_utilization
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ConfigError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization!r}", "a share in (0, 1]", "try 0.9"
             )
@@ -340,25 +346,35 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self):
+        for field, kinds, accepted in (
+            ("stop", (str, list, tuple), "a non-empty string or a list of them"),
+            ("stop_token_ids", (list, tuple), "a list of token ids"),
+            ("logit_bias", (Mapping,), "{token id: number}"),
+        ):
+            value = getattr(self, field)
+            if value is not None and not isinstance(value, kinds):
+                raise RequestError(field, f"{field}={value!r}", accepted, f"change {field}")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         whole = lambda v: isinstance(v, int) and not isinstance(v, bool)  # noqa: E731
         real = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)  # noqa: E731
+        tame = lambda v: 1e-12 <= v <= 1e15  # noqa: E731  (beyond, float32 logits would become infinite)
+        biases = lambda v: all(whole(i) and i >= 0 and real(b) and abs(b) <= 1e15 for i, b in v.items())  # noqa: E731
         for field, good, accepted in (
             ("n", lambda v: whole(v) and v >= 1, "a whole number of at least 1"),
-            ("temperature", lambda v: real(v) and v >= 0, "a number of at least 0 (0 is greedy)"),
+            ("temperature", lambda v: real(v) and (v == 0 or tame(v)), "0 (greedy), or a number from 1e-12 to 1e15"),
             ("top_p", lambda v: real(v) and 0 < v <= 1, "a number in (0, 1]"),
             ("top_k", lambda v: whole(v) and v >= -1, "a whole number; 0 or -1 for no limit"),
             ("min_p", lambda v: real(v) and 0 <= v <= 1, "a number in [0, 1]"),
-            ("repetition_penalty", lambda v: real(v) and v > 0, "a number above 0 (1 is none)"),
+            ("repetition_penalty", lambda v: real(v) and tame(v), "a number from 1e-12 to 1e15 (1 is none)"),
             ("presence_penalty", lambda v: real(v) and -2 <= v <= 2, "a number in [-2, 2]"),
             ("frequency_penalty", lambda v: real(v) and -2 <= v <= 2, "a number in [-2, 2]"),
             ("seed", lambda v: v is None or whole(v), "a whole number or None"),
             ("stop", lambda v: all(isinstance(s, str) and s for s in v), "a non-empty string or a list of them"),
             ("stop_token_ids", lambda v: all(whole(i) and i >= 0 for i in v), "a list of token ids"),
-            ("logit_bias", lambda v: all(whole(i) and i >= 0 and real(b) for i, b in v.items()), "{token id: number}"),
+            ("logit_bias", biases, "{token id: number from -1e15 to 1e15}"),
             ("min_tokens", lambda v: whole(v) and v >= 0, "a whole number of at least 0"),
             ("max_tokens", lambda v: v is None or (whole(v) and v >= 1), "a whole number of at least 1, or None"),
             ("logprobs", lambda v: v is None or (whole(v) and v >= 0), "a whole number of at least 0, or None"),
