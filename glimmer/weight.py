@@ -2,10 +2,11 @@
 
 Kinds: "plain" (codes are bf16, fp16 or fp32 values) and "fp8" (codes are float8_e4m3fn, one float32 scale per output
 row, and whoever multiplies by it quantises its activations per token, as the official FP8 checkpoints prescribe).
-A Weight slices and joins itself, so that nobody else has to know how a format lays out its bits.
+A Weight joins and widens itself, so that nobody else has to know how a kind lays out its bits.
 Not here: files (checkpoint/), packing (ops/), devices.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,28 +30,23 @@ class Weight:
         """(out, in)"""
         return tuple(self.codes.shape)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
-
-    def rows(self, start: int, stop: int) -> "Weight":
-        """Output rows start:stop, a view; the scales go with their rows."""
-        scales = None if self.scales is None else self.scales[start:stop]
-        return Weight(self.kind, self.codes[start:stop], scales)
-
-    def cols(self, start: int, stop: int) -> "Weight":
-        """Input columns start:stop, a view; per-row scales serve every column and stay whole."""
-        return Weight(self.kind, self.codes[:, start:stop], self.scales)
-
     @staticmethod
-    def cat(parts: "list[Weight]") -> "Weight":
-        """The rows of all parts, in order (q, k, v or gate, up in one matrix). All parts must be of one kind."""
-        assert len({p.kind for p in parts}) == 1, f"cannot join kinds {[p.kind for p in parts]}"
-        if len(parts) == 1:
-            return parts[0]
-        scales = None if parts[0].scales is None else torch.cat([p.scales for p in parts])
-        return Weight(parts[0].kind, torch.cat([p.codes for p in parts]), scales)
+    def join(parts: "Sequence[Weight]", dtype: torch.dtype, device: torch.device) -> "Weight":
+        """The rows of all parts, in order (q, k, v or gate, up), copied once to `device`; plain values become `dtype`.
+
+        All parts must be of one kind. FP8 codes stay as they are.
+        """
+        kind = parts[0].kind
+        assert all(p.kind == kind for p in parts), f"cannot join kinds {[p.kind for p in parts]}"
+        if kind == "fp8":
+            dtype = torch.float8_e4m3fn
+        codes = torch.empty(sum(p.shape[0] for p in parts), parts[0].shape[1], dtype=dtype, device=device)
+        row = 0
+        for part in parts:
+            codes[row : row + part.shape[0]].copy_(part.codes)
+            row += part.shape[0]
+        scales = torch.cat([p.scales for p in parts]).to(device) if kind == "fp8" else None
+        return Weight(kind, codes, scales)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(out, in) values in `dtype`."""

@@ -98,6 +98,14 @@ class Plan:
 
     def fill(self, model: Glm4Moe, device: torch.device, progress: Callable[[int], None] = lambda nbytes: None) -> None:
         """Read our cuts into `model`. progress is told the bytes on disk of each group of matrices as it is done."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # thousands of small copies: a second thread gains a fifth, and where cores are busy
+        try:  # its barriers cost a hundred times that
+            self._fill(model, device, progress)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _fill(self, model: Glm4Moe, device: torch.device, progress: Callable[[int], None]) -> None:
         for entry in self.entries:
             leaf, dtype = model.get_submodule(entry.leaf), torch.float32 if entry.exact else self.dtype
             vectors = [formats.vector(self.checkpoint, name, cut) for name, _, cut in entry.vectors]

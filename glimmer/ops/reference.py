@@ -43,7 +43,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 @lru_cache
 def _multiplies_bf16(device: torch.device) -> bool:
     """Whether torch's bf16 matrix product is fast there. On a CPU without bf16 instructions it is a scalar loop."""
-    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device.type != "cpu":
+        return True
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _matmul(x: Tensor, w: Tensor) -> Tensor:
@@ -159,19 +161,10 @@ def experts(x: Tensor, ids: Tensor, scores: Tensor, gate_up: Sequence[Weight], d
 
 
 def pack_linear(parts: Sequence[Weight], dtype: torch.dtype, device: torch.device) -> Weight:
-    """One Weight holding the rows of all parts, copied once; codes in `dtype` unless they are FP8."""
-    kind = parts[0].kind
-    if kind == "fp8":
-        dtype = torch.float8_e4m3fn
-    codes = torch.empty(sum(p.shape[0] for p in parts), parts[0].shape[1], dtype=dtype, device=device)
-    row = 0
-    for part in parts:
-        codes[row : row + part.shape[0]].copy_(part.codes)
-        row += part.shape[0]
-    scales = torch.cat([p.scales for p in parts]).to(device) if kind == "fp8" else None
-    return Weight(kind, codes, scales)
+    """One Weight holding the rows of all parts."""
+    return Weight.join(parts, dtype, device)
 
 
 def pack_experts(experts: Iterable[Sequence[Weight]], dtype: torch.dtype, device: torch.device) -> list[Weight]:
     """A list: expert e's matrix at index e."""
-    return [pack_linear(parts, dtype, device) for parts in experts]
+    return [Weight.join(parts, dtype, device) for parts in experts]

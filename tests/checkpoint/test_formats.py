@@ -171,14 +171,10 @@ def span(most: int):
 
 
 @settings(max_examples=100, deadline=None)
-@given(module=st.sampled_from("pq"), rows=span(12), cols=span(10), data=st.data())
-def test_slices_of_slices(both, module, rows, cols, data):
+@given(module=st.sampled_from("pq"), rows=span(12), cols=span(10))
+def test_slices(both, module, rows, cols):
     whole = read(both, module).dequantize()
-    weight = read(both, module, rows, cols)
-    assert torch.equal(weight.dequantize(), whole[slice(*rows), slice(*cols)])
-    inner_rows, inner_cols = data.draw(span(rows[1] - rows[0])), data.draw(span(cols[1] - cols[0]))
-    part = weight.cols(*inner_cols).rows(*inner_rows)
-    assert torch.equal(part.dequantize(), whole[slice(*rows), slice(*cols)][slice(*inner_rows), slice(*inner_cols)])
+    assert torch.equal(read(both, module, rows, cols).dequantize(), whole[slice(*rows), slice(*cols)])
 
 
 @pytest.mark.parametrize("kind", ["plain", "fp8"])
@@ -193,7 +189,7 @@ def test_qkv_in_one(tmp_path, kind):
         )
     checkpoint = write(tmp_path, tensors)
     cuts = {"q_proj": (4, 8), "k_proj": (2, 4), "v_proj": (2, 4)}
-    joined = Weight.cat([read(checkpoint, name, rows) for name, rows in cuts.items()])
+    joined = Weight.join([read(checkpoint, name, rows) for name, rows in cuts.items()], torch.float32, torch.device("cpu"))
     assert (joined.kind, joined.shape) == (kind, (8, 6))
     assert torch.equal(
         joined.dequantize(),

@@ -16,6 +16,7 @@ from glimmer.model.cache import Cache
 from glimmer.model.glm4_moe import Glm4Moe
 from glimmer.model.load import Plan
 from glimmer.parallel import Group
+from glimmer.weight import Weight
 
 CPU, BLOCK, BLOCKS = torch.device("cpu"), 16, 8
 TOKENS = torch.randint(0, 292, (60,), generator=torch.Generator().manual_seed(6))
@@ -116,7 +117,7 @@ def test_copies_are_used_where_they_are(checkpoint, reference, tmp_path):
     main.model.mtp.embed_tokens, main.model.mtp.head = None, None
     main.model.embed_tokens.table = main.model.embed_tokens.table.flip(0)
     main.model.lm_head.packed = ops.choose("cpu").pack_linear(
-        [main.model.lm_head.packed.rows(i, i + 1) for i in reversed(range(320))], torch.float32, CPU
+        [Weight("plain", main.model.lm_head.packed.codes.flip(0))], torch.float32, CPU
     )
     drafter = Drafter(source)
     with torch.inference_mode():
