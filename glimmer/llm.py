@@ -10,8 +10,9 @@ import itertools
 import logging
 import threading
 from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from glimmer import device as devices
 from glimmer import parallel
@@ -220,14 +221,15 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Piece]:
         """Pieces of the answer (or of the n answers) as they come. Closing the iterator aborts what is left.
 
-        Several streams may be read in turn; each step advances all of them. Raises RequestError at once, and whatever
-        stopped an answer after its last piece.
+        The request is queued when the first piece is asked for. Several streams may be read in turn; each step advances
+        all of them. Raises RequestError at once, and whatever stopped an answer after its last piece.
         """
         params = self._params(sampling_params, 1)[0]
         output = self._checked(prompt, params)
-        return self._stream(output, self._start(output, params))
+        return self._stream(output, params)
 
-    def _stream(self, output: RequestOutput, answers: "list[_Answer]") -> Iterator[Piece]:
+    def _stream(self, output: RequestOutput, params: SamplingParams) -> Iterator[Piece]:
+        answers = self._start(output, params)  # here: an iterator that nobody ever reads has nothing to abort
         try:
             while not all(a.done and not a.pieces for a in answers):
                 for answer in answers:
