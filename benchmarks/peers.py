@@ -9,6 +9,7 @@ glimmer, then the peer; the table shows medians over the rounds. --write puts it
 import argparse
 import datetime
 import json
+import os
 import platform
 import re
 import statistics
@@ -30,7 +31,7 @@ def processor() -> str:
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = re.search(r"model name\s*:\s*(.*)", info)
     flags = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if re.search(rf"\b{f}\b", info)]
-    return f"{name[1] if name else platform.machine()}, {len(set(re.findall(r'processor.*', info))) or '?'} cores, {' '.join(flags)}"
+    return f"{name[1] if name else platform.machine()}, {os.cpu_count()} cores, {' '.join(flags)}"
 
 
 def main() -> None:
@@ -53,8 +54,13 @@ def main() -> None:
     for key in (k for k in ours[0] if k in theirs[0] and k != "engine"):
         a, b = median(ours, key), median(theirs, key)
         better = b / a if key in ("load_s", "peak_memory_gib") else a / b
-        words = {"load_s": "load, s", "peak_memory_gib": "peak memory, GiB"}
-        name = words.get(key) or re.sub(r"decode_b(\d+)", r"decode, batch \1, tokens/s", re.sub(r"prefill_(\d+)", r"prefill \1, tokens/s", key))
+        what, _, number = key.partition("_")
+        name = {
+            "load": "load, s",
+            "peak": "peak memory, GiB",
+            "prefill": f"prefill of {number} tokens, tokens/s",
+            "decode": f"decode, batch {number[1:]}, tokens/s",
+        }[what]
         lines.append(f"| {name} | {a:,.2f} | {b:,.2f} | {better:.2f}x |")
     table = "\n".join(lines)
     print(table)

@@ -1,4 +1,4 @@
-"""Time transformers on a checkpoint as `glimmer bench` times glimmer: same prompts' lengths, same batches, one JSON line.
+"""Time transformers on a checkpoint as `glimmer bench` times glimmer: same lengths, same batches, one JSON line.
 
 usage: time_transformers.py MODEL [--prefill N ...] [--decode B ...] [--steps N] [--experts grouped_mm|batched_mm|eager]
 """
@@ -21,8 +21,10 @@ parser.add_argument("--experts", default="grouped_mm")
 args = parser.parse_args()
 
 begin = time.perf_counter()
-model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", experts_implementation=args.experts).eval()
-figures = {"engine": f"transformers {transformers.__version__} {args.experts}", "load_s": round(time.perf_counter() - begin, 2)}
+options = {"dtype": "auto", "experts_implementation": args.experts}
+model = transformers.AutoModelForCausalLM.from_pretrained(args.model, **options).eval()
+figures = {"engine": f"transformers {transformers.__version__} {args.experts}"}
+figures["load_s"] = round(time.perf_counter() - begin, 2)
 source = torch.Generator().manual_seed(1)
 
 

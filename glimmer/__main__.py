@@ -6,7 +6,7 @@ Errors that glimmer raises on purpose become three lines and an exit code here, 
 import sys
 
 from glimmer import __version__, bench, doctor, predict
-from glimmer.errors import GlimmerError
+from glimmer.errors import ConfigError, GlimmerError
 
 HELP = """\
 usage: glimmer COMMAND [options]
@@ -40,8 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"glimmer {__version__}")
         return 0
     if argv[0] not in COMMANDS:
-        print(f"glimmer: no command {argv[0]!r}\n  expected: {', '.join(COMMANDS)}\n  to do:    see glimmer --help", file=sys.stderr)
-        return 2
+        refusal = ConfigError(f"no command {argv[0]!r}", " or ".join(COMMANDS), "see glimmer --help")
+        print(f"glimmer: {refusal}", file=sys.stderr)
+        return refusal.exit_code
     try:
         return COMMANDS[argv[0]](argv[1:])
     except GlimmerError as error:

@@ -85,8 +85,12 @@ def _decode(llm: LLM, source: random.Random, batch: int, steps: int) -> float:
 
 def _print(llm: LLM, figures: dict[str, float]) -> None:
     rows = [("load", figures["load_s"], "s")]
-    rows += [(f"prefill {k.removeprefix('prefill_')} tokens", v, "tokens/s") for k, v in figures.items() if "prefill" in k]
-    rows += [(f"decode, batch {k.removeprefix('decode_b')}", v, "tokens/s") for k, v in figures.items() if "decode" in k]
+    for key, value in figures.items():
+        what, _, number = key.partition("_")
+        if what == "prefill":
+            rows.append((f"prefill {number} tokens", value, "tokens/s"))
+        elif what == "decode":
+            rows.append((f"decode, batch {number[1:]}", value, "tokens/s"))
     rows += [("peak memory of a process", figures["peak_memory_gib"], "GiB")]
     print(f"{llm.config.model} on {llm.group.device}, {llm.size} process{'es' * (llm.size > 1)}")
     for what, value, unit in rows:

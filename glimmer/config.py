@@ -7,9 +7,10 @@ a second time. Not here: torch, files other than the two JSON ones, whether the 
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 from glimmer.errors import CheckpointError, ConfigError, RequestError
 
@@ -55,7 +56,7 @@ class ModelConfig:
 
     @staticmethod
     def load(directory: str | Path) -> "ModelConfig":
-        """Read `directory`/config.json. CheckpointError: no such directory or file, not JSON; ConfigError: its content."""
+        """Read `directory`/config.json. CheckpointError: nothing there, or not JSON; ConfigError: its content."""
         directory = Path(directory)
         if not directory.is_dir():
             raise CheckpointError(
@@ -358,10 +359,10 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
-        whole = lambda v: isinstance(v, int) and not isinstance(v, bool)  # noqa: E731
-        real = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)  # noqa: E731
-        tame = lambda v: 1e-12 <= v <= 1e15  # noqa: E731  (beyond, float32 logits would become infinite)
-        biases = lambda v: all(whole(i) and i >= 0 and real(b) and abs(b) <= 1e15 for i, b in v.items())  # noqa: E731
+        whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
+        real = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+        tame = lambda v: 1e-12 <= v <= 1e15
+        biases = lambda v: all(whole(i) and i >= 0 and real(b) and abs(b) <= 1e15 for i, b in v.items())
         for field, good, accepted in (
             ("n", lambda v: whole(v) and v >= 1, "a whole number of at least 1"),
             ("temperature", lambda v: real(v) and (v == 0 or tame(v)), "0 (greedy), or a number from 1e-12 to 1e15"),

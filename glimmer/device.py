@@ -96,11 +96,11 @@ def describe() -> list[tuple[str, str]]:
     """(what, finding) rows about this machine, for `glimmer doctor`."""
     flags = _cpu_flags()
     wanted = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm")
-    memory = _meminfo()
+    total = _meminfo()["MemTotal"]
     rows = [
         ("processor", f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores for this process"),
         ("instructions", " ".join(f for f in wanted if f in flags) or "none of those that matter here"),
-        ("memory", f"{memory['MemTotal'] / 2**30:.1f} GiB, {free_memory(torch.device('cpu')) / 2**30:.1f} GiB free"),
+        ("memory", f"{total / 2**30:.1f} GiB, {free_memory(torch.device('cpu')) / 2**30:.1f} GiB free"),
     ]
     for kind in available():
         if kind == "cpu":
@@ -108,7 +108,8 @@ def describe() -> list[tuple[str, str]]:
         module = getattr(torch, kind)
         for i in range(module.device_count()):
             free, total = module.mem_get_info(i)
-            rows.append((f"{kind}:{i}", f"{module.get_device_name(i)}, {total / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free"))
+            memory = f"{total / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free"
+            rows.append((f"{kind}:{i}", f"{module.get_device_name(i)}, {memory}"))
     if len(rows) == 3:
         rows.append(("accelerators", "none that torch can use"))
     return rows

@@ -84,10 +84,11 @@ class LLM:
         self.chat_template = ChatTemplate.load(self.config.model)
         self._defaults, eos = generation_defaults(self.config.model)
         self.eos_token_ids = eos or self.model_config.eos_token_id
-        choosable = self.tokenizer.size if self.tokenizer else self.model_config.vocab_size
-        if choosable > self.model_config.vocab_size:
+        vocab_size = self.model_config.vocab_size
+        choosable = self.tokenizer.size if self.tokenizer else vocab_size
+        if choosable > vocab_size:
             raise CheckpointError(
-                f"the tokenizer has ids up to {choosable - 1}, the model's vocab_size is {self.model_config.vocab_size}",
+                f"the tokenizer has ids up to {choosable - 1}, the model's vocab_size is {vocab_size}",
                 "a tokenizer whose ids the model knows",
                 "use the tokenizer.json and config.json of one checkpoint",
             )
@@ -96,7 +97,7 @@ class LLM:
         if device.type == "cpu":
             devices.share_cores(self.group.local_size)
         self._runner = Runner(self.config, self.model_config, self.group, device, on_load)
-        self._engine = Engine(self.config, self._runner, self.group, self.model_config.vocab_size, choosable)
+        self._engine = Engine(self.config, self._runner, self.group, vocab_size, choosable)
         self._open: dict[str, _Answer] = {}
         self._numbers = itertools.count()
         self._inbox: deque[Callable[[], None]] = deque()  # what coroutines ask of the engine's thread
@@ -443,7 +444,8 @@ class _Answer:
     def _decoded(self, position: dict[int, Logprob]) -> dict[int, Logprob]:
         if self.tokenizer is None:
             return position
-        text = {id: self.tokenizer.decode([id], skip_special_tokens=False) for id in position if id < self.tokenizer.size}
+        known = [id for id in position if id < self.tokenizer.size]  # the vocabulary may be padded beyond
+        text = {id: self.tokenizer.decode([id], skip_special_tokens=False) for id in known}
         return {id: replace(found, decoded_token=text.get(id, "")) for id, found in position.items()}
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from glimmer.errors import ConfigError, EngineError
 
+CPU = torch.device("cpu")
 GRACE = 3.0  # seconds that survivors wait for each other's word after a collective has failed
 
 
@@ -30,7 +31,7 @@ class Group:
     rank: int = 0
     size: int = 1
     local_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     store: Any = field(default=None, repr=False)
 
     def split(self, n: int) -> tuple[int, int]:
@@ -63,7 +64,9 @@ class Group:
         data = torch.tensor(list(json.dumps(value).encode()) if self.rank == 0 else [], dtype=torch.uint8)
         length = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
         self._guard(dist.broadcast, length, 0)
-        data = data.to(self.device) if self.rank == 0 else torch.empty(int(length), dtype=torch.uint8, device=self.device)
+        if self.rank != 0:
+            data = torch.empty(int(length), dtype=torch.uint8)
+        data = data.to(self.device)
         self._guard(dist.broadcast, data, 0)
         return json.loads(bytes(data.tolist()))
 
@@ -101,7 +104,7 @@ class Group:
             where = {0: os.environ.get("MASTER_ADDR", "?")}
         culprits = ", ".join(f"rank {r} on {host}" for r, host in where.items()) or "a rank that has failed by itself"
         return EngineError(
-            f"rank {self.rank} on {socket.gethostname()} lost {culprits} ({symptom.splitlines()[0][:160]})",
+            f"rank {self.rank} on {socket.gethostname()} lost {culprits} ({_first_line(symptom)})",
             f"all {self.size} ranks to compute each step together",
             "read the log of the rank named above: it holds the first error; then start the job again",
         )
@@ -140,8 +143,8 @@ def connect(tensor_parallel_size: int, device: torch.device, backend: str, timeo
         raise ConfigError(
             f"tensor_parallel_size={tensor_parallel_size}, but {size} process{'es' * (size > 1)} running",
             "one process for each share of the model",
-            f"start it as: torchrun --nproc-per-node {tensor_parallel_size} YOUR_SCRIPT.py (several machines: --nnodes),"
-            f" or set tensor_parallel_size={size}",
+            f"start it as: torchrun --nproc-per-node {tensor_parallel_size} YOUR_SCRIPT.py (several machines:"
+            f" --nnodes), or set tensor_parallel_size={size}",
         )
     if size == 1:
         return Group(device=device)
@@ -153,7 +156,7 @@ def connect(tensor_parallel_size: int, device: torch.device, backend: str, timeo
         store = dist.TCPStore(address, int(port), None, opens, timedelta(seconds=timeout), wait_for_workers=False)
     except (RuntimeError, ValueError) as error:
         raise EngineError(
-            f"rank {rank} on {socket.gethostname()} cannot reach {meeting}: {str(error).splitlines()[0][:160]}",
+            f"rank {rank} on {socket.gethostname()} cannot reach {meeting}: {_first_line(error)}",
             "the meeting point that rank 0 opens",
             "check MASTER_ADDR and MASTER_PORT, the firewall, and that the first machine's command runs",
         ) from None
@@ -165,14 +168,19 @@ def connect(tensor_parallel_size: int, device: torch.device, backend: str, timeo
         missing = [r for r in missing if not store.check([f"host/{r}"])]
         time.sleep(0.05)
     if missing:
+        ranks = ", ".join(map(str, missing))
         raise EngineError(
-            f"{len(missing)} of {size} processes did not join within {timeout:g} s: ranks {', '.join(map(str, missing))}",
+            f"{len(missing)} of {size} processes did not join within {timeout:g} s: ranks {ranks}",
             f"every rank to reach {meeting}",
             "start the command on the missing machines too, with the same address, port and number of processes",
         )
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     return Group(rank, size, local_size, device, store)
+
+
+def _first_line(error: object) -> str:
+    return str(error).splitlines()[0][:160]
 
 
 def local_rank() -> int:

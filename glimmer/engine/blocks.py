@@ -8,8 +8,8 @@ Only numbers here: the tensors are model/cache.py's.
 
 from array import array
 from collections import OrderedDict
+from collections.abc import Sequence as Sequence_
 from hashlib import blake2b
-from typing import Sequence as Sequence_
 
 from glimmer.engine.sequence import Sequence
 

@@ -36,7 +36,7 @@ class Engine:
         """RequestError, with the field's name, if this engine cannot serve the request."""
         length, params = len(request.prompt_token_ids), request.params
         if length == 0:
-            raise RequestError("prompt", "an empty prompt", "at least one token", "give the model something to continue")
+            raise RequestError("prompt", "an empty prompt", "at least one token", "give the model a text to continue")
         if length >= self.max_model_len:
             raise RequestError(
                 "prompt",
@@ -51,8 +51,8 @@ class Engine:
         ):
             limit = self.sampler.choosable if field == "logit_bias" else self.vocab_size
             if ids and not 0 <= min(ids) <= max(ids) < limit:
-                wrong = min(ids) if min(ids) < 0 else max(ids)
-                raise RequestError(field, f"token id {wrong} in {field}", f"ids from 0 to {limit - 1}", "remove that id")
+                found = f"token id {min(ids) if min(ids) < 0 else max(ids)} in {field}"
+                raise RequestError(field, found, f"ids from 0 to {limit - 1}", "remove that id")
 
     def add(self, request: Request) -> None:
         """Queue a request; RequestError as `check`."""

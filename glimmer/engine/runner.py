@@ -5,9 +5,9 @@ Not here: which tokens to compute (scheduler.py), what to do with logits (sample
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Callable
 
 import torch
 from torch import Tensor
@@ -55,7 +55,8 @@ class Runner:
             plan = Plan(model_config, checkpoint, group, dtype)
             self.room = make_room(config, model_config, group, device, dtype, plan.nbytes)
             self.doors = ops.choose(device.type)
-            self.model = Glm4Moe(model_config, group, self.doors, devices.residual_dtype(device, dtype), plan.mtp).eval()
+            residual = devices.residual_dtype(device, dtype)
+            self.model = Glm4Moe(model_config, group, self.doors, residual, plan.mtp).eval()
             done = 0
 
             def progress(nbytes: int) -> None:
@@ -91,7 +92,7 @@ class Runner:
             rows += range(row - chunk.rows, row)
         widest = max(len(chunk.sequence.blocks) for chunk in step.chunks)
         table = [chunk.sequence.blocks + [0] * (widest - len(chunk.sequence.blocks)) for chunk in step.chunks]
-        tensor = lambda values: torch.tensor(values, dtype=torch.int64, device=self.device)  # noqa: E731
+        tensor = lambda values: torch.tensor(values, dtype=torch.int64, device=self.device)
         return Batch(
             tokens=tensor(tokens),
             positions=tensor(positions),
@@ -141,22 +142,23 @@ def make_room(
     free = devices.free_memory(device) // (group.local_size if device.type == "cpu" else 1)
     usable = int(free * config.gpu_memory_utilization)
     activations = _activation_bytes(config, model)
-    where = f"{free / 2**30:.2f} GiB free for each of {group.size} processes" if group.size > 1 else f"{free / 2**30:.2f} GiB free"
-    where += f", of which {usable / 2**30:.2f} GiB may be used (gpu_memory_utilization={config.gpu_memory_utilization})"
     heads = max(1, model.num_key_value_heads // group.size)
     block = block_bytes(model.num_hidden_layers, config.block_size, heads, model.head_dim, dtype)
-    blocks_for = lambda tokens: -(-tokens // config.block_size)  # noqa: E731
+    blocks_for = lambda tokens: -(-tokens // config.block_size)
     least = blocks_for(config.max_model_len or config.block_size) * block
+    cache = max(least, config.kv_cache_memory_bytes or 0)
     left = usable - weights - activations
-    if left < max(least, config.kv_cache_memory_bytes or 0):
-        cache = max(least, config.kv_cache_memory_bytes or 0)
+    if left < cache:
+        gib = lambda nbytes: f"{nbytes / 2**30:.2f} GiB"
+        shared = f" for each of {group.local_size} processes" if device.type == "cpu" and group.local_size > 1 else ""
         raise NotEnoughMemory(
-            f"{(weights + activations + cache) / 2**30:.2f} GiB needed on {device} (weights {weights / 2**30:.2f},"
-            f" activations {activations / 2**30:.2f}, KV cache {cache / 2**30:.2f} for {least // block * config.block_size}"
-            f" tokens or as configured), {where}",
-            "room for all three before anything is loaded",
-            "free memory, use more processes (tensor_parallel_size), a smaller max_model_len or"
-            " max_num_batched_tokens, or FP8 weights",
+            f"{gib(weights + activations + cache)} needed on {device} by this process: {gib(weights)} for weights,"
+            f" {gib(activations)} for a step's activations, {gib(cache)} for the KV cache;"
+            f" {gib(free)} free{shared}, of which {gib(usable)} may be used"
+            f" (gpu_memory_utilization={config.gpu_memory_utilization})",
+            "room for all three; nothing has been loaded",
+            "free some memory, share the model among more processes (tensor_parallel_size), use the FP8 checkpoint, or"
+            " lower max_model_len or max_num_batched_tokens",
         )
     if config.kv_cache_memory_bytes is not None:
         left = config.kv_cache_memory_bytes

@@ -9,12 +9,12 @@ day, are a subtraction from `computed`: slots beyond it are simply written over.
 """
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from glimmer.config import SamplingParams
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why an answer ended. STOP: an end-of-sequence or stop id (stop strings are found upstairs)."""
 
     STOP = "stop"

@@ -1,7 +1,7 @@
-"""Cache: keys and values of every layer, in blocks of `block_size` tokens. Who owns which block is engine/blocks.py's."""
+"""Cache: keys and values of every layer, in blocks of `block_size` tokens. Not here: who owns which block (engine/)."""
 
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy
 import torch

@@ -18,8 +18,8 @@ from glimmer.parallel import Group
 
 
 class Attention(nn.Module):
-    """Grouped-query attention. GLM's own: the bias is on q, k and v only; q and k may be normed per head, after the bias
-    and before the rotation; and the rotation covers only the first part of each head."""
+    """Grouped-query attention. GLM's own: the bias is on q, k and v only; q and k may be normed per head, after the
+    bias and before the rotation; and the rotation covers only the first part of each head."""
 
     def __init__(self, config: ModelConfig, group: Group, ops: Ops):
         super().__init__()
@@ -199,7 +199,7 @@ class Glm4Moe(nn.Module):
         """
         mtp = self.mtp
         embedded = self.group.all_reduce((mtp.embed_tokens or self.embed_tokens)(tokens))
-        x = mtp.eh_proj(torch.cat((mtp.enorm(embedded), mtp.hnorm(hidden)), -1))     # (T, 2H) -> (T, H), embedding first
+        x = mtp.eh_proj(torch.cat((mtp.enorm(embedded), mtp.hnorm(hidden)), -1))     # (T, H), the embedding first
         x, residual = torch.zeros_like(x), x.to(self.residual_dtype)
         x, residual = mtp.block(x, residual, self._turn(batch.positions), batch, cache.layer(len(self.layers)))
         x, _ = mtp.norm(x, residual)

@@ -4,7 +4,7 @@ A leaf is empty until load.py fills it; then it holds what its backend packed, a
 Not here: names on disk, and which part is this rank's (names.py).
 """
 
-from typing import Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn

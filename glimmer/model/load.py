@@ -5,7 +5,7 @@ are known, before the first weight is read. `Plan.fill` then walks the leaves; e
 copied once from the memory-mapped files into the form that the backend wants.
 """
 
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -28,7 +28,9 @@ class Plan:
     nbytes: bytes of this rank's weights once loaded in `dtype`. mtp: as Glm4Moe wants it, or None when not asked for.
     """
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, group: Group, dtype: torch.dtype, mtp: bool = False):
+    def __init__(
+        self, config: ModelConfig, checkpoint: Checkpoint, group: Group, dtype: torch.dtype, mtp: bool = False
+    ):
         formats.check(config.quantization_config)
         self.checkpoint, self.dtype, self._config = checkpoint, dtype, config
         self._prefix = names.mtp_prefix(config)

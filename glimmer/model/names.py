@@ -5,8 +5,8 @@ None means whole. Heads must divide (key-value heads are copied when there are m
 vocabulary need not, because Group.split gives some ranks one more. Not here: reading (load.py) and packing (ops/).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator
 
 from glimmer.config import ModelConfig
 from glimmer.errors import ConfigError
@@ -108,11 +108,12 @@ def _block(config: ModelConfig, group: Group, ours: str, theirs: str, dense: boo
     correction = (f"{theirs}.gate.e_score_correction_bias", experts, None)
     yield Entry(f"{ours}.gate.proj", ((Part(f"{theirs}.gate", (experts, hidden)),),), exact=True)
     yield Entry(f"{ours}.gate.e_score_correction_bias", vectors=(correction,), exact=True)
-    each = [list(_mlp(config.moe_intermediate_size, hidden, group, ours, f"{theirs}.experts.{e}")) for e in range(experts)]
+    width = config.moe_intermediate_size
+    each = [list(_mlp(width, hidden, group, ours, f"{theirs}.experts.{e}")) for e in range(experts)]
     for i, leaf in enumerate(("gate_up_proj", "down_proj")):
         yield Entry(f"{ours}.experts.{leaf}", tuple(pair[i].groups[0] for pair in each))
-    shared = config.moe_intermediate_size * config.n_shared_experts
-    yield from _mlp(shared, hidden, group, f"{ours}.shared_experts", f"{theirs}.shared_experts")
+    shared = f"{ours}.shared_experts", f"{theirs}.shared_experts"
+    yield from _mlp(width * config.n_shared_experts, hidden, group, *shared)
 
 
 def _attention(config: ModelConfig, group: Group, ours: str, theirs: str) -> Iterator[Entry]:

@@ -1,8 +1,8 @@
 """Ops: the doors to arithmetic, and who serves each of them.
 
-The model calls nothing but these. `choose` fills the record once per process, door by door, from the backends that serve
-the device; whatever is left comes from `reference`, the definition that every backend is compared with. A door gets
-tensors and numbers, never a configuration; it writes over an input only if its name ends in `_`.
+The model calls nothing but these. `choose` fills the record once per process, door by door, from the backends that
+serve the device; whatever is left comes from `reference`, the definition that every backend is compared with. A door
+gets tensors and numbers, never a configuration; it writes over an input only if its name ends in `_`.
 
     door          inputs -> output                                                      (T rows, H wide)
     embed         tokens (T,), table (V', H), first -> (T, H); zeros for tokens outside first..first+V'
@@ -10,7 +10,7 @@ tensors and numbers, never a configuration; it writes over an input only if its 
     add_rms_norm  x (T, H), residual (T, H), weight, eps -> (normed, residual + x); residual keeps its dtype
     linear        x (T, in), packed, bias (out,) or None -> (T, out) in x's dtype
     swiglu        x (T, 2M): gate then up -> (T, M), silu(gate) * up
-    rope_         q (T, h, D), k (T, g, D), cos (T, R/2), sin (T, R/2): rotates the first R of D in place, pairs (i, i+R/2)
+    rope_         q (T, h, D), k (T, g, D), cos, sin (T, R/2): rotates the first R of D in place, pairs (i, i+R/2)
     store_kv_     k, v (T, g, D), keys, values (blocks, block_size, g, D), slots (T,): writes rows to their slots
     attention     q (T, h, D), keys, values, batch, scale -> (T, h*D); causal within each sequence of the batch
     route         logits (T, E) float32, bias (E,) float32, rule -> ids (T, K) int64, scores (T, K) float32
@@ -23,8 +23,9 @@ Not here: any choice made per call, and any knowledge of ranks. To bisect a wron
 
 import importlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Callable
+from typing import Any
 
 from glimmer.errors import ConfigError
 

@@ -5,8 +5,8 @@ is a Weight on its device; a packed set of experts is a list of them. "fp8" weig
 widened at each use, which is slow and says so nowhere but here. Contracts and shapes: the table in ops/__init__.py.
 """
 
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +97,7 @@ def store_kv_(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor)
 
 def attention(q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float) -> Tensor:
     """Causal attention of every row over its own sequence's blocks; query head i reads key head i // (h/g)."""
-    _, h, d = q.shape
+    h = q.shape[1]
     block_size, g = keys.shape[1:3]
     out = torch.empty_like(q)
     for s, length in enumerate(batch.lengths):

@@ -23,7 +23,7 @@ def byte_symbols() -> list[str]:
     """
     symbols, spare = [], 0x100
     for value in range(256):
-        if 0x21 <= value <= 0x7E or 0xA1 <= value <= 0xFF and value != 0xAD:
+        if 0x21 <= value <= 0x7E or (0xA1 <= value <= 0xFF and value != 0xAD):
             symbols.append(chr(value))
         else:
             symbols.append(chr(spare))

@@ -35,7 +35,8 @@ class ScriptedRunner:
         wanted, logits = set(batch.rows.tolist()), []
         for s, length in enumerate(batch.lengths):
             table = batch.blocks[s].tolist()
-            history = [self.slots[table[p // self.block_size] * self.block_size + p % self.block_size] for p in range(length)]
+            size = self.block_size
+            history = [self.slots[table[p // size] * size + p % size] for p in range(length)]
             first, last = batch.starts[s], batch.starts[s + 1]
             assert batch.positions[first:last].tolist() == list(range(length - (last - first), length))
             logits += [row_for(history[: length - last + r + 1]) for r in range(first, last) if r in wanted]

@@ -100,9 +100,15 @@ def test_penalties_follow_their_formulas():
     # token 1: 2 / 2 = 1; token 2: -1 * 2 - 2 * 0.5 - 0.25; token 0 unseen: 1 -> a tie of 0 and 1, the first wins
     assert choose(logits, given)[0].token == 0
     assert choose([[0.99, 2.0, -1.0, 0.0]], given)[0].token == 1
-    assert choose([[0.0, 3.0, 0.0, 0.0]], chunk(prompt=[0], answer=[1], temperature=0, presence_penalty=2.0))[0].token == 1
-    assert choose([[2.0, 3.0, 0.0, 0.0]], chunk(prompt=[0], answer=[1], temperature=0, presence_penalty=2.0))[0].token == 0
-    assert choose([[2.0, 3.0, 0.0, 0.0]], chunk(prompt=[1], answer=[], temperature=0, presence_penalty=2.0))[0].token == 1
+
+
+def test_presence_penalty_is_about_the_answer_only():
+    def token(likely: float, **sequence) -> int:
+        return choose([[likely, 3.0, 0.0]], chunk(temperature=0, presence_penalty=2.0, **sequence))[0].token
+
+    assert token(0.0, prompt=[0], answer=[1]) == 1
+    assert token(2.0, prompt=[0], answer=[1]) == 0
+    assert token(2.0, prompt=[1], answer=[]) == 1
 
 
 def test_bias_and_min_tokens():
