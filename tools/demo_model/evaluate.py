@@ -145,7 +145,7 @@ def inside(model_dir: Path, outputs: list[Any]) -> tuple[list[float], list[float
             rows = torch.arange(start - 1, len(tokens) - 2)  # row t guesses token t+2, after token t+1 was chosen
             accepted += int((model.lm_head(guess[rows]).argmax(dim=-1) == tokens[rows + 2]).sum())
             drafted += len(rows)
-    loads = [router.load / router.load.mean() for _, router in sorted(model.routers().items())]
+    loads = [router.load() for _, router in sorted(model.routers().items())]
     return [x.min().item() for x in loads], [x.max().item() for x in loads], accepted / drafted
 
 

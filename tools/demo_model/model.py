@@ -97,15 +97,19 @@ class Router(nn.Module):
         self.top_k, self.scale = shape.num_experts_per_tok, shape.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(shape.n_routed_experts, shape.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(shape.n_routed_experts))
-        self.register_buffer("load", torch.zeros(shape.n_routed_experts), persistent=False)
+        self.counted: list[Tensor] = []  # tokens of each expert, one tensor (E,) per pass
 
     def forward(self, x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:  # (T, H) -> (T, K) (T, K)
         scores = torch.sigmoid(F.linear(x.float(), self.weight.float()))
         ids = (scores + self.e_score_correction_bias).topk(self.top_k, dim=-1, sorted=False).indices
-        with torch.no_grad():
-            self.load += torch.bincount(ids[real].flatten(), minlength=self.load.numel())
+        self.counted.append(torch.bincount(ids[real].flatten(), minlength=len(self.weight)))
         weights = scores.gather(1, ids)
         return ids, weights / (weights.sum(dim=-1, keepdim=True) + 1e-20) * self.scale
+
+    def load(self) -> Tensor:
+        """(E,) float32: each expert's share of the tokens since the last `balance`, 1 where it is even."""
+        counts = torch.stack(self.counted).sum(dim=0).float()
+        return counts / counts.mean()
 
     @torch.no_grad()
     def balance(self, speed: float) -> None:
@@ -113,8 +117,8 @@ class Router(nn.Module):
 
         In proportion to what they lack, and by `speed` at most: a fixed step would swing to and fro for ever.
         """
-        self.e_score_correction_bias += speed * (1 - self.load / self.load.mean()).clamp(min=-1)
-        self.load.zero_()
+        self.e_score_correction_bias += speed * (1 - self.load()).clamp(min=-1)
+        self.counted.clear()
 
 
 class MixExperts(torch.autograd.Function):

@@ -2,9 +2,9 @@
 
     python tools/demo_model/train.py --data build/demo_model --steps 4000
 
-One step is one helping of every task in fixed proportions, about 2,400 tokens. Matrices learn
-by Muon (momentum, orthogonalised), everything else by AdamW; the rate rises, stays, and falls to nothing over the last
-part of the run. The routers' correction biases follow the experts' load and no gradient. The MTP layer joins half-way.
+One step is one helping of every task in fixed proportions, about 2,400 tokens. Matrices learn by Muon (momentum,
+orthogonalised), everything else by AdamW; the rate rises, stays, and falls to nothing over the last part of the run.
+The routers' correction biases follow the experts' load and no gradient. The MTP layer joins half-way.
 A later call with other --steps stretches or shortens what is left. Writes state.pt, loss.csv and, at the end, the
 finished checkpoint (export.py). Not here: evaluation (evaluate.py), the picture of the loss (plot.py).
 """
@@ -14,7 +14,9 @@ import csv
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +29,15 @@ from torch import Tensor
 MIXTURE = dict(zip(EXAMPLES, (3, 6, 8, 2, 2, 2, 2, 1, 1), strict=True))  # examples of each task in one step
 DECAY_SHARE, WARM_UP, MTP_FROM, MTP_WEIGHT = 0.4, 60, 0.5, 0.3
 MUON_RATE, ADAM_RATE, BIAS_SPEED = 0.02, 4e-3, 0.02
+
+
+class Batch(NamedTuple):
+    """Flat tokens (T,), which are to be predicted (T,), the task of each (T,), and their layout."""
+
+    tokens: Tensor
+    wanted: Tensor
+    tasks: Tensor
+    layout: Layout
 
 
 class Examples:
@@ -47,9 +58,9 @@ class Examples:
             chosen += [(int(order[int(i) // len(mine)][int(i) % len(mine)]), task) for i in at]
         return chosen
 
-    def batch(self, step: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Layout]:
-        """Flat tokens (T,), which are to be predicted (T,), task of each (T,), and their layout."""
-        chosen = sorted(self.helping(step), key=lambda pair: self.length(pair[0]))
+    def batch(self, step: int, device: torch.device, part: int = 0, parts: int = 1) -> Batch:
+        """One of the `parts` about equal parts of a step's helping."""
+        chosen = sorted(self.helping(step), key=lambda pair: self.length(pair[0]))[part::parts]
         segments, tokens, wanted, tasks, real = [], [], [], [], []
         for group in self._alike(chosen):
             longest = self.length(group[-1][0])
@@ -61,7 +72,7 @@ class Examples:
                 real.append(np.arange(longest) < longest - pad)
                 tasks.append(np.full(longest, task))
         flat = [torch.from_numpy(np.concatenate(parts)).to(device) for parts in (tokens, wanted, tasks, real)]
-        return flat[0], flat[1], flat[2], layout_of(segments, flat[3])
+        return Batch(flat[0], flat[1], flat[2], layout_of(segments, flat[3]))
 
     def length(self, example: int) -> int:
         return int(self.starts[example + 1] - self.starts[example])
@@ -139,15 +150,36 @@ def losses(model: DemoModel, batch: tuple[Tensor, Tensor, Tensor, Layout], draft
     return loss, tasks[rows], F.cross_entropy(model.lm_head(guess[far]), tokens[far + 2], reduction="none")
 
 
+def learn(model: DemoModel, batches: list[Batch], draft: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Set the gradients of the mean loss over all batches, one thread for each; returns `losses` of all of them.
+
+    Each thread computes with one core: at this size, cores that share every operation mostly wait for each other.
+    """
+    parameters = list(model.parameters())
+    count = sum(int(b.wanted.sum()) for b in batches)
+
+    def work(batch: Batch) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor]]:
+        loss, tasks, mtp = losses(model, batch, draft)
+        total = (loss.sum() + MTP_WEIGHT * mtp.sum()) / count
+        return torch.autograd.grad(total, parameters, allow_unused=True), (loss.detach(), tasks, mtp.detach())
+
+    with ThreadPoolExecutor(len(batches)) as pool:
+        gradients, parts = zip(*pool.map(work, batches), strict=True)
+    for parameter, *shares in zip(parameters, *gradients, strict=True):
+        parameter.grad = None if shares[0] is None else sum(shares[1:], start=shares[0])
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("build/demo_model"))
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="cores to use; a GPU is fed by one")
     parser.add_argument("--log", type=int, default=20, help="steps between two lines of loss.csv")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parts = 1 if device.type == "cuda" else args.threads
 
     examples, shape = Examples(args.data / "train.npz"), Shape()
     model = DemoModel(shape).to(device)
@@ -160,8 +192,9 @@ def main() -> None:
             learner.load_state_dict(old)
         start = saved["step"]
     log = args.data / "loss.csv"
-    if start == 0:
-        log.write_text("step,tokens,loss,mtp,rate,least load,most load,tokens/s," + ",".join(MIXTURE) + "\n")
+    head = "step,tokens,loss,mtp,rate,least load,most load,tokens/s," + ",".join(MIXTURE)
+    past = log.read_text().splitlines()[1:] if start else []
+    log.write_text("\n".join([head, *(row for row in past if int(row.split(",")[0]) <= start)]) + "\n")
     seen, since = 0, time.monotonic()
     sums, counts, drafts = torch.zeros(len(MIXTURE)), torch.zeros(len(MIXTURE)), []
 
@@ -171,19 +204,18 @@ def main() -> None:
         for learner, full in zip(learners, (MUON_RATE, ADAM_RATE)):
             for group in learner.param_groups:
                 group["lr"] = full * share
-        batch = examples.batch(step, device)
-        loss, tasks, mtp = losses(model, batch, drafting)
-        (loss.mean() + (MTP_WEIGHT * mtp.mean() if drafting else 0.0)).backward()
+        batches = [examples.batch(step, device, part, parts) for part in range(parts)]
+        loss, tasks, mtp = learn(model, batches, drafting)
         for learner in learners:
             learner.step()
             learner.zero_grad(set_to_none=True)
 
-        loads = [router.load / router.load.mean() for router in model.routers().values() if router.load.sum()]
+        loads = [router.load() for router in model.routers().values() if router.counted]
         for router in model.routers().values():
-            if router.load.sum():
+            if router.counted:
                 router.balance(BIAS_SPEED * (share if step >= WARM_UP else 1.0))
-        seen += len(batch[0])
-        sums.index_add_(0, tasks.cpu(), loss.detach().cpu())
+        seen += sum(len(batch.tokens) for batch in batches)
+        sums.index_add_(0, tasks.cpu(), loss.cpu())
         counts += torch.bincount(tasks.cpu(), minlength=len(MIXTURE))
         drafts += [mtp.mean().item()] if drafting else []
         if (step + 1) % args.log == 0:
