@@ -4,11 +4,13 @@ The only file outside ops/ that says torch.cuda or torch.npu. A kind is "cpu", "
 torch_npu package. Not here: arithmetic.
 """
 
+import math
 import os
 import platform
 import resource
 from pathlib import Path
 
+import numpy
 import torch
 
 from glimmer.errors import ConfigError
@@ -52,10 +54,10 @@ def resolve(name: str, index: int) -> torch.device:
     return torch.device(kind, index)
 
 
-def share_cores(local_size: int) -> None:
-    """Give each of `local_size` processes on this machine its part of the cores, so that they do not fight for them."""
-    if local_size > 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+def share_cores(device: torch.device, processes: int) -> None:
+    """Give each of the `processes` that compute on this machine's CPU its part of the cores: no fighting for them."""
+    if device.type == "cpu" and processes > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
 
 
 def residual_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -63,20 +65,43 @@ def residual_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else dtype
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on the device (on a CPU: of RAM, within the control group's limit)."""
+def free_memory(device: torch.device, processes: int = 1) -> int:
+    """Bytes that this process can still take on the device. An accelerator is its own; a machine's RAM (within the
+    control group's limit) is divided by the `processes` that want it. Cached file pages count as free."""
     if device.type != "cpu":
         return getattr(torch, device.type).mem_get_info(device)[0]
     free = _meminfo()["MemAvailable"]
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    for folder, limit, used in (
+        (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+            taken = int((folder / used).read_text()) - _cached(folder / "memory.stat")
+            free = min(free, int((folder / limit).read_text()) - taken)
         except (OSError, ValueError):  # no control group, or "max"
             continue
-    return max(free, 0)
+    return max(free, 0) // processes
+
+
+def _cached(stat: Path) -> int:
+    """Bytes of file pages in a control group's memory.stat: the kernel gives them up when memory is wanted."""
+    fields = dict(line.split() for line in stat.read_text().splitlines())
+    return int(fields.get("active_file", 0)) + int(fields.get("inactive_file", 0))
+
+
+def default_cache(device: torch.device) -> int | None:
+    """Bytes of KV cache when nobody says how many; None: all that is left. Others want a machine's RAM too."""
+    return 4 << 30 if device.type == "cpu" else None
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """torch.zeros, but on a CPU memory is taken from the system page by page when it is first used.
+
+    There numpy asks for zero pages, where torch.zeros would write over gigabytes at every start.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(numpy.zeros(math.prod(shape) * dtype.itemsize, numpy.uint8)).view(dtype).view(shape)
 
 
 def peak_memory(device: torch.device) -> int:

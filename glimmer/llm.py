@@ -94,8 +94,7 @@ class LLM:
             )
         device = devices.resolve(self.config.device, parallel.local_rank())
         self.group = parallel.connect(self.config.tensor_parallel_size, device, devices.COLLECTIVES[device.type])
-        if device.type == "cpu":
-            devices.share_cores(self.group.local_size)
+        devices.share_cores(device, self.group.local_size)
         self._runner = Runner(self.config, self.model_config, self.group, device, on_load)
         self._engine = Engine(self.config, self._runner, self.group, vocab_size, choosable)
         self._open: dict[str, _Answer] = {}
@@ -247,7 +246,7 @@ class LLM:
     async def astream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AsyncIterator[Piece]:
         """`stream` for asyncio: any number of coroutines, computed together by one thread beside the event loop.
 
-        Cancelling a coroutine aborts its request. Do not mix with `generate` or `stream` while coroutines are waiting.
+        Cancelling a coroutine aborts its request. `generate` and `stream` wait until every coroutine has its answer.
         """
         if self.size > 1:
             raise ConfigError(
@@ -289,10 +288,10 @@ class LLM:
                 self._pump.start()
 
     def _run(self) -> None:
-        """The engine's thread: ends when nobody waits for anything."""
+        """The engine's thread: ends when no coroutine waits for anything."""
         while True:
             with self._guard:
-                if not self._inbox and not self._open:
+                if not self._inbox and not any(answer.awaited for answer in self._open.values()):
                     self._pump = None
                     return
             try:
@@ -301,9 +300,16 @@ class LLM:
                 if self._open:
                     self._advance()
             except Exception as error:  # whatever it is, the coroutines must hear of it: nobody else will
-                for answer in list(self._open.values()):
+                for answer in [answer for answer in self._open.values() if answer.awaited]:
                     self._abort(answer)
                     answer.deliver(error)
+
+    def _alone(self) -> None:
+        """Only one thread at a time may use the engine: let the one that serves the coroutines come to its end."""
+        with self._guard:
+            pump = self._pump
+        if pump not in (None, threading.current_thread()):
+            pump.join()
 
     # ------------------------------------------------------------------ the way of one request
 
@@ -351,6 +357,7 @@ class LLM:
         self, output: RequestOutput, params: SamplingParams, deliver: Callable[[Any], None] | None = None
     ) -> "list[_Answer]":
         """Queue the n answers to a checked prompt."""
+        self._alone()
         number = next(self._numbers)
         seed = f"request {self.config.seed}.{number}" if params.seed is None else str(params.seed)
         if params.prompt_logprobs is not None:
@@ -368,9 +375,8 @@ class LLM:
 
     def _advance(self) -> int:
         """One step of the engine; its outputs become text. Returns the number of new tokens."""
-        if not self._engine.busy:
-            raise EngineError("answers are awaited, but the engine has none", "one engine thread at a time",
-                              "do not call generate or stream while astream is running")
+        self._alone()
+        assert self._engine.busy or not self._open, "an answer that the engine knows nothing of"
         outputs = self._engine.step()
         for output in outputs:
             answer = self._open[output.request_id]
@@ -382,6 +388,9 @@ class LLM:
         return sum(len(output.token_ids) for output in outputs)
 
     def _abort(self, answer: "_Answer") -> None:
+        if answer.done:
+            return
+        self._alone()
         if self._open.pop(answer.id, None) is not None:
             self._engine.abort(answer.id)
             answer.completion.finish_reason = FinishReason.ABORT.value
@@ -401,6 +410,7 @@ class _Answer:
     ):
         self.id, self.output, self.completion, self.params, self.tokenizer = id, output, completion, params, tokenizer
         self.pieces: deque[Piece] = deque()
+        self.awaited = deliver is not None  # by a coroutine
         self.deliver = deliver or self.pieces.append
         self.reply = _NoReply()
         if tokenizer is not None:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from glimmer.errors import ConfigError, EngineError
 
-CPU = torch.device("cpu")
 GRACE = 3.0  # seconds that survivors wait for each other's word after a collective has failed
 
 
@@ -31,7 +30,7 @@ class Group:
     rank: int = 0
     size: int = 1
     local_size: int = 1
-    device: torch.device = CPU
+    device: torch.device | None = None
     store: Any = field(default=None, repr=False)
 
     def split(self, n: int) -> tuple[int, int]:
@@ -135,7 +134,7 @@ def world() -> tuple[int, int]:
 def connect(tensor_parallel_size: int, device: torch.device, backend: str, timeout: float = 300.0) -> Group:
     """Join the group that torchrun started. Waits for the others at most `timeout` seconds.
 
-    device: this rank's; tensors of collectives live there. backend: "gloo", "nccl", "hccl".
+    device: this rank's; tensors of collectives live there. backend: as torch.distributed names it.
     Raises ConfigError when the number of processes is not tensor_parallel_size, EngineError naming who never came.
     """
     rank, size = world()

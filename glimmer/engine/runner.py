@@ -26,7 +26,6 @@ from glimmer.model.names import check_tensor_parallel
 from glimmer.parallel import Group
 
 log = logging.getLogger("glimmer")
-CPU_CACHE = 4 << 30  # bytes of KV cache on a CPU when nobody says how many: others want the machine's memory too
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def make_room(
             f"at most max_position_embeddings={longest}: the model knows no position beyond",
             f"set max_model_len to {longest} or less, or leave it out",
         )
-    free = devices.free_memory(device) // (group.local_size if device.type == "cpu" else 1)
+    free = group.least(devices.free_memory(device, group.local_size))  # all look before any of them takes some
     usable = int(free * config.gpu_memory_utilization)
     activations = _activation_bytes(config, model)
     heads = max(1, model.num_key_value_heads // group.size)
@@ -150,11 +149,10 @@ def make_room(
     left = usable - weights - activations
     if left < cache:
         gib = lambda nbytes: f"{nbytes / 2**30:.2f} GiB"
-        shared = f" for each of {group.local_size} processes" if device.type == "cpu" and group.local_size > 1 else ""
         raise NotEnoughMemory(
             f"{gib(weights + activations + cache)} needed on {device} by this process: {gib(weights)} for weights,"
             f" {gib(activations)} for a step's activations, {gib(cache)} for the KV cache;"
-            f" {gib(free)} free{shared}, of which {gib(usable)} may be used"
+            f" {gib(free)} free for it, of which {gib(usable)} may be used"
             f" (gpu_memory_utilization={config.gpu_memory_utilization})",
             "room for all three; nothing has been loaded",
             "free some memory, share the model among more processes (tensor_parallel_size), use the FP8 checkpoint, or"
@@ -168,8 +166,8 @@ def make_room(
                 f"at least {least} bytes ({block} for each block of {config.block_size} tokens)",
                 "raise kv_cache_memory_bytes or lower max_model_len",
             )
-    elif device.type == "cpu":
-        left = min(left, max(CPU_CACHE, least))
+    else:
+        left = min(left, max(devices.default_cache(device) or left, least))
     num_blocks = group.least(min(left // block, config.max_num_seqs * blocks_for(config.max_model_len or longest)))
     limit = min(config.max_model_len or longest, num_blocks * config.block_size)
     if config.max_model_len is None and limit < longest:

@@ -1,11 +1,11 @@
 """Cache: keys and values of every layer, in blocks of `block_size` tokens. Not here: who owns which block (engine/)."""
 
-import math
 from collections.abc import Sequence
 
-import numpy
 import torch
 from torch import Tensor
+
+from glimmer import device as devices
 
 
 class Cache:
@@ -26,22 +26,12 @@ class Cache:
     ):
         self.num_blocks, self.block_size = num_blocks, block_size
         shape = (2, num_blocks, block_size, kv_heads, head_dim)
-        self._layers: Sequence[Tensor] = [_zeros(shape, dtype, device) for _ in range(layers)]
+        # Zeros, not garbage: a kernel may read slots that no token has filled before it masks them.
+        self._layers: Sequence[Tensor] = [devices.zeros(shape, dtype, device) for _ in range(layers)]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """(keys, values) of one layer."""
         return self._layers[index].unbind(0)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, not garbage: a kernel may read slots that no token has filled before it masks them.
-
-    On a CPU they come from numpy, which takes zero pages from the system: a block costs memory when it is first used,
-    where torch.zeros would write over gigabytes at every start.
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(numpy.zeros(math.prod(shape) * dtype.itemsize, numpy.uint8)).view(dtype).view(shape)
 
 
 def block_bytes(layers: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
