@@ -1,0 +1,601 @@
+"""LLM from the outside: every form of prompt, every way to end an answer; all at once, in pieces, side by side."""
+
+import asyncio
+import json
+import math
+import shutil
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from glimmer import LLM, SamplingParams
+from glimmer.errors import CheckpointError, ConfigError, EngineError, RequestError
+
+EOS, USER = 256, 263  # <|endoftext|>, <|user|>
+LETTERS = {i: 40.0 for i in range(ord("a"), ord("z") + 1)}  # answers of letters, that text can be compared
+
+
+def greedy(max_tokens: int = 12, **params) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, **params})
+
+
+def spelt(max_tokens: int = 12, **params) -> SamplingParams:
+    return greedy(max_tokens, **{"logit_bias": LETTERS, **params})
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoint, engine) -> LLM:
+    return engine(checkpoint())
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(llm):
+    """After every test, whatever it aborted: no request, no answer, every block free, no thread for long."""
+    yield
+    if llm._pump is not None:
+        llm._pump.join(10)
+    assert not llm._engine.busy and not llm._open and not llm._inbox and llm._pump is None
+    assert llm._engine.scheduler.blocks.free == llm._engine.scheduler.blocks.count
+
+
+def answer(llm: LLM, prompt, params: SamplingParams) -> list[int]:
+    return llm.generate(prompt, params)[0].outputs[0].token_ids
+
+
+# ---- prompts -------------------------------------------------------------------------------------------------------
+
+
+def test_forms_of_a_prompt(llm):
+    ids = llm.tokenizer.encode("good day", add_special_tokens=True)
+    given = {"prompt": "x", "prompt_token_ids": tuple(ids)}
+    forms = ["good day", {"prompt": "good day"}, {"prompt_token_ids": ids}, given]
+    together = llm.generate(forms, greedy())
+    assert [o.prompt for o in together] == ["good day", "good day", None, "x"]
+    for form, output in zip(forms, together):
+        assert output.prompt_token_ids == ids and output.error is None and output.prompt_logprobs is None
+        assert [o.index for o in output.outputs] == [0]
+        assert output.outputs[0].token_ids == together[0].outputs[0].token_ids == answer(llm, form, greedy())
+    assert llm.generate([]) == [] and llm.generate([], []) == []
+
+
+def test_text_is_what_the_ids_decode_to(llm):
+    for prompt in ("a", "日本語", "def f(x):\n    return x"):
+        output = llm.generate(prompt, greedy(40))[0].outputs[0]
+        assert output.text == llm.tokenizer.decode(output.token_ids)
+        output = llm.generate(prompt, greedy(40, skip_special_tokens=False))[0].outputs[0]
+        assert output.text == llm.tokenizer.decode(output.token_ids, skip_special_tokens=False)
+
+
+def test_special_tokens_in_an_answer(llm):
+    params = dict(logit_bias={USER: 100.0}, max_tokens=2, ignore_eos=True)
+    assert llm.generate("x", greedy(**params))[0].outputs[0].text == ""
+    assert llm.generate("x", greedy(**params, skip_special_tokens=False))[0].outputs[0].text == "<|user|>" * 2
+
+
+@pytest.mark.parametrize("prompt, field", [
+    ("", "prompt"), ({"prompt_token_ids": []}, "prompt"), ({"prompt": ""}, "prompt"), (5, "prompt"), (None, "prompt"),
+    ({}, "prompt"), ({"prompt": 5}, "prompt"), (b"bytes", "prompt"), ({"prompt_token_ids": "12"}, "prompt_token_ids"),
+    ({"prompt_token_ids": [1.0]}, "prompt_token_ids"), ({"prompt_token_ids": [True]}, "prompt_token_ids"),
+    ({"prompt_token_ids": [-1]}, "prompt"), ({"prompt_token_ids": [320]}, "prompt"),
+    ({"prompt_token_ids": [1] * 512}, "prompt"), ("\ud83d", "text"),
+], ids=str)
+def test_prompts_that_are_refused(prompt, field, llm):
+    for refuse in (lambda: llm.generate([prompt], greedy()), lambda: llm.stream(prompt, greedy())):
+        with pytest.raises(RequestError) as error:
+            refuse()
+        assert error.value.field == field and error.value.found and error.value.expected and error.value.todo
+
+
+def test_ids_beyond_the_vocabulary_in_parameters(llm):
+    for params, field in ((dict(logit_bias={292: 1}), "logit_bias"), (dict(stop_token_ids=[320]), "stop_token_ids")):
+        with pytest.raises(RequestError) as error:
+            llm.generate("x", greedy(**params))
+        assert error.value.field == field
+    assert llm.generate("x", greedy(logit_bias={291: -5}, stop_token_ids=[319]))[0].error is None
+
+
+def test_one_refused_prompt_refuses_all_before_anything_is_computed(llm):
+    finished = []
+    with pytest.raises(RequestError, match="prompt 1: an empty prompt"):
+        llm.generate(["fine", "", "fine"], greedy(), on_finish=lambda i, o: finished.append(i))
+    assert finished == []
+
+
+def test_errors_return(llm):
+    finished = {}
+    prompts = ["fine", "", {"prompt_token_ids": [999]}, "fine too"]
+    outputs = llm.generate(prompts, greedy(), errors="return", on_finish=finished.__setitem__)
+    assert [o.error is None for o in outputs] == [True, False, False, True]
+    assert isinstance(outputs[1].error, RequestError) and "empty prompt" in str(outputs[1].error)
+    assert "token id 999" in str(outputs[2].error) and outputs[2].outputs == []
+    assert (outputs[1].prompt, outputs[2].prompt) == ("", None)
+    assert outputs[3].outputs[0].token_ids == answer(llm, "fine too", greedy())
+    assert finished == dict(enumerate(outputs))
+    with pytest.raises(ConfigError, match="errors='ignore'"):
+        llm.generate("x", errors="ignore")
+
+
+def test_parameters_for_all_or_for_each(llm):
+    outputs = llm.generate(["a", "a", "b"], [greedy(1), greedy(3), greedy(2)])
+    assert [len(o.outputs[0].token_ids) for o in outputs] == [1, 3, 2]
+    with pytest.raises(RequestError, match="2 sampling_params for 1 prompts"):
+        llm.generate("a", [greedy(), greedy()])
+
+
+def test_defaults_come_from_the_checkpoint(checkpoint, tmp_path):
+    directory = shutil.copytree(checkpoint(), tmp_path / "copy")
+    config = json.loads((directory / "generation_config.json").read_text())
+    (directory / "generation_config.json").write_text(json.dumps(config | {"temperature": 0.7, "top_p": 0.95}))
+    llm = LLM(str(directory), max_model_len=64, max_num_seqs=2)
+    assert llm.default_sampling_params() == SamplingParams(temperature=0.7, top_p=0.95)
+    assert llm.eos_token_ids == (EOS, USER, 265) and llm.max_model_len == 64
+    assert (llm.rank, llm.size) == (0, 1) and llm.peak_memory() > 1 << 20
+    assert len(llm.generate("a")[0].outputs[0].token_ids) <= 16
+    llm.close()
+
+
+# ---- chat ----------------------------------------------------------------------------------------------------------
+
+
+def test_chat(llm):
+    hello, more = [{"role": "user", "content": "Hi"}], [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "Two."}, {"role": "user", "content": "Three?"}]
+    single, (first, second) = llm.chat(hello, greedy()), llm.chat([hello, more], greedy())
+    assert single[0].prompt == first.prompt == llm.chat_template.render(hello)
+    assert second.prompt == llm.chat_template.render(more)
+    assert first.prompt_token_ids[:2] == [llm.tokenizer.token_to_id(t) for t in ("[gMASK]", "<sop>")]
+    assert first.prompt_token_ids.count(USER) == 1 and second.prompt_token_ids.count(USER) == 2
+    assert single[0].outputs[0].token_ids == first.outputs[0].token_ids
+    assert answer(llm, {"prompt_token_ids": second.prompt_token_ids}, greedy()) == second.outputs[0].token_ids
+
+
+def test_chat_with_tools_and_without_thinking(llm):
+    hello = [{"role": "user", "content": "Hi"}]
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    output = llm.chat(hello, greedy(), tools=tools, chat_template_kwargs={"enable_thinking": False})[0]
+    assert '"name": "weather"' in output.prompt and "/nothink" in output.prompt
+    assert output.prompt == llm.chat_template.render(hello, tools=tools, enable_thinking=False)
+    assert llm.chat(hello, greedy())[0].prompt != output.prompt
+
+
+def test_chat_refuses_what_generate_would(llm):
+    with pytest.raises(RequestError) as error:
+        llm.chat([{"role": "nobody", "content": "x"}])
+    assert error.value.field == "messages[0].role"
+    with pytest.raises(RequestError) as error:
+        llm.chat([{"role": "user", "content": "x" * 600}])
+    assert error.value.field == "prompt" and "at most 511" in error.value.expected
+
+
+# ---- how an answer ends --------------------------------------------------------------------------------------------
+
+
+def test_length_and_context(llm):
+    output = llm.generate({"prompt_token_ids": [5] * 500}, greedy(None))[0].outputs[0]
+    assert (len(output.token_ids), output.finish_reason, output.stop_reason) == (12, "length", None)
+    output = llm.generate({"prompt_token_ids": [5] * 500}, greedy(100))[0].outputs[0]
+    assert (len(output.token_ids), output.finish_reason) == (12, "length")
+    output = llm.generate({"prompt_token_ids": [5] * 511}, greedy())[0].outputs[0]
+    assert len(output.token_ids) == 1
+
+
+def test_end_of_sequence(llm):
+    likely = {"logit_bias": {USER: 100.0}}
+    output = llm.generate("x", greedy(**likely, ignore_eos=False))[0].outputs[0]
+    assert (output.token_ids, output.text, output.finish_reason, output.stop_reason) == ([USER], "", "stop", None)
+    output = llm.generate("x", greedy(5, **likely))[0].outputs[0]
+    assert (output.token_ids, output.finish_reason) == ([USER] * 5, "length")
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_min_tokens(temperature, llm):
+    params = dict(logit_bias={USER: 100.0, 100: 90.0}, ignore_eos=False, min_tokens=4, temperature=temperature)
+    output = llm.generate("x", greedy(**params))[0].outputs[0]
+    assert output.token_ids == [100] * 4 + [USER] and output.text == "dddd"
+    output = llm.generate("x", greedy(**params | {"stop_token_ids": [100]}))[0].outputs[0]
+    assert 100 not in output.token_ids[:4] and USER not in output.token_ids[:4]  # neither eos nor stop ids come before
+    assert output.token_ids[4:] == [USER]
+
+
+def test_stop_token_ids(llm):
+    whole = llm.generate("x", spelt())[0].outputs[0]
+    third = whole.token_ids[2]
+    end = whole.token_ids.index(third) + 1
+    output = llm.generate("x", spelt(stop_token_ids=[third, 300]))[0].outputs[0]
+    assert output.token_ids == whole.token_ids[:end] and output.text == whole.text[: end - 1]
+    assert (output.finish_reason, output.stop_reason) == ("stop", third)
+    output = llm.generate("x", spelt(stop_token_ids=[third], include_stop_str_in_output=True))[0].outputs[0]
+    assert output.text == whole.text[:end]
+
+
+def test_stop_strings(llm):
+    whole = llm.generate("x", spelt(30))[0].outputs[0]
+    assert whole.text.isalpha() and len(whole.text) == 30
+    for a, b in ((0, 1), (3, 5), (10, 14), (25, 30)):
+        stop = whole.text[a:b]
+        end = whole.text.index(stop) + len(stop)
+        output = llm.generate("x", spelt(30, stop=["?!", stop]))[0].outputs[0]
+        assert output.text == whole.text[: end - len(stop)] and output.token_ids == whole.token_ids[:end]
+        assert (output.finish_reason, output.stop_reason) == ("stop", stop)
+        output = llm.generate("x", spelt(30, stop=stop, include_stop_str_in_output=True))[0].outputs[0]
+        assert output.text == whole.text[:end]
+
+
+def test_a_stop_string_ends_one_of_many(llm):
+    whole = llm.generate("x", spelt(30))[0].outputs[0]
+    stopped, other = llm.generate(["x", "x"], [spelt(30, stop=whole.text[5:7]), spelt(30)])
+    assert other.outputs[0] == whole and len(stopped.outputs[0].token_ids) == whole.text.index(whole.text[5:7]) + 2
+
+
+def test_logit_bias_forbids_and_forces(llm):
+    output = llm.generate("x", greedy(logit_bias={7: 1e6}))[0].outputs[0]
+    assert output.token_ids == [7] * 12
+    usual = answer(llm, "x", greedy())
+    assert usual[0] not in answer(llm, "x", greedy(logit_bias={usual[0]: -1e6}))
+
+
+# ---- several answers, and chance -----------------------------------------------------------------------------------
+
+
+CHANCE = dict(temperature=1.0, max_tokens=10, ignore_eos=True)
+
+
+def test_n_answers(llm):
+    output = llm.generate("x", SamplingParams(n=4, seed=1, **CHANCE))[0]
+    assert [o.index for o in output.outputs] == [0, 1, 2, 3]
+    assert len({tuple(o.token_ids) for o in output.outputs}) == 4
+    assert output.outputs[0].token_ids == answer(llm, "x", SamplingParams(seed=1, **CHANCE))
+    same = llm.generate("x", greedy(n=3))[0]
+    assert len({tuple(o.token_ids) for o in same.outputs}) == 1
+
+
+def test_n_answers_with_log_probabilities_of_one_prompt(llm):
+    output = llm.generate("xyz", greedy(3, n=2, logprobs=0, prompt_logprobs=0))[0]
+    assert len(output.prompt_logprobs) == 3 and all(len(o.logprobs) == 3 for o in output.outputs)
+
+
+def test_a_seed_decides_whatever_runs_beside(llm, checkpoint, engine):
+    params = SamplingParams(seed=7, top_p=0.9, **CHANCE)
+    alone = answer(llm, "once upon", params)
+    for place in (0, 4, 9):
+        prompts = [f"neighbour {i}" for i in range(10)]
+        each = [SamplingParams(seed=i, **CHANCE | {"max_tokens": 3 + i}) for i in range(10)]
+        prompts[place], each[place] = "once upon", params
+        assert llm.generate(prompts, each)[place].outputs[0].token_ids == alone
+    assert answer(engine(checkpoint(), max_num_batched_tokens=5), "once upon", params) == alone
+    assert answer(llm, "once upon", SamplingParams(seed=8, top_p=0.9, **CHANCE)) != alone
+
+
+def test_without_a_seed_the_engine_s_decides(checkpoint):
+    """Runs repeat each other, requests of one run do not."""
+    runs = []
+    for seed in (0, 0, 1):
+        llm = LLM(str(checkpoint()), seed=seed, max_model_len=64, max_num_seqs=4, dtype="float32")
+        runs.append([o.outputs[0].token_ids for o in llm.generate(["x", "x"], SamplingParams(**CHANCE))])
+    assert runs[0] == runs[1] != runs[2] and runs[0][0] != runs[0][1]
+
+
+# ---- log-probabilities ---------------------------------------------------------------------------------------------
+
+
+def test_logprobs(llm):
+    output = llm.generate("x", SamplingParams(logprobs=2, seed=3, **CHANCE))[0].outputs[0]
+    assert len(output.logprobs) == len(output.token_ids) == 10
+    for id, found in zip(output.token_ids, output.logprobs):
+        assert id in found and len(found) in (2, 3) and {1, 2} <= {f.rank for f in found.values()}
+        assert all(f.logprob <= 0 for f in found.values())
+        for i, f in found.items():
+            assert f.decoded_token == (llm.tokenizer.decode([i], False) if i < 292 else "")
+        ranked = sorted(found.values(), key=lambda f: f.rank)
+        assert ranked == sorted(found.values(), key=lambda f: -f.logprob)
+    assert any(found[id].rank > 2 for id, found in zip(output.token_ids, output.logprobs)), "chance chose the likeliest"
+
+
+def test_logprobs_are_of_the_raw_logits(llm):
+    """Biases and penalties change what is chosen, not what is reported."""
+    biased = llm.generate("x", greedy(1, logit_bias={7: 1e6}, logprobs=1))[0].outputs[0].logprobs[0]
+    plain = llm.generate("x", greedy(1, logprobs=320))[0].outputs[0].logprobs[0]
+    assert biased[7].logprob == pytest.approx(plain[7].logprob) and biased[7].rank == plain[7].rank > 1
+    assert sum(math.exp(f.logprob) for f in plain.values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_prompt_logprobs(llm):
+    output = llm.generate("some words", greedy(3, prompt_logprobs=1))[0]
+    assert output.prompt_logprobs[0] is None and len(output.prompt_logprobs) == 10
+    for id, found in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:]):
+        assert id in found and {f.rank for f in found.values()} == {1, found[id].rank}
+    assert llm.generate("s", greedy(1, prompt_logprobs=1))[0].prompt_logprobs == [None]
+
+
+@pytest.mark.parametrize("settings", [{}, dict(max_num_batched_tokens=7), dict(block_size=2, max_num_batched_tokens=3)])
+def test_prompt_logprobs_do_not_depend_on_chunks_or_earlier_requests(settings, llm, checkpoint, engine):
+    prompt = "a somewhat longer prompt, that is cut into pieces" * 4
+    expected = llm.generate(prompt, greedy(2, prompt_logprobs=2))[0].prompt_logprobs
+    other = engine(checkpoint(), **settings)
+    other.generate(prompt, greedy())  # its blocks are known now
+    found = other.generate([prompt, "short"], greedy(2, prompt_logprobs=2))[0].prompt_logprobs
+    assert len(found) == len(expected) == len(prompt)
+    for a, b in zip(found[1:], expected[1:]):
+        assert {i: f.logprob for i, f in a.items()} == pytest.approx({i: f.logprob for i, f in b.items()}, abs=1e-4)
+
+
+# ---- the padding of the vocabulary ---------------------------------------------------------------------------------
+
+
+def test_padding_is_never_sampled(checkpoint, tmp_path):
+    """The model wants nothing but rows 292 to 319, which no token stands for."""
+    directory = shutil.copytree(checkpoint(index=False), tmp_path / "copy")
+    tensors = load_file(directory / "model.safetensors")
+    head = tensors["lm_head.weight"]
+    head[292:] = torch.cat([head[:14], -head[:14]]) * 5  # one of each pair is large, whatever the hidden state
+    save_file(tensors, directory / "model.safetensors")
+    llm = LLM(str(directory), dtype="float32", max_model_len=128, max_num_seqs=16)
+    prompt = {"prompt_token_ids": list(range(64))}
+    wanted = llm.generate(prompt, greedy(1, prompt_logprobs=1))[0].prompt_logprobs[1:]
+    likeliest = [id for found in wanted for id, f in found.items() if f.rank == 1]
+    assert min(likeliest) >= 292, "the head was meant to want padding only"
+    for params in (dict(temperature=0), {}, dict(temperature=50.0), dict(top_k=3), dict(top_p=0.5), dict(min_p=0.5),
+                   dict(min_tokens=20), dict(repetition_penalty=1.5), dict(logit_bias={3: 1.0}, ignore_eos=True)):
+        output = llm.generate(prompt, SamplingParams(max_tokens=20, n=2, seed=1, logprobs=1, **params))[0]
+        for o in output.outputs:
+            assert set(o.token_ids) <= set(range(292)), params
+            assert all(f.decoded_token == "" for found in o.logprobs for id, f in found.items() if id >= 292)
+    ids_only = LLM(str(directory), max_model_len=128, max_num_seqs=2, skip_tokenizer_init=True)
+    assert max(answer(ids_only, prompt, greedy())) >= 292  # nobody says where the vocabulary ends
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match="ids up to 291, the model's vocab_size is 290"):
+        LLM(str(checkpoint(vocab_size=290)), max_model_len=64)
+
+
+def test_without_a_tokenizer(checkpoint, engine):
+    bare = engine(checkpoint(), skip_tokenizer_init=True)
+    output = bare.generate({"prompt_token_ids": [104, 105]}, greedy(logprobs=1))[0].outputs[0]
+    assert output.text == "" and len(output.token_ids) == 12
+    assert output.logprobs[0][output.token_ids[0]].decoded_token is None
+    with pytest.raises(RequestError, match="skip_tokenizer_init"):
+        bare.generate("text")
+
+
+# ---- order and progress --------------------------------------------------------------------------------------------
+
+
+def test_on_finish_comes_in_the_order_of_finishing(llm):
+    order, seen = [], {}
+
+    def on_finish(index, output):
+        order.append(index)
+        seen[index] = [o.finish_reason for o in output.outputs]
+
+    lengths = [9, 2, 5, 2, 14]
+    outputs = llm.generate(["a", "b", "c", "d", "e"], [greedy(n, n=2) for n in lengths], on_finish=on_finish)
+    assert order == [1, 3, 2, 0, 4]
+    assert all(reasons == ["length"] * 2 for reasons in seen.values())
+    assert [len(o.outputs[1].token_ids) for o in outputs] == lengths
+
+
+def test_on_step_counts_every_token(llm):
+    steps = []
+    llm.generate(["a", "b"], [greedy(3, n=2), greedy(5)], on_step=steps.append)
+    assert sum(steps) == 11 and len(steps) == 5
+
+
+def test_an_exception_in_a_callback_leaves_nothing_running(llm):
+    def fail(index, output):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        llm.generate(["a", "b"], [greedy(1), greedy(100)], on_finish=fail)
+    assert not llm._engine.busy
+
+
+def test_on_load_counts_bytes(checkpoint):
+    calls = []
+    LLM(str(checkpoint()), on_load=lambda done, total: calls.append((done, total)), max_model_len=64)
+    done, totals = zip(*calls)
+    assert list(done) == sorted(done) and set(totals) == {done[-1]} and done[0] < done[-1]
+
+
+# ---- piece by piece ------------------------------------------------------------------------------------------------
+
+
+def joined(pieces) -> tuple[str, list[int], str | None]:
+    pieces = list(pieces)
+    return "".join(p.text for p in pieces), [t for p in pieces for t in p.token_ids], pieces[-1].finish_reason
+
+
+@pytest.mark.parametrize("params", [greedy(20), spelt(20), SamplingParams(seed=4, **CHANCE), greedy(1)], ids=str)
+def test_stream_is_generate_in_pieces(params, llm):
+    whole = llm.generate("some prompt", params)[0].outputs[0]
+    pieces = list(llm.stream("some prompt", params))
+    assert joined(pieces) == (whole.text, whole.token_ids, whole.finish_reason)
+    assert all(len(p.token_ids) == 1 and p.finish_reason is None for p in pieces[:-1])
+
+
+def test_stream_with_a_stop_string(llm):
+    whole = llm.generate("x", spelt(20))[0].outputs[0]
+    stop = whole.text[8:11]
+    pieces = list(llm.stream("x", spelt(20, stop=stop)))
+    text, ids, reason = joined(pieces)
+    assert (text, reason, pieces[-1].stop_reason) == (whole.text[: whole.text.index(stop)], "stop", stop)
+    assert len(ids) == whole.text.index(stop) + 3
+
+
+def test_stream_of_several_answers(llm):
+    params = SamplingParams(n=3, seed=4, **CHANCE)
+    whole = llm.generate("x", params)[0].outputs
+    pieces = list(llm.stream("x", params))
+    for o in whole:
+        assert joined(p for p in pieces if p.index == o.index) == (o.text, o.token_ids, "length")
+
+
+def test_streams_read_in_turn(llm):
+    expected = [llm.generate(p, greedy(8))[0].outputs[0].token_ids for p in "abc"]
+    streams = [llm.stream(p, greedy(8)) for p in "abc"]
+    found = [[], [], []]
+    for _ in range(8):
+        for stream, ids in zip(streams, found):
+            ids += next(stream).token_ids
+    assert found == expected and all(next(stream, None) is None for stream in streams)
+
+
+def test_generate_while_a_stream_is_half_read(llm):
+    expected = answer(llm, "a", greedy(30))
+    stream = llm.stream("a", greedy(30))
+    ids = [*next(stream).token_ids]
+    assert answer(llm, "b", greedy(5)) == answer(llm, "b", greedy(5))
+    for piece in stream:
+        ids += piece.token_ids
+    assert ids == expected
+
+
+@pytest.mark.parametrize("read", [0, 1, 5])
+def test_closing_a_stream_aborts_it(read, llm):
+    stream, other = llm.stream("a", greedy(300, n=2)), llm.stream("b", greedy(6))
+    for _ in range(read):
+        next(stream)
+    stream.close()
+    assert not llm._engine.busy
+    assert joined(other)[1] == answer(llm, "b", greedy(6))
+
+
+def test_leaving_a_loop_aborts_the_stream(llm):
+    for i, _ in enumerate(llm.stream("a", greedy(400))):
+        if i == 3:
+            break
+    assert not llm._engine.busy
+
+
+# ---- asyncio -------------------------------------------------------------------------------------------------------
+
+
+async def collect(llm, prompt, params):
+    return joined([piece async for piece in llm.astream(prompt, params)])
+
+
+def test_many_at_once_are_as_each_alone(llm):
+    prompts = [f"prompt {i} " * (1 + i % 4) for i in range(24)]
+    params = [spelt(4 + i % 9, temperature=i % 2, seed=i) for i in range(24)]
+    alone = [joined(llm.stream(prompt, p)) for prompt, p in zip(prompts, params)]
+
+    async def all_of_them():
+        async def late(i):
+            await asyncio.sleep(0.002 * (i % 7))
+            return await collect(llm, prompts[i], params[i])
+
+        return await asyncio.gather(*map(late, range(24)))
+
+    assert asyncio.run(all_of_them()) == alone
+
+
+def test_several_answers_of_one_coroutine(llm):
+    params = SamplingParams(n=3, seed=4, **CHANCE)
+    expected = {o.index: o.token_ids for o in llm.generate("x", params)[0].outputs}
+
+    async def read():
+        found = {0: [], 1: [], 2: []}
+        async for piece in llm.astream("x", params):
+            found[piece.index] += piece.token_ids
+        return found
+
+    assert asyncio.run(read()) == expected
+
+
+def test_cancelling_one_leaves_the_others(llm):
+    expected = joined(llm.stream("survivor", spelt(60)))
+
+    async def run():
+        victims = [asyncio.create_task(collect(llm, f"victim {i}", greedy(450))) for i in range(4)]
+        survivor = asyncio.create_task(collect(llm, "survivor", spelt(60)))
+        await asyncio.sleep(0.02)
+        for victim in victims:
+            victim.cancel()
+        gathered = await asyncio.gather(*victims, return_exceptions=True)
+        return gathered, await survivor
+
+    gathered, survivor = asyncio.run(run())
+    assert all(isinstance(victim, asyncio.CancelledError) for victim in gathered)
+    assert survivor == expected
+
+
+def test_leaving_an_async_loop_aborts(llm):
+    async def run():
+        pieces = llm.astream("x", greedy(450))
+        async for _ in pieces:
+            break
+        await pieces.aclose()
+        thread = llm._pump
+        while thread is not None and thread.is_alive():
+            await asyncio.sleep(0.01)
+        return llm._engine.busy
+
+    assert asyncio.run(asyncio.wait_for(run(), 20)) is False
+
+
+def test_a_refused_or_failing_coroutine_does_not_hurt_the_others(llm):
+    expected = joined(llm.stream("x", spelt(40)))
+
+    async def fails():
+        async for _ in llm.astream("y", greedy(300)):
+            raise ZeroDivisionError
+
+    async def run():
+        return await asyncio.gather(
+            collect(llm, "x", spelt(40)), collect(llm, "", greedy()), fails(),
+            collect(llm, {"prompt_token_ids": [999]}, greedy()), return_exceptions=True,
+        )
+
+    fine, empty, failed, unknown = asyncio.run(run())
+    assert fine == expected and isinstance(failed, ZeroDivisionError)
+    assert isinstance(empty, RequestError) and isinstance(unknown, RequestError)
+
+
+def test_the_engine_s_failure_is_everybody_s(llm, monkeypatch):
+    """A step that cannot be computed is heard of by all who wait; the next request is served again."""
+    forward, calls = llm._runner.forward, []
+
+    def failing(batch):
+        calls.append(batch)
+        if len(calls) == 4:
+            raise EngineError("the device is gone", "a device", "find it")
+        return forward(batch)
+
+    monkeypatch.setattr(llm._runner, "forward", failing)
+
+    async def run():
+        first = await asyncio.gather(*(collect(llm, p, greedy(50)) for p in "abc"), return_exceptions=True)
+        return first, await collect(llm, "a", greedy(5))
+
+    first, second = asyncio.run(run())
+    assert all(isinstance(outcome, EngineError) for outcome in first)
+    assert second[1] == answer(llm, "a", greedy(5))
+
+
+def test_coroutines_and_generate_take_turns(llm):
+    """Right after the last coroutine's answer, and even while some are still waiting."""
+    expected = answer(llm, "x", greedy(5))
+    for _ in range(20):
+        assert asyncio.run(collect(llm, "x", greedy(5)))[1] == answer(llm, "x", greedy(5)) == expected
+
+    async def run():
+        half_read = llm.stream("z", greedy(9))
+        ids = [*next(half_read).token_ids]
+        waiting = [asyncio.create_task(collect(llm, p, greedy(40))) for p in "abc"]
+        await asyncio.sleep(0.01)
+        now = answer(llm, "x", greedy(5))
+        ids += [t for piece in half_read for t in piece.token_ids]
+        return now, ids, [found[1] for found in await asyncio.gather(*waiting)]
+
+    now, ids, waited = asyncio.run(run())
+    assert now == expected and ids == answer(llm, "z", greedy(9))
+    assert waited == [answer(llm, p, greedy(40)) for p in "abc"]
+
+
+def test_the_thread_ends_when_nobody_waits(llm):
+    asyncio.run(collect(llm, "x", greedy(5)))
+    llm._pump and llm._pump.join(10)
+    assert "glimmer-engine" not in {thread.name for thread in threading.enumerate()}
