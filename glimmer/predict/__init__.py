@@ -1,0 +1,235 @@
+"""`glimmer predict`: prompts in, text out; run_mindformer.py is its other name.
+
+keys.py says what is asked for, rows.py what is read and kept. Here both meet the model: load, answer, report. Answers
+go to the terminal, to text_generation_result.txt, and to --output as each one is done. Under torchrun every rank runs
+this program; rank 0 alone reads prompts, speaks and writes. Not here: how processes are started (launch.py).
+"""
+
+import io
+import logging
+import os
+import socket
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from glimmer.config import SamplingParams
+from glimmer.errors import ConfigError, GlimmerError, RequestError
+from glimmer.llm import LLM, RequestOutput
+from glimmer.parallel import world
+from glimmer.predict.keys import ENGINE, GENERATION, INPUT, OUTPUT, SAMPLING, TRANSLATED, Plan, plan
+from glimmer.predict.rows import Rows, read_prompts, row, save
+
+RESULT = Path("text_generation_result.txt")
+EVERY = 30.0  # seconds between lines about progress where there is no terminal
+
+
+def default_model() -> Path:
+    """The checkpoint that answers when none is named."""
+    return Path(__file__).parents[1] / "demo"
+
+
+def main(argv: list[str], home: Path | None = None) -> int:
+    """Run the command; returns its exit code: 0 done, 1 the engine failed, 2 bad input or a failed row, 130 Ctrl-C.
+
+    home: the directory of the script that was started, if it was not `glimmer`.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character gets its number
+            stream.reconfigure(errors="backslashreplace")
+    if not {"-h", "--help"}.isdisjoint(argv):
+        print(usage(), end="")
+        return 0
+    try:
+        return predict(argv, home)
+    except GlimmerError as error:
+        rank, size = world()
+        who = f" (rank {rank} on {socket.gethostname()})" if size > 1 else ""
+        print(f"glimmer predict{who}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def predict(argv: list[str], home: Path | None) -> int:
+    """Read, load, answer, report. Raises GlimmerError, and KeyboardInterrupt; both after a word about what is kept."""
+    rank, size = world()
+    asked = plan(argv, size, default_model(), home)
+    progress = Progress(shown=rank == 0)
+    logging.basicConfig(format="glimmer predict: %(message)s", level=logging.WARNING if rank == 0 else logging.ERROR)
+    if rank != 0:
+        answer(asked, Rows([], None, False), progress)
+        return 0
+    if asked.ignored:
+        progress.say("these keys mean nothing here and are ignored: " + ", ".join(asked.ignored))
+    if not os.access(RESULT.parent, os.W_OK):
+        raise ConfigError(f"{Path.cwd()} cannot be written", f"a place for {RESULT}", "start the command elsewhere")
+    rows = Rows(read_prompts(asked.data, asked.prompts, home), asked.output, asked.resume)
+    if rows.rows:
+        progress.say(f"{len(rows.rows)} of {len(rows.prompts)} rows are in {rows.path} already")
+    try:
+        if rows.todo or size > 1:
+            answer(asked, rows, progress)
+    except (GlimmerError, KeyboardInterrupt) as reason:
+        word = "interrupted" if isinstance(reason, KeyboardInterrupt) else "stopped"
+        if rows.path is None:
+            progress.say(f"{word}; no answer is kept (with --output FILE.jsonl those that are done would be)")
+        else:
+            progress.say(f"{word}; {len(rows.rows)} of {len(rows.prompts)} rows are in {rows.path};"
+                         " the same command with --resume answers the rest")
+        raise
+    return report(asked, rows, progress)
+
+
+def answer(asked: Plan, rows: Rows, progress: "Progress") -> None:
+    """Load the model and answer the prompts that have no row. Every rank calls this; the prompts are rank 0's."""
+    llm = LLM(**asked.engine, on_load=progress.loading)
+    progress.loaded()
+    params = replace(llm.default_sampling_params(), **asked.sampling)
+    if asked.do_sample and params.temperature == 0 and "temperature" not in asked.sampling:
+        params = replace(params, temperature=1.0)
+    for i in [i for i in rows.todo if not rows.prompts[i].strip()]:
+        empty = RequestError("prompt", f"prompt {i} is empty", "some text", "write one, or remove the line")
+        rows.add(row(i, rows.prompts[i], None, empty))
+    task = llm.group.broadcast(
+        {"indices": rows.todo, "prompts": [rows.prompts[i] for i in rows.todo], "params": asdict(params)}
+    )
+    indices, prompts = task["indices"], task["prompts"]
+    options: dict[str, Any] = {"errors": "return", "on_step": progress.step}
+
+    def finished(n: int, output: RequestOutput) -> None:
+        if llm.rank == 0:
+            rows.add(row(indices[n], prompts[n], output, output.error))
+        progress.answered()
+
+    with progress.generating(len(prompts)):
+        params = SamplingParams(**task["params"])
+        # The row decides the randomness: an answer is the same whether the run was resumed before it or not.
+        each = [replace(params, seed=(llm.config.seed << 32) + index) for index in indices]
+        options |= {"sampling_params": each, "on_finish": finished}
+        if asked.chat and prompts:
+            system = [{"role": "system", "content": asked.system}] if asked.system else []
+            options["chat_template_kwargs"] = {} if asked.think else {"enable_thinking": False}
+            llm.chat([[*system, {"role": "user", "content": prompt}] for prompt in prompts], **options)
+        else:
+            llm.generate(prompts, **options)
+    llm.close()
+
+
+def report(asked: Plan, rows: Rows, progress: "Progress") -> int:
+    """Print and save all answers, in the prompts' order; the exit code says whether every prompt has one."""
+    answers, failed = [], 0
+    for i, prompt in enumerate(rows.prompts):
+        row = rows.rows[i]
+        answers.append(row["text"] if asked.chat else prompt + row["text"])
+        if row["error"] is not None:
+            failed += 1
+            answers[-1] += f"[error: {row['error']}]"
+            progress.say(f"prompt {i} failed: {row['error']}")
+    print(f"'text_generation_text': {answers}", flush=True)
+    save(RESULT, str([{"text_generation_text": answers}]) + "\n")
+    return ConfigError.exit_code if failed else 0
+
+
+class Progress:
+    """How far it is: bars on a terminal, single lines in a log, nothing on ranks other than 0."""
+
+    def __init__(self, shown: bool):
+        self.shown = shown
+        self.bar = tqdm(disable=True)
+        self.done = self.total = self.tokens = 0
+        self.begin = self.spoken = time.monotonic()
+
+    def say(self, line: str) -> None:
+        """One line, above the bar if there is one."""
+        if self.shown:
+            tqdm.write(f"glimmer predict: {line}", file=sys.stderr)
+            sys.stderr.flush()
+
+    def loading(self, done: int, total: int) -> None:
+        """As LLM's on_load: bytes."""
+        if self.total != total:
+            self.total, self.begin = total, time.monotonic()
+            self.bar = self._bar(total=total, desc="loading", unit="B", unit_scale=True)
+        self.bar.update(done - self.bar.n)
+
+    def loaded(self) -> None:
+        """The model is there."""
+        self.bar.close()
+        self.say(f"{self.total / 1e9:.2f} GB of weights loaded in {time.monotonic() - self.begin:.1f} s")
+
+    def generating(self, total: int) -> tqdm:
+        """A bar of `total` prompts, to be used in a `with`."""
+        self.total, self.begin, self.spoken = total, time.monotonic(), time.monotonic()
+        layout = "{desc}: {n_fmt}/{total_fmt} prompts |{bar:20}| {elapsed}{postfix}"
+        self.bar = self._bar(total=total, desc="generating", bar_format=layout)
+        return self.bar
+
+    def step(self, new: int) -> None:
+        """As LLM's on_step: tokens."""
+        self.tokens += new
+        now = time.monotonic()
+        self.bar.set_postfix_str(self.speed)
+        if self.bar.disable and now - self.spoken > EVERY:
+            self.spoken = now
+            self.say(f"{self.done} of {self.total} prompts, {self.speed}")
+
+    def answered(self) -> None:
+        """One prompt more."""
+        self.done += 1
+        self.bar.update()
+        if self.done == self.total:
+            self.bar.close()
+            self.say(f"{self.done} prompt{'s' * (self.done > 1)}, {self.speed}")
+
+    @property
+    def speed(self) -> str:
+        """Tokens so far, and how fast they came."""
+        seconds = max(time.monotonic() - self.begin, 1e-9)
+        return f"{self.tokens} tokens in {seconds:.1f} s, {self.tokens / seconds:.1f} tokens/s"
+
+    def _bar(self, **options: Any) -> tqdm:
+        return tqdm(disable=not (self.shown and sys.stderr.isatty()), leave=False, file=sys.stderr, **options)
+
+
+def usage() -> str:
+    """What --help prints."""
+    entry = lambda name, help: f"  {name:36}{help}" if len(name) < 36 else f"  {name}\n{'':38}{help}"
+    lines = [
+        "usage: glimmer predict [PROMPT | FILE.txt ...] [--model DIR] [options]",
+        "",
+        "Answers prompts with a model of the GLM-4.5 family. A .txt file has one prompt a line; \\n is a new line.",
+        f"The answers are printed as 'text_generation_text': [...] and saved in {RESULT}.",
+    ]
+    for title, group in (
+        ("input", INPUT),
+        ("output", OUTPUT),
+        ("answers (what is left out: as the checkpoint's generation_config.json says)", SAMPLING),
+        ("engine (defaults in brackets)", ENGINE),
+    ):
+        lines += ["", title]
+        lines += [entry(f"--{name.replace('_', '-')} {option.value}", option.help) for name, option in group.items()]
+    lines += ["", "the names of MindSpore Transformers, as --a.b VALUE, --a.b=VALUE or in YAML"]
+    lines += [entry(name, "the only value") for name in ("--run_mode predict", "--parallel_config.data_parallel 1")]
+    lines += [
+        entry(f"--{name} VALUE", translation.help)
+        for name, translation in TRANSLATED.items()
+        if name not in GENERATION and not name.startswith(("model.", "context."))
+    ]
+    lines += [
+        "  --" + ", --".join(GENERATION),
+        "  Every key and what becomes of it: docs/mindformers.md",
+        "",
+        "examples",
+        '  glimmer predict "请介绍一下北京"',
+        '  glimmer predict --model DIR --chat --no-think "Why is the sky blue?"',
+        "  glimmer predict --model DIR prompts.txt --output results.jsonl --resume",
+        '  torchrun --nproc-per-node 8 -m glimmer predict --model DIR "请介绍一下北京"',
+        '  bash scripts/msrun_launcher.sh "run_mindformer.py --config configs/glm4_moe/predict_glm4_moe.yaml \\',
+        "    --use_parallel True --pretrained_model_dir DIR --predict_data '请介绍一下北京'\" 8",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,469 @@
+"""`glimmer predict`: keys, prompts, rows, and whole runs in this process. Several processes: test_launch.py."""
+
+import ast
+import fcntl
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import termios
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from glimmer import launch, predict
+from glimmer.config import EngineConfig, SamplingParams
+from glimmer.errors import ConfigError, GlimmerError
+from glimmer.predict import keys
+from glimmer.predict.rows import Rows, read_prompts, row, save
+
+ROOT = Path(__file__).resolve().parents[1]
+YAML = ROOT / "configs/glm4_moe/predict_glm4_moe.yaml"
+
+
+def plan(*argv: str, running: int = 1, home: Path | None = ROOT) -> keys.Plan:
+    return keys.plan(list(argv), running, Path("/demo"), home)
+
+
+def refusal(*argv: str, **options) -> str:
+    with pytest.raises(ConfigError) as caught:
+        plan(*argv, **options)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------- keys
+
+
+def test_every_setting_exists_in_the_engine():
+    assert set(keys.ENGINE) <= {field.name for field in fields(EngineConfig)}
+    assert set(keys.SAMPLING) <= {field.name for field in fields(SamplingParams)}
+    special = {"weights", "use_parallel", "prompts", "do_sample", "max_length"}
+    assert {row.setting for row in keys.TRANSLATED.values()} <= set(keys.OPTIONS) | special
+
+
+def test_no_key_is_in_two_tables():
+    for key in [*keys.OPTIONS, *keys.TRANSLATED, *keys.REFUSED]:
+        tables = [key in keys.OPTIONS, key in keys.TRANSLATED, key in keys.REFUSED, keys.is_ignored(key)]
+        assert sum(tables) == 1, f"{key} is in {sum(tables)} tables"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs/glm4_moe").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_files_hold_only_keys_that_mean_something(file):
+    running = yaml.safe_load(file.read_text()).get("parallel_config", {}).get("model_parallel", 1)
+    asked = plan("--config", str(file), "hello", running=running)
+    assert asked.ignored == [] and asked.engine["model"] == "/path/hf_dir"
+
+
+def test_commented_keys_of_the_shipped_file_are_known():
+    commented = re.findall(r"^# (\w+):", YAML.read_text(), re.MULTILINE)
+    assert len(commented) >= 5 and all(keys.kind_of(key) for key in commented)
+
+
+def test_command_line_over_file_over_defaults(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("pretrained_model_dir: /from/file\nseed: 3\nmax_new_tokens: 7\nmodel: {model_config: {top_k: 5}}\n")
+    asked = plan("--config", str(file), "--seed", "4", "--model.model_config.temperature=0.5")
+    assert asked.engine == {"model": "/from/file", "seed": 4, "tensor_parallel_size": 1}
+    assert asked.sampling == {"max_tokens": 7, "top_k": 5, "temperature": 0.5}
+    assert plan("--config", str(file), "--model", "/typed").engine["model"] == "/typed"
+    bare = plan("hello")
+    assert bare.engine == {"model": "/demo", "tensor_parallel_size": 1}
+    assert bare.sampling == {"max_tokens": keys.MAX_TOKENS} and bare.prompts == ["hello"]
+
+
+def test_references_in_the_file_see_the_command_line(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("max_num_seqs: ${parallel_config.model_parallel}\nparallel_config:\n  model_parallel: 2\n")
+    command = ["--config", str(file), "--parallel_config.model_parallel", "3"]
+    assert plan(*command, running=3).engine["max_num_seqs"] == 3
+
+
+@given(st.text().filter(lambda t: not t.startswith("--")))
+def test_a_text_arrives_as_it_is(text):
+    given_, prompts = keys.read_command_line(["--predict_data", text, "--stop=" + text, "--", text])
+    assert given_ == {"predict_data": [text], "stop": text} and prompts == [text]
+
+
+def test_texts_with_equals_and_braces_pass_a_file_unchanged():
+    asked = plan("--config", str(YAML), "--predict_data=${a.b} = $c", "x=1", "--system=--${d}", "--chat", running=8)
+    assert asked.data == ["${a.b} = $c"] and asked.prompts == ["x=1"] and asked.system == "--${d}"
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--prallel_config.model_parallel", "2"], ["'prallel_config.model_parallel'", "is 'parallel_config.model_"]),
+        (["--model_parallel", "2"], ["nearest is 'parallel_config.model_parallel'"]),
+        (["--max-token", "2"], ["nearest is 'max_tokens'"]),
+        (["--qqq", "2"], ["no key 'qqq'"]),
+        (["--seed", "many"], ["seed='many'", "a whole number"]),
+        (["--temperature", "hot"], ["a number"]),
+        (["--use_parallel", "perhaps"], ["True or False"]),
+        (["--kv-cache-memory-bytes", "4 boxes"], ["512MB"]),
+        (["--device_target", "TPU"], ["Ascend, GPU or CPU"]),
+        (["--model"], ["--model has no value", "a path"]),
+        (["--run_mode", "finetune"], ["'predict'", "does not train"]),
+        (["--parallel_config.data_parallel", "2"], ["raise predict_batch_size"]),
+        (["--parallel_config.pipeline_stage", "2"], ["set it to 1"]),
+        (["--adapter_id", "lora"], ["merge the adapter"]),
+        (["--load_ckpt_format", "ckpt"], ["'safetensors'"]),
+        (["--temperature", "1", "--model.model_config.temperature", "2"], ["values that agree"]),
+        (["--system", "Be brief."], ["add --chat"]),
+        (["--resume"], ["add --output"]),
+        (["--pretrained_model_dir", "/a", "--load_checkpoint", "/b"], ["'/a'", "'/b'", "one Hugging Face directory"]),
+        (["--config", "/nowhere.yaml"], ["No such file"]),
+        (["--config", str(ROOT)], ["--config"]),
+    ],
+)
+def test_refusals_name_the_key_and_what_is_accepted(argv, words):
+    message = refusal(*argv)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("content", ["a: [", "- 1\n- 2", "text", "seed: ${nowhere}", "\x80"])
+def test_a_broken_file_is_refused(tmp_path, content):
+    (tmp_path / "c.yaml").write_bytes(content.encode("latin-1"))
+    assert "c.yaml" in refusal("--config", str(tmp_path / "c.yaml"), "hello")
+
+
+def test_impossible_sampling_is_refused_before_loading():
+    with pytest.raises(GlimmerError, match="top_p=3"):
+        plan("--top-p", "3")
+
+
+def test_keys_that_mean_nothing_are_named_once(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "output_dir: ./output\nuse_legacy: False\ntrainer:\n  type: T\n  model_name: glm4_moe\n"
+        "context:\n  mode: 0\n  ascend_config:\n    precision_mode: p\nparallel:\n  parallel_mode: M\n"
+        "model:\n  model_config:\n    rotary_dtype: bfloat16\nparallel_config:\nprocessor: {}\n"
+    )
+    assert plan("--config", str(file), "--context.mode", "1").ignored == [
+        "context.ascend_config.precision_mode", "context.mode", "model.model_config.rotary_dtype", "output_dir",
+        "parallel.parallel_mode", "trainer.model_name", "trainer.type", "use_legacy",
+    ]
+
+
+@pytest.mark.parametrize(
+    "argv, running, result",
+    [
+        ([], 1, 1),
+        ([], 4, 4),
+        (["--use_parallel", "True"], 4, 4),
+        (["--use_parallel", "False"], 1, 1),
+        (["--config", str(YAML)], 8, 8),
+        (["--config", str(YAML), "--use_parallel", "False"], 1, 1),
+        (["--config", str(YAML), "--parallel_config.model_parallel", "2"], 2, 2),
+        (["--parallel_config.model_parallel", "2", "--use_parallel", "True"], 2, 2),
+        (["--tensor-parallel-size=1", "--use_parallel=True"], 1, 1),
+    ],
+)
+def test_processes(argv, running, result):
+    assert plan(*argv, running=running).engine["tensor_parallel_size"] == result
+
+
+@pytest.mark.parametrize(
+    "argv, running, words",
+    [
+        (["--config", str(YAML), "北京"], 1, ["model_parallel=8", "1 process runs", "'北京'\" 8", "--use_parallel"]),
+        (["--config", str(YAML)], 2, ["model_parallel=8", "2 processes run", "--parallel_config.model_parallel 2"]),
+        (["--use_parallel", "True", "x"], 1, ["use_parallel=True", "1 process runs"]),
+        (["--use_parallel", "False", "x"], 2, ["use_parallel=False", "start one process"]),
+        (["--use_parallel", "False", "--parallel_config.model_parallel", "2"], 1, ["model_parallel=2"]),
+    ],
+)
+def test_never_another_number_of_processes_than_asked_for(argv, running, words):
+    message = refusal(*argv, running=running)
+    assert all(word in message for word in words), message
+
+
+def test_a_file_that_contradicts_itself_is_no_silent_single_process(tmp_path):
+    (tmp_path / "c.yaml").write_text("use_parallel: False\nparallel_config:\n  model_parallel: 8\n")
+    assert "model_parallel=8" in refusal("--config", str(tmp_path / "c.yaml"), "x")
+
+
+@given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1))
+@settings(max_examples=20, deadline=None)
+def test_the_command_in_a_refusal_survives_the_shell(text):
+    """The two commands that a refusal offers carry the same words, whatever is quoted in them."""
+    argv = ["--use_parallel=True", "--predict_data=" + text]
+    offered = [refusal(*argv, home=home).split("start 2 with\n")[1].split("\n    or add")[0] for home in (ROOT, None)]
+    words = []
+    for line in offered:
+        printed = subprocess.run(["sh", "-c", rf"printf '%s\0' {line.strip()}"], capture_output=True, check=True).stdout
+        words.append(printed.decode().split("\0")[:-1])
+    launcher, torchrun = words
+    assert launcher[:2] == ["bash", "scripts/msrun_launcher.sh"] and launcher[3] == "2"
+    assert launch.split_command(launcher[2])[2:] == tuple(argv) and torchrun[-2:] == argv
+
+
+@pytest.mark.parametrize(
+    "argv, temperature, do_sample",
+    [
+        (["--do_sample", "False"], 0.0, False),
+        (["--do_sample", "False", "--temperature", "0.8"], 0.0, False),
+        (["--do_sample", "True", "--temperature", "0.8"], 0.8, True),
+        (["--do_sample", "True"], None, True),
+        (["--config", "FILE", "--temperature", "0.8"], 0.8, False),
+        (["--config", "FILE"], 0.0, False),
+    ],
+)
+def test_do_sample(tmp_path, argv, temperature, do_sample):
+    (tmp_path / "c.yaml").write_text("do_sample: False\ntemperature: 1.0\n")
+    asked = plan(*(str(tmp_path / "c.yaml") if word == "FILE" else word for word in argv))
+    assert asked.sampling.get("temperature") == temperature and asked.do_sample is do_sample
+
+
+def test_lengths(tmp_path):
+    (tmp_path / "c.yaml").write_text("max_length: 100\n")
+    file = ["--config", str(tmp_path / "c.yaml")]
+    asked = plan(*file)
+    assert asked.engine["max_model_len"] == 100 and asked.sampling["max_tokens"] is None
+    both = plan(*file, "--max_new_tokens", "30")
+    assert "max_model_len" not in both.engine and both.sampling["max_tokens"] == 30
+    assert plan(*file, "--max-model-len", "50").engine["max_model_len"] == 50
+
+
+@pytest.mark.parametrize(
+    "text, number", [("59GB", 59 * 2**30), ("512MB", 2**29), ("1.5g", 3 * 2**29), ("4096", 4096), ("2 KiB", 2048)]
+)
+def test_sizes(text, number):
+    assert keys.size(text) == number
+
+
+# ---------------------------------------------------------------------- prompts
+
+
+def test_prompts_come_from_texts_and_files(tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_bytes("\ufeff请介绍一下北京\r\nline one\\nline two\r\n\r\nlast\r\n\r\n\r\n".encode())
+    expected = ["请介绍一下北京", "line one\nline two", "", "last"]
+    assert read_prompts([str(file)], [], None) == expected
+    assert read_prompts([], [str(file)], None) == expected
+    assert read_prompts(["p.txt"], [], tmp_path) == expected, "a relative path is found beside the script"
+    assert read_prompts(["a\\nb"], ["a\\nb"], None) == ["a\nb", "a\\nb"]
+    assert read_prompts(["what is robots.txt"], [], None) == ["what is robots.txt"]
+
+
+@pytest.mark.parametrize(
+    "content, words", [(None, "No such file"), (b"\n\n", "empty"), (b"\xff\xfe\x00", "utf-8")]
+)
+def test_prompt_files_that_cannot_be_read(tmp_path, content, words):
+    file = tmp_path / "p.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=words):
+        read_prompts([str(file)], [], None)
+
+
+def test_no_prompt_and_no_text():
+    for prompts in ([], ["\udcff"]):
+        with pytest.raises(ConfigError):
+            read_prompts([], prompts, None)
+
+
+# ---------------------------------------------------------------------- rows
+
+PROMPTS = ["请介绍一下北京", "line\nbreak", "x" * 50]
+ANSWERED = [row(i, prompt, None, None) for i, prompt in enumerate(PROMPTS)]
+LINES = b"".join(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in ANSWERED)
+
+
+@given(cut=st.integers(0, len(LINES)))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_run_cut_off_anywhere_can_be_resumed(tmp_path, cut):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(LINES[:cut])
+    rows = Rows(PROMPTS, file, resume=True)
+    complete = LINES[:cut].count(b"\n") + (cut > 0 and LINES[cut : cut + 1] == b"\n")
+    assert list(rows.rows) == list(range(complete))
+    for i in rows.todo:
+        rows.add(ANSWERED[i])
+    assert file.read_bytes() == LINES
+
+
+def test_rows_of_others_are_never_touched(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(LINES)
+    for prompts, resume, words in (
+        (PROMPTS, False, "--resume"),
+        (["other", *PROMPTS[1:]], True, "line 1 answers prompt 0.*'other'"),
+        (PROMPTS[:2], True, "line 3 answers prompt 2.*None"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            Rows(prompts, file, resume)
+        assert file.read_bytes() == LINES
+    file.write_bytes(b"notes\n" + LINES)
+    with pytest.raises(ConfigError, match="line 1 is no row"):
+        Rows(PROMPTS, file, resume=True)
+    with pytest.raises(ConfigError, match="No such file"):
+        Rows(PROMPTS, tmp_path / "nowhere/rows.jsonl", resume=True)
+
+
+def test_save_is_all_or_nothing(tmp_path):
+    save(tmp_path / "a.txt", "北京")
+    assert (tmp_path / "a.txt").read_text("utf-8") == "北京" and os.listdir(tmp_path) == ["a.txt"]
+    with pytest.raises(ConfigError, match="No such"):
+        save(tmp_path / "nowhere/a.txt", "x")
+
+
+# ---------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys, checkpoint):
+    """run(*argv) -> (exit code, stdout, stderr) of the command in an empty directory; tiny model, few tokens."""
+    monkeypatch.chdir(tmp_path)
+    small = ["--model", str(checkpoint(dtype="float32")), "--max-model-len", "256", "--max-tokens", "6"]
+
+    def command(*argv: str) -> tuple[int, str, str]:
+        code = predict.main([*small, *argv], home=ROOT)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return command
+
+
+def saved(tmp_path: Path) -> list[str]:
+    [result] = ast.literal_eval((tmp_path / "text_generation_result.txt").read_text("utf-8"))
+    return result["text_generation_text"]
+
+
+def test_one_prompt(run, tmp_path):
+    code, out, err = run("--temperature=0", "请介绍一下北京")
+    [answer] = saved(tmp_path)
+    assert code == 0 and out == f"'text_generation_text': [{answer!r}]\n"
+    assert answer.startswith("请介绍一下北京") and len(answer) > len("请介绍一下北京")
+    assert "1 prompt, 6 tokens" in err and "Traceback" not in err
+
+
+def test_rows_resume_and_errors_in_rows(run, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("北京\n\n" + "long " * 100 + "\nwhy\n")
+    code, _, err = run("--output", "rows.jsonl", "--predict_data", "prompts.txt", "--seed", "5")
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text("utf-8").splitlines()]
+    assert code == 2, "two prompts have no answer"
+    assert sorted(r["index"] for r in rows) == [0, 1, 2, 3]
+    by_index = {r["index"]: r for r in rows}
+    assert "empty" in by_index[1]["error"] and "500" in by_index[2]["error"] and "prompt 2 failed" in err
+    good = by_index[0]
+    assert good["error"] is None and good["prompt_tokens"] == 6 and good["finish_reason"] in ("stop", "length")
+    assert saved(tmp_path)[3] == "why" + by_index[3]["text"] and "[error: " in saved(tmp_path)[1]
+    whole = saved(tmp_path)
+
+    lines = [json.dumps(by_index[i], ensure_ascii=False) for i in (1, 0)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + '\n{"index": 3, "pro', encoding="utf-8")
+    code, _, err = run("--output", "rows.jsonl", "--resume", "--predict_data", "prompts.txt", "--seed", "5")
+    assert code == 2 and "2 of 4 rows are in rows.jsonl already" in err
+    assert saved(tmp_path) == whole, "the same answers as without the interruption"
+
+    _, _, err = run("--output", "rows.jsonl", "--resume", "--predict_data", "prompts.txt", "--seed", "5")
+    assert "loaded" not in err and saved(tmp_path) == whole, "nothing to do, so no model is loaded"
+
+
+def test_chat_uses_the_template_and_does_not_echo(run, tmp_path, monkeypatch):
+    seen = []
+    chat = predict.LLM.chat
+    monkeypatch.setattr(predict.LLM, "chat", lambda *a, **k: seen.append(chat(*a, **k)) or seen[-1])
+    code, _, _ = run("--chat", "--no-think", "--system", "Be brief.", "why?")
+    [[output]] = seen
+    assert code == 0 and saved(tmp_path) == [output.outputs[0].text]
+    assert all(part in output.prompt for part in ("<|system|>", "Be brief.", "<|user|>", "why?", "<|assistant|>"))
+    assert "</think>" in output.prompt
+
+
+def test_defaults_of_the_checkpoint_are_weaker_than_keys(run, tmp_path, monkeypatch, checkpoint):
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in checkpoint(dtype="float32").iterdir():
+        (model / file.name).symlink_to(file)
+    (model / "generation_config.json").unlink()
+    (model / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.6, "top_p": 0.9}')
+    seen = []
+    generate = predict.LLM.generate
+    monkeypatch.setattr(predict.LLM, "generate", lambda *a, **k: seen.append(k["sampling_params"]) or generate(*a, **k))
+    common = ["hi", "--model", str(model)]
+    for argv, temperature, top_p in (([], 0.6, 0.9), (["--top_p=0.5"], 0.6, 0.5), (["--do_sample=False"], 0.0, 0.9)):
+        code, _, _ = run(*common, *argv)
+        assert code == 0 and [(p.temperature, p.top_p) for p in seen[-1]] == [(temperature, top_p)]
+    (model / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6}')
+    for argv, temperature in (([], 0.0), (["--do_sample", "True"], 1.0), (["--temperature", "0.3"], 0.3)):
+        run(*common, *argv)
+        assert [p.temperature for p in seen[-1]] == [temperature]
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--model", "/nowhere", "x"], "'/nowhere' does not exist"),
+        (["--dtype", "float16", "x"], "dtype='float16'"),
+        ([], "no prompt"),
+        (["x", "--output", "/nowhere/rows.jsonl"], "/nowhere/rows.jsonl"),
+        (["x", "--max-model-len", "1000000"], "max_model_len=1000000"),
+    ],
+)
+def test_bad_input_gets_three_lines(run, argv, words):
+    code, out, err = run(*argv)
+    lines = err.strip().splitlines()[-3:]
+    assert code == 2 and out == "" and "Traceback" not in err
+    assert lines[0].startswith("glimmer predict: ") and words in lines[0]
+    assert lines[1].startswith("  expected: ") and lines[2].startswith("  to do:    ")
+
+
+def test_interruption_keeps_rows_and_says_how_to_go_on(run, tmp_path, monkeypatch):
+    add = Rows.add
+
+    def add_then_interrupt(self, row):
+        add(self, row)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Rows, "add", add_then_interrupt)
+    code, out, err = run("one", "two", "--output", "rows.jsonl")
+    assert code == 130 and out == "" and "1 of 2 rows are in rows.jsonl" in err and "--resume" in err
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
+    assert not (tmp_path / "text_generation_result.txt").exists()
+
+
+def test_help_tells_of_every_name(capsys):
+    assert predict.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for name in keys.OPTIONS:
+        assert f"--{name.replace('_', '-')} " in out
+    for name in ("config", "run_mode", "use_parallel", "predict_data", "predict_batch_size", "pretrained_model_dir",
+                 "parallel_config.data_parallel", "parallel_config.model_parallel", *keys.GENERATION):
+        assert f"--{name}" in out
+    assert max(map(len, out.splitlines())) <= 120
+
+
+def test_a_terminal_gets_bars(tmp_path, checkpoint):
+    """stderr is a pseudo-terminal of 24 x 100 characters."""
+    reader, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    model = str(checkpoint(dtype="float32"))
+    command = [sys.executable, "-m", "glimmer", "predict", "--model", model, "--max-tokens=3", "hi"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, stdout=-1, stderr=terminal, text=True, timeout=120)
+    os.close(terminal)
+    shown = os.read(reader, 100_000).decode()
+    os.close(reader)
+    assert done.returncode == 0 and done.stdout.startswith("'text_generation_text': ['hi"), shown
+    assert "loading: " in shown and "generating: " in shown and "tokens/s" in shown
+
+
+# ---------------------------------------------------------------------- documentation
+
+
+@pytest.mark.parametrize("page", ["mindformers.md", "mindformers.zh.md"])
+def test_the_pages_list_what_the_tables_hold(page):
+    text = (ROOT / "docs" / page).read_text("utf-8")
+    sections = dict(re.findall(r"^## .*?\{#(\w+)\}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+    listed = {name: set(re.findall(r"^\| `([^`]+)`", body, re.MULTILINE)) for name, body in sections.items()}
+    assert listed["translated"] == set(keys.TRANSLATED)
+    assert listed["refused"] == set(keys.REFUSED)
+    assert set(re.findall(r"`([^`]+)`", sections["ignored"])) == set(keys.IGNORED)
