@@ -1,0 +1,239 @@
+"""scripts/msrun_launcher.sh: the guide's commands word for word, and what is said when a job fails.
+
+Path and number of cards aside, the commands in jobs.py are the guide's; here they run on two processes of this machine.
+Failures that need no model run a script of a few lines instead. Several machines: test_machines.py.
+"""
+
+import ast
+import importlib.util
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from glimmer import launch, predict
+from glimmer.errors import ConfigError
+
+spec = importlib.util.spec_from_file_location("jobs", Path(__file__).with_name("jobs.py"))
+jobs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(jobs)
+ROOT, launcher, script, ended, until, processes_in = (
+    jobs.ROOT, jobs.launcher, jobs.script, jobs.ended, jobs.until, jobs.processes_in
+)
+
+
+@pytest.fixture
+def house(tmp_path):
+    """The directory in which commands run."""
+    return jobs.build_house(tmp_path)
+
+
+@pytest.fixture
+def start(house):
+    """start(shell command, **variables) -> a running Popen."""
+    running = jobs.Jobs(house)
+    yield running.start
+    running.kill()
+
+
+# ---------------------------------------------------------------------- the guide's commands
+
+
+def test_the_commands_are_those_of_the_page():
+    page = (ROOT / "docs/mindformers.md").read_text("utf-8")
+    for command in (jobs.ONE, jobs.BATCH, jobs.MACHINES):
+        assert command in page
+
+
+def test_one_prompt_on_several_processes(house, start, checkpoint):
+    command = jobs.ONE.replace("/path/hf_dir", str(checkpoint(dtype="float32"))).replace(" 8", " 2")
+    code, out, err = ended(start(command))
+    assert code == 0, out + err
+    [result] = ast.literal_eval((house / "text_generation_result.txt").read_text("utf-8"))
+    [answer] = result["text_generation_text"]
+    assert answer.startswith("请介绍一下北京") and f"'text_generation_text': [{answer!r}]" in out
+    logs = house / "output/msrun_log"
+    assert f"{answer!r}" in (logs / "worker_0.log").read_text("utf-8"), "rank 0 speaks"
+    assert (logs / "worker_1.log").read_text("utf-8") == "", "and rank 1 does not"
+
+
+def test_a_batch_file(house, start, checkpoint):
+    (house / "path/to").mkdir(parents=True)
+    (house / "path/to/input_predict_data.txt").write_text("请介绍一下北京\n" * 4, encoding="utf-8")
+    command = jobs.BATCH.replace("/path/hf_dir", str(checkpoint(dtype="float32"))).replace(" 8", " 2")
+    command = command.replace('data.txt"', 'data.txt --temperature 0 --max_new_tokens 8 --output rows.jsonl"')
+    code, out, err = ended(start(command))
+    assert code == 0, out + err
+    rows = [json.loads(line) for line in (house / "rows.jsonl").read_text("utf-8").splitlines()]
+    assert len(rows) == 4 and len({row["text"] for row in rows}) == 1, "equal prompts, greedy: equal answers"
+    [result] = ast.literal_eval((house / "text_generation_result.txt").read_text("utf-8"))
+    assert result["text_generation_text"] == ["请介绍一下北京" + row["text"] for row in rows]
+
+
+def test_nine_arguments_on_one_machine(start, checkpoint):
+    command = jobs.MACHINES.replace("/path/hf_dir", str(checkpoint(dtype="float32")))
+    command = command.replace("model_parallel 8", "model_parallel 1").replace('北京"', '北京 --max_new_tokens 8"')
+    variables = {"worker_num": "1", "local_worker": "1", "master_ip": "192.168.1.1", "port": "0", "node_rank": "0"}
+    code, out, err = ended(start(command, **variables))
+    assert code == 0 and "'text_generation_text': ['请介绍一下北京" in out, out + err
+
+
+# ---------------------------------------------------------------------- failures
+
+
+def test_a_killed_rank_ends_the_job_and_is_named(house, start, checkpoint):
+    log = house / "output/msrun_log/worker_0.log"
+    job = start(launcher(
+        f"run_mindformer.py --model {checkpoint(dtype='float32')} --max_new_tokens 4000 --ignore-eos hello", "2"
+    ))
+    until(lambda: log.exists() and "loaded" in log.read_text())
+    os.kill(jobs.rank_in(house, 1), signal.SIGKILL)
+    begin = time.monotonic()
+    code, _, err = ended(job, timeout=30)
+    assert time.monotonic() - begin < 10
+    assert code == 1 and "rank 1 on " in err and "signal 9 (SIGKILL)" in err and "worker_1.log" in err
+    assert processes_in(house) == []
+
+
+def test_two_jobs_at_once_and_the_end_of_both(house, start):
+    """They take different ports and log directories; Ctrl-C and SIGTERM leave no process behind. nohup works."""
+    script(house, "print(os.environ['MASTER_PORT'], flush=True)\ntime.sleep(100)\n")
+    both = [start(launcher("worker.py", "2"), before='trap "" HUP; ') for _ in range(2)]
+    logs = [house / f"output/{name}/worker_{rank}.log" for name in ("msrun_log", "msrun_log_2") for rank in (0, 1)]
+    until(lambda: all(log.exists() and log.read_text().endswith("\n") for log in logs))
+    ports = [log.read_text() for log in logs]
+    assert ports[0] == ports[1] != ports[2] == ports[3]
+    for job in both:
+        job.send_signal(signal.SIGHUP)
+    for job, number, code in zip(both, (signal.SIGINT, signal.SIGTERM), (130, 143)):
+        assert len(processes_in(house)) >= 3
+        job.send_signal(number)
+        _, err = job.communicate(timeout=20)
+        assert job.returncode == code and number.name in err and "Traceback" not in err
+    assert processes_in(house) == []
+
+
+def test_ctrl_c_keeps_rows_and_resume_goes_on(house, start, checkpoint, monkeypatch, capsys):
+    rows = house / "rows.jsonl"
+    argv = ["--model", str(checkpoint(dtype="float32")), "--output", "rows.jsonl", "--predict_batch_size", "1"]
+    argv += ["--ignore-eos", "--max_new_tokens", "10", *"abcdefghijkl"]
+    job = start(launcher("run_mindformer.py " + " ".join(argv), "2"))
+    until(lambda: rows.exists() and rows.read_bytes().count(b"\n") >= 2)
+    job.send_signal(signal.SIGINT)
+    code, out, _ = ended(job, timeout=40)
+    kept = rows.read_bytes().count(b"\n")
+    assert code == 130 and 2 <= kept < 12 and f"{kept} of 12 rows are in rows.jsonl" in out and "--resume" in out
+    monkeypatch.chdir(house)
+    assert predict.main([*argv, "--resume"]) == 0, capsys.readouterr().err  # one process may go on where two began
+    found = [json.loads(line) for line in rows.read_text("utf-8").splitlines()]
+    assert sorted(row["index"] for row in found) == list(range(12)) and all(row["error"] is None for row in found)
+
+
+def test_failures_are_told_in_words(house, start):
+    script(house, "print('last words of', rank, sys.argv[2], flush=True)\n"
+                  "if rank == 1: sys.exit(int(sys.argv[1]))\ntime.sleep(60)\n")
+    said = "$HOME ${local_rank} $$ 北京"
+    commands = {n: launcher(f'python worker.py {n} "{said}"', "2", "0", f"log{n}", "False", "9") for n in (3, 2)}
+    for number, job in {n: start(command) for n, command in commands.items()}.items():
+        code, out, err = ended(job)
+        assert code == {3: 1, 2: 2}[number], "2 is bad input, everything else a failure"
+        assert f"last words of 0 {said}\n" in out and "last words of 1" not in out
+        lines = err.splitlines()
+        assert lines[1].startswith("msrun_launcher: rank 1 on ")
+        assert lines[1].endswith(f" ended with exit code {number}; log log{number}/worker_1.log")
+        assert lines[2].startswith("  expected: ") and lines[3].startswith("  to do:    ")
+        assert lines[4] == f"    | last words of 1 {said}"
+
+
+def test_a_busy_port_is_reported_at_once(start):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        code, _, err = ended(start(launcher("run_mindformer.py x", "1", port, "output/log", "True", "99")), timeout=15)
+    assert code == 2 and f"port {port}" in err and "Address already in use" in err
+
+
+def test_join_shows_every_rank(house, start):
+    script(house, "print('hello from', rank, flush=True)\nprint('and', rank, file=sys.stderr, flush=True)\n")
+    code, out, _ = ended(start(launcher("worker.py", "2", "0", "output/logs", "True", "9"), MF_LOG_SUFFIX="x"))
+    assert code == 0
+    assert sorted(out.splitlines()) == ["[rank 1] and 1", "[rank 1] hello from 1", "and 0", "hello from 0"]
+    assert (house / "output/logs_x/worker_1.log").read_text() == "hello from 1\nand 1\n"
+
+
+# ---------------------------------------------------------------------- arguments
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A current directory with a script in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MF_LOG_SUFFIX", raising=False)
+    (tmp_path / "w.py").write_text("")
+
+
+def test_the_forms_of_the_arguments(here):
+    command = (sys.executable, "w.py")
+    job = launch.Job
+    assert launch.parse(["w.py"]) == job(command, 8, 8)
+    assert launch.parse(["w.py", "4"]) == job(command, 4, 4)
+    alone = job(command, 2, 2, master_port=8118, log_dir=Path("logs"), join=True, timeout=60)
+    assert launch.parse(["w.py", "2", "8118", "logs", "True", "60"]) == alone
+    part = job(command, 16, 8, "10.0.0.1", 50001, 1, Path("logs"), False, 300)
+    assert launch.parse(["w.py", "16", "8", "10.0.0.1", "50001", "1", "logs", "False", "300"]) == part
+    short = job(command, 16, 8, "10.0.0.1", 50001, 1)
+    assert launch.parse(["w.py", "16", "8", "10.0.0.1", "50001", "1"]) == short
+    whole = launch.parse(["w.py", "2", "2", "10.0.0.1", "50001", "0", "logs", "False", "300"])
+    assert whole.alone and whole.master_addr == "127.0.0.1", "one machine needs no address"
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["w.py", "2", "3"], "1, 2, 6 or 9"),
+        (["run", "predict", "--x"], "quote COMMAND"),
+        (["w.py", "two"], "WORKER_NUM='two'"),
+        (["w.py", "0"], "WORKER_NUM='0'"),
+        (["w.py", "2", "70000", "logs", "True", "60"], "MASTER_PORT='70000'"),
+        (["w.py", "2", "3", "10.0.0.1", "50001", "0"], "LOCAL_WORKER=3 of WORKER_NUM=2"),
+        (["w.py", "2", "1", "10.0.0.1", "0", "0"], "MASTER_PORT=0"),
+        (["w.py", "2", "1", "10.0.0.1", "50001", "2"], "NODE_RANK=2"),
+        (["w.py", "2", "1", "10.0.0.1", "50001", "0", "logs", "maybe", "60"], "JOIN='maybe'"),
+        (["w.py", "2", "1", "10.0.0.1", "50001", "0", "logs", "False", "0"], "CLUSTER_TIME_OUT='0'"),
+        (["nothing.py"], "no script 'nothing.py'"),
+        (["w.py 'open"], "No closing quotation"),
+        (["no_such_program x"], "COMMAND 'no_such_program x'"),
+        ([""], "COMMAND ''"),
+    ],
+)
+def test_arguments_that_are_refused(here, argv, words):
+    with pytest.raises(ConfigError) as caught:
+        launch.parse(argv)
+    assert words in str(caught.value)
+
+
+def test_commands_are_split_as_a_shell_would_and_nothing_more(here):
+    python = sys.executable
+    assert launch.split_command("python -u w.py 'a b' \"c\"d $HOME `ls` *") == (
+        python, "-u", "w.py", "a b", "cd", "$HOME", "`ls`", "*"
+    )
+    assert launch.split_command("w.py \\\n --a '请介绍\n北京'") == (python, "w.py", "--a", "请介绍\n北京")
+    assert launch.split_command("python -m glimmer predict x.py")[:3] == (python, "-m", "glimmer")
+    assert launch.split_command("run_mindformer.py") == (python, str(ROOT / "run_mindformer.py"))
+    assert launch.split_command("sh -c true") == ("sh", "-c", "true")
+
+
+def test_usage(capsys):
+    assert launch.main([]) == 2 and launch.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("WORKER_NUM", "LOCAL_WORKER", "MASTER_ADDR", "NODE_RANK", "CLUSTER_TIME_OUT"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
+def test_the_interface_towards_an_address():
+    assert launch.interface_towards("127.0.0.1") == "lo"
+    assert launch.interface_towards("no such name") is None
