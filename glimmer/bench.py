@@ -1,7 +1,7 @@
 """`glimmer bench MODEL`: loading, prefill and decode on this machine, as a table and as one JSON line.
 
 Prompts are random token ids, so that any checkpoint will do; answers are greedy and ignore the end of sequence. Prefill
-is timed as one prompt to its first token, the better of two; decode as steps of B sequences after prompts of 64 tokens.
+is timed as one prompt to its first token, the best of a few; decode as steps of B sequences after prompts of 64 tokens.
 Figures of different machines, or of different hours on a shared one, are not comparable: quote ratios within one run.
 """
 
@@ -29,6 +29,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--prefill", type=int, nargs="*", default=PREFILL, metavar="N", help="prompt lengths")
     parser.add_argument("--decode", type=int, nargs="*", default=DECODE, metavar="B", help="batch sizes")
     parser.add_argument("--steps", type=int, default=STEPS, help="decode steps to time")
+    parser.add_argument("--repeat", type=int, default=2, help="prefills of each length; the best counts")
     args = parser.parse_args(argv)
     longest = max([*args.prefill, PROMPT + WARM + args.steps + 1])
     begin = time.perf_counter()
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
     prompts = random.Random(1)
     _prefill(llm, prompts, 16)
     for length in args.prefill:
-        seconds = min(_prefill(llm, prompts, length) for _ in range(2))
+        seconds = min(_prefill(llm, prompts, length) for _ in range(args.repeat))
         figures[f"prefill_{length}"] = round(length / seconds, 1)
     for batch in args.decode:
         figures[f"decode_b{batch}"] = round(batch * args.steps / _decode(llm, prompts, batch, args.steps), 2)

@@ -150,14 +150,13 @@ def experts(x: Tensor, ids: Tensor, scores: Tensor, gate_up: Sequence[Weight], d
     """sum over k of scores[:, k] * down(swiglu(gate_up(x))) of expert ids[:, k]."""
     top_k = ids.shape[1]
     order = ids.flatten().argsort(stable=True)  # token-expert pairs, sorted by expert
-    rows = x[order // top_k]  # (T*K, H)
     found, counts = ids.flatten()[order].unique_consecutive(return_counts=True)
-    parts = []
-    for expert, part in zip(found.tolist(), rows.split(counts.tolist())):
-        parts.append(linear(swiglu(linear(part, gate_up[expert], None)), down[expert], None))
-    pairs = x.new_empty(rows.shape, dtype=torch.float32)
-    pairs[order] = torch.cat(parts).float()  # back to token order
-    return torch.bmm(scores[:, None], pairs.unflatten(0, (-1, top_k))).squeeze(1)  # (T, 1, K) @ (T, K, H)
+    found, counts = found.tolist(), counts.tolist()
+    y = x[order // top_k]  # (T*K, H)
+    y = swiglu(torch.cat([linear(rows, gate_up[e], None) for e, rows in zip(found, y.split(counts))]))
+    y = torch.cat([linear(rows, down[e], None) for e, rows in zip(found, y.split(counts))])
+    y = y[order.argsort()].unflatten(0, (-1, top_k)).float()  # back in token order, (T, K, H)
+    return torch.bmm(scores[:, None], y).squeeze(1)  # (T, 1, K) @ (T, K, H)
 
 
 def pack_linear(parts: Sequence[Weight], dtype: torch.dtype, device: torch.device) -> Weight:
