@@ -61,6 +61,7 @@ example
 """
 
 ROOT = Path(__file__).resolve().parents[1]
+SELF = 5.0  # seconds that node 0 tries to reach itself at the address that it has been given
 FAREWELL = 2.0  # seconds that node 0 stays after a failure, so that the other machines hear of it
 LOST = 30  # seconds without an answer from node 0 after which it counts as lost
 
@@ -220,38 +221,39 @@ class Meeting(RendezvousHandler):
         if not job.alone:
             self._say(f"node 0 with {job.local_worker} of {job.worker_num} processes waits at"
                       f" {job.master_addr}:{port} for the others, at most {job.timeout:g} s")
-        try:
-            return TCPStore(job.master_addr, port, is_master=True, wait_for_workers=False,
-                            timeout=timedelta(seconds=job.timeout), master_listen_fd=door.detach())
-        except RuntimeError as error:
-            raise EngineError(
-                f"node 0 on {self.host} cannot reach itself at {job.master_addr}: {str(error).splitlines()[0][:160]}",
-                "MASTER_ADDR to be an address of node 0", "correct MASTER_ADDR, or run this command on that machine",
-            ) from None
+        self._reach(port, time.monotonic() + min(job.timeout, SELF), ConfigError(
+            f"node 0 on {self.host} cannot reach itself as MASTER_ADDR={job.master_addr}",
+            "an address of this machine", "correct MASTER_ADDR, or run this command on that machine",
+        ))
+        return TCPStore(job.master_addr, port, is_master=True, wait_for_workers=False,
+                        timeout=timedelta(seconds=job.timeout), master_listen_fd=door.detach())
 
     def _visit(self, deadline: float) -> TCPStore:
-        job, problem = self.job, ""
-        place = f"{job.master_addr}:{job.master_port}"
+        job, place = self.job, f"{self.job.master_addr}:{self.job.master_port}"
         self._say(f"node {job.node_rank} with {job.local_worker} of {job.worker_num} processes looks for node 0 at"
                   f" {place}, at most {job.timeout:g} s")
-        while time.monotonic() < deadline:
-            try:  # our own attempts rather than the store's: they say why, and Ctrl-C ends them
-                socket.create_connection((job.master_addr, job.master_port), timeout=2).close()
-                return TCPStore(job.master_addr, job.master_port, is_master=False, timeout=timedelta(seconds=LOST))
-            except socket.gaierror:
-                raise ConfigError(
-                    f"MASTER_ADDR={job.master_addr!r} is no address and no name that this machine knows",
-                    "the address of node 0", "correct MASTER_ADDR",
-                ) from None
-            except (OSError, RuntimeError) as error:
-                problem = getattr(error, "strerror", None) or str(error).splitlines()[0][:160]
-                time.sleep(0.2)
-        raise EngineError(
-            f"node 0 did not come within {job.timeout:g} s: {place} does not answer node {job.node_rank}, {self.host}"
-            f" ({problem})",
+        self._reach(job.master_port, deadline, EngineError(
+            f"node 0 did not come within {job.timeout:g} s: {place} does not answer node {job.node_rank}, {self.host}",
             "the launcher of node 0 to listen there",
             "start it on node 0 with the same MASTER_ADDR and MASTER_PORT; check the addresses and the firewall",
-        )
+        ))
+        return TCPStore(job.master_addr, job.master_port, is_master=False, timeout=timedelta(seconds=LOST))
+
+    def _reach(self, port: int, deadline: float, otherwise: GlimmerError) -> None:
+        """Knock at MASTER_ADDR until somebody answers. Not left to the store, whose attempts Ctrl-C does not end."""
+        while True:
+            try:
+                return socket.create_connection((self.job.master_addr, port), timeout=2).close()
+            except socket.gaierror:
+                raise ConfigError(
+                    f"MASTER_ADDR={self.job.master_addr!r} is no address and no name that this machine knows",
+                    "the address of node 0", "correct MASTER_ADDR",
+                ) from None
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    otherwise.found += f" ({error.strerror or error})"
+                    raise otherwise from None
+                time.sleep(0.2)
 
     def _gather(self, deadline: float) -> dict[int, dict]:
         """All nodes, by number."""

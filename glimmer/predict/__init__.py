@@ -76,11 +76,11 @@ def predict(argv: list[str], home: Path | None) -> int:
             answer(asked, rows, progress)
     except (GlimmerError, KeyboardInterrupt) as reason:
         word = "interrupted" if isinstance(reason, KeyboardInterrupt) else "stopped"
-        if rows.path is None:
-            progress.say(f"{word}; no answer is kept (with --output FILE.jsonl those that are done would be)")
-        else:
+        if rows.path is not None:
             progress.say(f"{word}; {len(rows.rows)} of {len(rows.prompts)} rows are in {rows.path};"
                          " the same command with --resume answers the rest")
+        elif word == "interrupted":
+            progress.say("interrupted; no answer is kept (with --output FILE.jsonl those that are done would be)")
         raise
     return report(asked, rows, progress)
 
