@@ -17,6 +17,7 @@ from glimmer.ops import RouteRule
 from glimmer.weight import Weight
 
 FP8_MAX = 448.0  # the largest float8_e4m3fn
+WIDENED_ROWS = 1024  # rows of a bf16 matrix that are widened to float32 at once
 QUERY_ROWS = 512  # query rows of one attention call that needs a mask, so that the mask stays small
 
 
@@ -51,7 +52,9 @@ def _multiplies_bf16(device: torch.device) -> bool:
 def _matmul(x: Tensor, w: Tensor) -> Tensor:
     """x (T, in) @ w (out, in).T; the result is in x's dtype or, where that costs nothing, in float32."""
     if x.dtype == torch.bfloat16 and len(x) > 3 and not _multiplies_bf16(x.device):
-        return F.linear(x.float(), w.float())  # from 4 rows on, widening the weights is cheaper than torch's loop
+        # From 4 rows on, widening the weights is cheaper than torch's loop; a block at a time, for the cache's sake.
+        x = x.float()
+        return torch.cat([F.linear(x, block.float()) for block in w.split(WIDENED_ROWS)], -1)
     return F.linear(x, w)
 
 
