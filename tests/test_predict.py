@@ -387,7 +387,7 @@ def test_defaults_of_the_checkpoint_are_weaker_than_keys(run, tmp_path, monkeypa
     (model / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.6, "top_p": 0.9}')
     seen = []
     generate = predict.LLM.generate
-    monkeypatch.setattr(predict.LLM, "generate", lambda *a, **k: seen.append(k["sampling_params"]) or generate(*a, **k))
+    monkeypatch.setattr(predict.LLM, "generate", lambda *a, **k: seen.append(a[2]) or generate(*a, **k))
     common = ["hi", "--model", str(model)]
     for argv, temperature, top_p in (([], 0.6, 0.9), (["--top_p=0.5"], 0.6, 0.5), (["--do_sample=False"], 0.0, 0.9)):
         code, _, _ = run(*common, *argv)
@@ -414,6 +414,14 @@ def test_bad_input_gets_three_lines(run, argv, words):
     assert code == 2 and out == "" and "Traceback" not in err
     assert lines[0].startswith("glimmer predict: ") and words in lines[0]
     assert lines[1].startswith("  expected: ") and lines[2].startswith("  to do:    ")
+
+
+def test_ranks_that_were_asked_for_different_things(run, monkeypatch):
+    """Rank 0's word reaches this process as if it came from another machine."""
+    other = {"tensor_parallel_size": 1, "max_model_len": 256, "seed": 7}
+    monkeypatch.setattr("glimmer.parallel.Group.broadcast", lambda self, task: task | {"engine": other})
+    code, _, err = run("hi", "--seed", "8")
+    assert code == 2 and "seed=8, but 7 on rank 0" in err and "the same command" in err
 
 
 def test_interruption_keeps_rows_and_says_how_to_go_on(run, tmp_path, monkeypatch):

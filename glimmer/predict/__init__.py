@@ -86,38 +86,57 @@ def predict(argv: list[str], home: Path | None) -> int:
 
 
 def answer(asked: Plan, rows: Rows, progress: "Progress") -> None:
-    """Load the model and answer the prompts that have no row. Every rank calls this; the prompts are rank 0's."""
+    """Load the model and answer the prompts that have no row. Every rank calls this, and does what rank 0 was asked."""
     llm = LLM(**asked.engine, on_load=progress.loading)
     progress.loaded()
-    params = replace(llm.default_sampling_params(), **asked.sampling)
-    if asked.do_sample and params.temperature == 0 and "temperature" not in asked.sampling:
-        params = replace(params, temperature=1.0)
     for i in [i for i in rows.todo if not rows.prompts[i].strip()]:
         empty = RequestError("prompt", f"prompt {i} is empty", "some text", "write one, or remove the line")
         rows.add(row(i, rows.prompts[i], None, empty))
-    task = llm.group.broadcast(
-        {"indices": rows.todo, "prompts": [rows.prompts[i] for i in rows.todo], "params": asdict(params)}
-    )
-    indices, prompts = task["indices"], task["prompts"]
-    options: dict[str, Any] = {"errors": "return", "on_step": progress.step}
+    task = llm.group.broadcast(job(asked, rows, llm.default_sampling_params()))
+    here, first = engine_settings(asked), task["engine"]
+    for name in sorted(here.keys() | first.keys()):
+        if here.get(name) != first.get(name):
+            raise ConfigError(f"{name}={here.get(name)!r}, but {first.get(name)!r} on rank 0", "the same on every rank",
+                              "give the same command and the same YAML file on every machine")
+    # The row decides the randomness: an answer is the same whether the run was resumed before it or not.
+    params = SamplingParams(**task["params"])
+    each = [replace(params, seed=(llm.config.seed << 32) + index) for index in task["indices"]]
 
     def finished(n: int, output: RequestOutput) -> None:
         if llm.rank == 0:
-            rows.add(row(indices[n], prompts[n], output, output.error))
+            index = task["indices"][n]
+            rows.add(row(index, rows.prompts[index], output, output.error))
         progress.answered()
 
-    with progress.generating(len(prompts)):
-        params = SamplingParams(**task["params"])
-        # The row decides the randomness: an answer is the same whether the run was resumed before it or not.
-        each = [replace(params, seed=(llm.config.seed << 32) + index) for index in indices]
-        options |= {"sampling_params": each, "on_finish": finished}
-        if asked.chat and prompts:
-            system = [{"role": "system", "content": asked.system}] if asked.system else []
-            options["chat_template_kwargs"] = {} if asked.think else {"enable_thinking": False}
-            llm.chat([[*system, {"role": "user", "content": prompt}] for prompt in prompts], **options)
+    options = {"errors": "return", "on_finish": finished, "on_step": progress.step}
+    with progress.generating(len(each)):
+        if task["chat"] and each:
+            llm.chat(task["inputs"], each, chat_template_kwargs=task["template"], **options)
         else:
-            llm.generate(prompts, **options)
+            llm.generate(task["inputs"], each, **options)
     llm.close()
+
+
+def job(asked: Plan, rows: Rows, defaults: SamplingParams) -> dict[str, Any]:
+    """What rank 0 tells the others to do, in JSON's types. defaults: what the checkpoint recommends."""
+    params = replace(defaults, **asked.sampling)
+    if asked.do_sample and params.temperature == 0 and "temperature" not in asked.sampling:
+        params = replace(params, temperature=1.0)
+    system = [{"role": "system", "content": asked.system}] if asked.system else []
+    prompts = [rows.prompts[i] for i in rows.todo]
+    return {
+        "engine": engine_settings(asked),
+        "params": asdict(params),
+        "indices": rows.todo,
+        "inputs": [[*system, {"role": "user", "content": p}] for p in prompts] if asked.chat else prompts,
+        "chat": asked.chat,
+        "template": {} if asked.think else {"enable_thinking": False},
+    }
+
+
+def engine_settings(asked: Plan) -> dict[str, Any]:
+    """What must be alike on all ranks: everything but where the model is, and on what it runs."""
+    return {name: value for name, value in asked.engine.items() if name not in ("model", "device")}
 
 
 def report(asked: Plan, rows: Rows, progress: "Progress") -> int:
@@ -173,10 +192,11 @@ class Progress:
         """As LLM's on_step: tokens."""
         self.tokens += new
         now = time.monotonic()
-        self.bar.set_postfix_str(self.speed)
-        if self.bar.disable and now - self.spoken > EVERY:
+        if now - self.spoken > (EVERY if self.bar.disable else 0.2):
             self.spoken = now
-            self.say(f"{self.done} of {self.total} prompts, {self.speed}")
+            self.bar.set_postfix_str(self.speed)
+            if self.bar.disable:
+                self.say(f"{self.done} of {self.total} prompts, {self.speed}")
 
     def answered(self) -> None:
         """One prompt more."""
