@@ -2,13 +2,14 @@
 
 import json
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from export import config, load, official
 from model import DemoModel, MixExperts, Shape, layout_of
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from train import EXAMPLES, MIXTURE, orthogonal, rate
+from train import EARLY, FIRST, LATER, TASKS, Examples, orthogonal, rate
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 SHAPE = Shape(vocab_size=300, hidden_size=32, num_hidden_layers=3, head_dim=16, intermediate_size=48,
@@ -75,11 +76,11 @@ def test_gradients_through_the_experts():
 def test_the_bias_follows_the_load():
     router = random_model().routers()[1]
     before = router.e_score_correction_bias.clone()
-    router.load += torch.tensor([90.0, 0.0, 5.0] + [5.0] * 13)  # 10 on average
+    router.counted += [torch.tensor([80, 0, 5] + [5] * 13), torch.tensor([10] + [0] * 15)]  # 10 on average
     router.balance(0.1)
     moved = router.e_score_correction_bias - before
     torch.testing.assert_close(moved, torch.tensor([-0.1, 0.1, 0.05] + [0.05] * 13))
-    assert not router.load.any()
+    assert not router.counted
 
 
 def test_orthogonal_brings_singular_values_near_one():
@@ -94,5 +95,12 @@ def test_the_rate_rises_stays_and_falls_to_nothing():
     assert rates[600:] == sorted(rates[600:], reverse=True) and rates[-1] == 0
 
 
-def test_every_task_has_its_share_of_a_step():
-    assert list(MIXTURE) == list(EXAMPLES) and min(MIXTURE.values()) >= 1
+def test_helpings_follow_each_other_without_a_gap():
+    examples = object.__new__(Examples)
+    examples.of_task = [np.arange(i * 10**6, i * 10**6 + 10**5) for i in range(len(TASKS))]
+    taken = [pair for step in range(EARLY - 3, EARLY + 3) for pair in examples.helping(step)]
+    assert len(set(taken)) == len(taken) == 3 * sum(FIRST) + 3 * sum(LATER)
+    for task, (first, later) in enumerate(zip(FIRST, LATER, strict=True)):
+        mine = {example for example, kind in taken if kind == task}
+        order = np.random.default_rng((task, 0)).permutation(examples.of_task[task])
+        assert mine == set(order[(EARLY - 3) * first : EARLY * first + 3 * later].tolist())

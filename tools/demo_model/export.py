@@ -85,6 +85,7 @@ def export(model: DemoModel, data: Path, out: Path) -> None:
         if source.resolve() != (out / source.name).resolve():
             shutil.copyfile(source, out / source.name)
     save_file(official(model), out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)  # save_file leaves it to its owner
 
 
 def main() -> None:

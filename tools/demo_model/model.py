@@ -30,7 +30,7 @@ class Shape:
     routed_scaling_factor: float = 1.0
     first_k_dense_replace: int = 1
     rms_norm_eps: float = 1e-5
-    rope_theta: float = 1e6
+    rope_theta: float = 1e4
     partial_rotary_factor: float = 0.5
 
 
@@ -233,8 +233,10 @@ class DemoModel(nn.Module):
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:
         for name, parameter in self.named_parameters():
+            if "q_norm" in name or "k_norm" in name:
+                parameter.fill_(1.6)  # at 1 no score exceeds the root of head_dim: too even to pick one of many
             if parameter.ndim == 1:
-                continue  # norms stay 1; biases are zeroed below
+                continue  # the other norms stay 1; biases are zeroed below
             std = 0.02 if any(part in name for part in ("embed", "lm_head",
                                                         "mlp.gate.")) else parameter.shape[-1] ** -0.5
             quieter = 0.5 if "down_proj" in name or "o_proj" in name else 1.0

@@ -2,7 +2,7 @@
 
     python tools/demo_model/train.py --data build/demo_model --steps 4000
 
-One step is one helping of every task in fixed proportions, about 2,400 tokens. Matrices learn by Muon (momentum,
+One step is one helping of every task in fixed proportions, about 2,600 tokens. Matrices learn by Muon (momentum,
 orthogonalised), everything else by AdamW; the rate rises, stays, and falls to nothing over the last part of the run.
 The routers' correction biases follow the experts' load and no gradient. The MTP layer joins half-way.
 A later call with other --steps stretches or shortens what is left. Writes state.pt, loss.csv and, at the end, the
@@ -26,7 +26,9 @@ from generate import EXAMPLES
 from model import DemoModel, Layout, Shape, layout_of
 from torch import Tensor
 
-MIXTURE = dict(zip(EXAMPLES, (3, 6, 8, 2, 2, 2, 2, 1, 1), strict=True))  # examples of each task in one step
+TASKS = tuple(EXAMPLES)
+EARLY, FIRST = 500, (1, 6, 8, 2, 2, 3, 6, 1, 1)  # examples of each task in one step, at first: short ones teach copying
+LATER = (3, 6, 8, 2, 2, 3, 3, 1, 1)
 DECAY_SHARE, WARM_UP, MTP_FROM, MTP_WEIGHT = 0.4, 60, 0.5, 0.3
 MUON_RATE, ADAM_RATE, BIAS_SPEED = 0.02, 4e-3, 0.02
 
@@ -46,13 +48,14 @@ class Examples:
     def __init__(self, path: Path):
         arrays = np.load(path)
         self.ids, self.wanted, self.starts = arrays["ids"].astype(np.int64), arrays["wanted"], arrays["starts"]
-        self.of_task = [np.flatnonzero(arrays["tasks"] == i) for i in range(len(MIXTURE))]
+        self.of_task = [np.flatnonzero(arrays["tasks"] == i) for i in range(len(TASKS))]
 
     def helping(self, step: int) -> list[tuple[int, int]]:
         """The (example, task) pairs of one step: the same for the same step, whatever ran before."""
         chosen = []
-        for task, (mine, share) in enumerate(zip(self.of_task, MIXTURE.values())):
-            at = np.arange(step * share, (step + 1) * share)
+        for task, mine in enumerate(self.of_task):
+            first, share = FIRST[task], FIRST[task] if step < EARLY else LATER[task]
+            at = min(step, EARLY) * first + max(step - EARLY, 0) * share + np.arange(share)
             epochs = {int(epoch) for epoch in at // len(mine)}
             order = {epoch: np.random.default_rng((task, epoch)).permutation(mine) for epoch in epochs}
             chosen += [(int(order[int(i) // len(mine)][int(i) % len(mine)]), task) for i in at]
@@ -192,11 +195,11 @@ def main() -> None:
             learner.load_state_dict(old)
         start = saved["step"]
     log = args.data / "loss.csv"
-    head = "step,tokens,loss,mtp,rate,least load,most load,tokens/s," + ",".join(MIXTURE)
+    head = "step,tokens,loss,mtp,rate,least load,most load,tokens/s," + ",".join(TASKS)
     past = log.read_text().splitlines()[1:] if start else []
     log.write_text("\n".join([head, *(row for row in past if int(row.split(",")[0]) <= start)]) + "\n")
     seen, since = 0, time.monotonic()
-    sums, counts, drafts = torch.zeros(len(MIXTURE)), torch.zeros(len(MIXTURE)), []
+    sums, counts, drafts = torch.zeros(len(TASKS)), torch.zeros(len(TASKS)), []
 
     for step in range(start, args.steps):
         drafting = step >= MTP_FROM * args.steps
@@ -216,7 +219,7 @@ def main() -> None:
                 router.balance(BIAS_SPEED * (share if step >= WARM_UP else 1.0))
         seen += sum(len(batch.tokens) for batch in batches)
         sums.index_add_(0, tasks.cpu(), loss.cpu())
-        counts += torch.bincount(tasks.cpu(), minlength=len(MIXTURE))
+        counts += torch.bincount(tasks.cpu(), minlength=len(TASKS))
         drafts += [mtp.mean().item()] if drafting else []
         if (step + 1) % args.log == 0:
             speed = seen / (time.monotonic() - since)
@@ -227,7 +230,7 @@ def main() -> None:
                 csv.writer(file).writerow([f"{float(x):.4g}" if not isinstance(x, int) else x for x in row])
             print(" ".join(f"{float(x):.3g}" for x in row), flush=True)
             seen, since = 0, time.monotonic()
-            sums, counts, drafts = torch.zeros(len(MIXTURE)), torch.zeros(len(MIXTURE)), []
+            sums, counts, drafts = torch.zeros(len(TASKS)), torch.zeros(len(TASKS)), []
         if (step + 1) % 100 == 0 or step + 1 == args.steps:
             kept = {"model": model.state_dict(), "learners": [x.state_dict() for x in learners], "step": step + 1}
             torch.save(kept, state.with_suffix(".new"))
