@@ -13,6 +13,7 @@ import time
 
 from glimmer.config import SamplingParams
 from glimmer.llm import LLM
+from glimmer.testing import default_model
 
 PREFILL = (512, 2048)
 DECODE = (1, 8, 32)
@@ -22,7 +23,7 @@ PROMPT, WARM, STEPS = 64, 4, 32  # tokens before decoding is timed, steps not ti
 def main(argv: list[str]) -> int:
     """Measure and print; rank 0 speaks."""
     parser = argparse.ArgumentParser("glimmer bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", help="a Hugging Face directory")
+    parser.add_argument("model", nargs="?", help="a Hugging Face directory (the demo model)")
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or npu")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="processes that torchrun started")
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
     longest = max([*args.prefill, PROMPT + WARM + args.steps + 1])
     begin = time.perf_counter()
     llm = LLM(
-        args.model,
+        args.model or str(default_model()),
         dtype=args.dtype,
         device=args.device,
         tensor_parallel_size=args.tensor_parallel_size,

@@ -4,9 +4,11 @@ Nothing here is imported by the engine. The tokenizer knows GLM's protocol but n
 """
 
 import json
+import logging
 import math
 import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -20,6 +22,8 @@ from torch import Tensor
 
 from glimmer.checkpoint.files import DTYPES, INDEX
 from glimmer.text.tokenizer import byte_symbols
+
+log = logging.getLogger("glimmer")
 
 # GLM's pre-tokeniser: contractions, words, up to three digits, punctuation, line ends, white space.
 GLM_SPLIT = (
@@ -394,3 +398,25 @@ def _save_sparse(weights: dict[str, Tensor], file: Path) -> None:
     text += b" " * (-len(text) % 8)
     file.write_bytes(len(text).to_bytes(8, "little") + text)
     os.truncate(file, 8 + len(text) + end)
+
+
+def default_model() -> Path:
+    """The checkpoint that answers when a command names none: the package's demo model.
+
+    Where the package has none, a tiny one with random weights is written once to ~/.cache/glimmer, and a warning says
+    that its text means nothing.
+    """
+    demo = Path(__file__).with_name("demo")
+    if (demo / "config.json").exists():
+        return demo
+    random = Path.home() / ".cache" / "glimmer" / "random-model"
+    log.warning("no demo model in this installation: answering with random weights, whose text means nothing")
+    if not random.exists():
+        random.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(dir=random.parent))
+        tiny_checkpoint(fresh)
+        try:
+            fresh.rename(random)
+        except OSError:  # another process was faster; its files are the same
+            shutil.rmtree(fresh)
+    return random

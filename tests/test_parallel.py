@@ -70,7 +70,8 @@ def test_who_never_joined_is_named(model, tmp_path):
         port = probe.getsockname()[1]
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLIMMER_JOIN_TIMEOUT": "2"}
     command = [sys.executable, SCRIPT, model, str(tmp_path / "out")]
-    for rank, words in ((0, "1 of 2 processes did not join within 2 s: ranks 1"), (1, f"cannot reach 127.0.0.1:{port}")):
+    absent, unreachable = "1 of 2 processes did not join within 2 s: ranks 1", f"cannot reach 127.0.0.1:{port}"
+    for rank, words in ((0, absent), (1, unreachable)):
         environment = os.environ | meeting | {"RANK": str(rank), "WORLD_SIZE": "2"}
         job = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert job.returncode == 1 and "Traceback" not in job.stderr

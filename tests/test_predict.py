@@ -28,7 +28,7 @@ YAML = ROOT / "configs/glm4_moe/predict_glm4_moe.yaml"
 
 
 def plan(*argv: str, running: int = 1, home: Path | None = ROOT) -> keys.Plan:
-    return keys.plan(list(argv), running, Path("/demo"), home)
+    return keys.plan(list(argv), running, lambda: Path("/demo"), home)
 
 
 def refusal(*argv: str, **options) -> str:

@@ -23,14 +23,10 @@ from glimmer.llm import LLM, RequestOutput
 from glimmer.parallel import world
 from glimmer.predict.keys import ENGINE, GENERATION, INPUT, OUTPUT, SAMPLING, TRANSLATED, Plan, plan
 from glimmer.predict.rows import Rows, read_prompts, row, save
+from glimmer.testing import default_model
 
 RESULT = Path("text_generation_result.txt")
 EVERY = 30.0  # seconds between lines about progress where there is no terminal
-
-
-def default_model() -> Path:
-    """The checkpoint that answers when none is named."""
-    return Path(__file__).parents[1] / "demo"
 
 
 def main(argv: list[str], home: Path | None = None) -> int:
@@ -58,9 +54,9 @@ def main(argv: list[str], home: Path | None = None) -> int:
 def predict(argv: list[str], home: Path | None) -> int:
     """Read, load, answer, report. Raises GlimmerError, and KeyboardInterrupt; both after a word about what is kept."""
     rank, size = world()
-    asked = plan(argv, size, default_model(), home)
-    progress = Progress(shown=rank == 0)
     logging.basicConfig(format="glimmer predict: %(message)s", level=logging.WARNING if rank == 0 else logging.ERROR)
+    asked = plan(argv, size, default_model, home)
+    progress = Progress(shown=rank == 0)
     if rank != 0:
         answer(asked, Rows([], None, False), progress)
         return 0

@@ -367,7 +367,7 @@ class Plan:
     ignored: list[str]
 
 
-def plan(argv: list[str], running: int, default_model: Path, home: Path | None = None) -> Plan:
+def plan(argv: list[str], running: int, default_model: Callable[[], Path], home: Path | None = None) -> Plan:
     """What a command line, and the YAML file that it may name, ask for in a group of `running` processes.
 
     home: where relative paths are looked for if they are not in the current directory. Raises ConfigError or
@@ -381,7 +381,7 @@ def plan(argv: list[str], running: int, default_model: Path, home: Path | None =
         return settings[name].value if name in settings else default
 
     engine = {name: take(name) for name in ENGINE if name in settings}
-    engine["model"] = one_directory(settings) or str(default_model)
+    engine["model"] = one_directory(settings) or str(default_model())
     engine["tensor_parallel_size"] = processes(settings, running, argv, home)
     sampling = {"max_tokens": MAX_TOKENS} | {name: take(name) for name in SAMPLING if name in settings}
     do_sample, heat = settings.get("do_sample"), settings.get("temperature")

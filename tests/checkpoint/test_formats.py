@@ -189,7 +189,8 @@ def test_qkv_in_one(tmp_path, kind):
         )
     checkpoint = write(tmp_path, tensors)
     cuts = {"q_proj": (4, 8), "k_proj": (2, 4), "v_proj": (2, 4)}
-    joined = Weight.join([read(checkpoint, name, rows) for name, rows in cuts.items()], torch.float32, torch.device("cpu"))
+    parts = [read(checkpoint, name, rows) for name, rows in cuts.items()]
+    joined = Weight.join(parts, torch.float32, torch.device("cpu"))
     assert (joined.kind, joined.shape) == (kind, (8, 6))
     assert torch.equal(
         joined.dequantize(),

@@ -73,7 +73,7 @@ def test_what_is_encoded_decodes_to_itself(tokenizer, text):
 
 
 def test_half_a_surrogate_pair_is_refused(tokenizer):
-    with pytest.raises(RequestError, match="character 2 is U[+]D83D") as caught:
+    with pytest.raises(RequestError, match=r"character 2 is U[+]D83D") as caught:
         tokenizer.encode("ab\ud83d", add_special_tokens=False)
     assert caught.value.field == "text"
 
