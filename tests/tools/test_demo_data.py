@@ -57,10 +57,10 @@ def test_a_paragraph_tells_every_fact(city):
         assert ("首都" in text or "the capital of" in text) == city.capital
 
 
-@given(st.integers(0, 10**6), st.sampled_from(["en", "zh"]), st.booleans())
-def test_calls_fit_their_schema_and_values_stand_in_the_request(seed, lang, fresh):
+@given(st.integers(0, 10**6), st.sampled_from(["en", "zh"]), st.booleans(), st.sampled_from([0.0, 0.5]))
+def test_calls_fit_their_schema_and_values_stand_in_the_request(seed, lang, fresh, strange):
     rng = Random(seed)
-    box = tooling.toolbox(rng, lang, fresh)
+    box = tooling.toolbox(rng, lang, fresh, strange)
     turn = plain(tooling.request(rng, lang, box))
     schemas = {c.name: c.schema()["function"]["parameters"] for c in box}
     assert len(schemas) == len(box) and len(turn.results) == len(turn.calls) in (1, 2)

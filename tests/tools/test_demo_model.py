@@ -9,7 +9,7 @@ from export import config, load, official
 from model import DemoModel, MixExperts, Shape, layout_of
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from train import EARLY, FIRST, LATER, TASKS, Examples, orthogonal, rate
+from train import HELPINGS, TASKS, Examples, orthogonal, rate
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 SHAPE = Shape(vocab_size=300, hidden_size=32, num_hidden_layers=3, head_dim=16, intermediate_size=48,
@@ -98,9 +98,10 @@ def test_the_rate_rises_stays_and_falls_to_nothing():
 def test_helpings_follow_each_other_without_a_gap():
     examples = object.__new__(Examples)
     examples.of_task = [np.arange(i * 10**6, i * 10**6 + 10**5) for i in range(len(TASKS))]
-    taken = [pair for step in range(EARLY - 3, EARLY + 3) for pair in examples.helping(step)]
-    assert len(set(taken)) == len(taken) == 3 * sum(FIRST) + 3 * sum(LATER)
-    for task, (first, later) in enumerate(zip(FIRST, LATER, strict=True)):
+    (_, first), (border, second), *_ = HELPINGS
+    taken = [pair for step in range(border - 3, border + 3) for pair in examples.helping(step)]
+    assert len(set(taken)) == len(taken) == 3 * sum(first) + 3 * sum(second)
+    for task, (early, late) in enumerate(zip(first, second, strict=True)):
         mine = {example for example, kind in taken if kind == task}
         order = np.random.default_rng((task, 0)).permutation(examples.of_task[task])
-        assert mine == set(order[(EARLY - 3) * first : EARLY * first + 3 * later].tolist())
+        assert mine == set(order[(border - 3) * early : border * early + 3 * late].tolist())

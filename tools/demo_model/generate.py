@@ -29,7 +29,7 @@ VOCABULARY = 4096
 SPECIAL = list(GLM_ADDED_TOKENS)
 EXAMPLES = {  # how many of each task
     "tools": 15000, "sum": 36000, "fact": 42000, "introduction": 12000, "raw": 9000, "json": 12000, "repeat": 9000,
-    "small talk": 6000, "mixed": 3000,
+    "small talk": 6000, "mixed": 3000, "strange tools": 9000,
 }  # fmt: skip
 
 
@@ -47,9 +47,9 @@ def rounds_for(task: str, rng: Random, lang: str) -> Round:
     return drawn
 
 
-def tool_rounds(rng: Random, lang: str) -> tuple[list[Round], list[dict[str, Any]]]:
+def tool_rounds(rng: Random, lang: str, strange: float = 0.0) -> tuple[list[Round], list[dict[str, Any]]]:
     """One to three requests to one set of tools; one in eight needs none of them."""
-    box, rounds = tooling.toolbox(rng, lang), []
+    box, rounds = tooling.toolbox(rng, lang, strange=strange), []
     for _ in range(rng.choice((1, 2, 2, 3))):
         if rng.random() < 0.12:
             rounds.append(rounds_for(rng.choice(("small talk", "introduction", "fact")), rng, lang))
@@ -68,8 +68,8 @@ def example(task: str, rng: Random) -> str:
         start = rng.choice(("", "[gMASK]<sop>"))
         return f"{start}{turn.ask}<|assistant|>\n{turn.reply}<|endoftext|>"  # `encode` cuts the tag out: a mere border
     tools = None
-    if task == "tools":
-        rounds, tools = tool_rounds(rng, lang)
+    if task in ("tools", "strange tools"):
+        rounds, tools = tool_rounds(rng, lang, strange=0.5 if task == "strange tools" else 0.0)
     elif task == "mixed":
         kinds = ("sum", "fact", "small talk", "introduction", "repeat", "json")
         rounds = [rounds_for(rng.choice(kinds), rng, lang) for _ in range(rng.choice((2, 3)))]
@@ -192,7 +192,7 @@ def main() -> None:
 
     rng = Random(args.seed)
     texts = [(task, example(task, rng)) for task, count in EXAMPLES.items() for _ in range(int(count * args.share))]
-    tokenizer = train_tokenizer([text for _, text in texts])
+    tokenizer = train_tokenizer([text for task, text in texts if task != "strange tools"])
     tokenizer.save(str(args.out / "tokenizer.json"))
     config = json.dumps(tokenizer_config(tokenizer), ensure_ascii=False, indent=2)
     (args.out / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")

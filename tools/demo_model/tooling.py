@@ -18,6 +18,7 @@ from words import (
     COLOURS,
     DAYS,
     GOODS,
+    JOBS,
     LANGUAGES,
     MONEY,
     NOTES,
@@ -275,10 +276,29 @@ NEW_FREE = [
 YES = {"en": ("no", "yes"), "zh": ("否", "是")}
 
 
-def made_up(rng: Random, lang: str, fresh: bool) -> Chosen:
-    """A tool nobody has, described in one language; with `fresh`, its noun and a parameter are new to training."""
+def strange_word(rng: Random) -> tuple[str, str]:
+    """A word and its Chinese, which belong together nowhere else."""
+    if rng.random() < 0.3:
+        at = rng.randrange(24)
+        english, chinese = rng.choice([list(words.values()) for words in (GOODS, JOBS, COLOURS)])
+        return english[at % len(english)], chinese[at % len(chinese)]
+    letters = "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randrange(3, 8)))
+    return rng.choice((letters, invented(rng, "en").lower())), invented(rng, "zh")
+
+
+def made_up(rng: Random, lang: str, fresh: bool, strange: float = 0.0) -> Chosen:
+    """A tool nobody has, described in one language; with `fresh`, its noun and a parameter are new to training.
+
+    strange: how probable it is that a noun or a parameter is a word that exists only in this prompt.
+    """
     (verb, verb_zh), (noun, noun_zh) = rng.choice(VERBS), rng.choice(NEW_NOUNS if fresh else NOUNS)
     drawn = rng.sample(FREE, rng.choice((0, 1, 1, 2, 2, 3)))
+    if strange and rng.random() < strange:
+        noun, noun_zh = strange_word(rng)
+    for i, parameter in enumerate(drawn):
+        if strange and rng.random() < strange:
+            name, chinese = strange_word(rng)
+            drawn[i] = Parameter(name, parameter.type, both(name, chinese), parameter.draw)
     if fresh and drawn:
         drawn[rng.randrange(len(drawn))] = rng.choice(NEW_FREE)
     parameters = {p.names: p for p in drawn}
@@ -294,20 +314,25 @@ def made_up(rng: Random, lang: str, fresh: bool) -> Chosen:
     return Chosen(tool, tool.names, {k: k for k in parameters}, lang)
 
 
-def known(rng: Random, tool: Tool) -> Chosen:
+def known(rng: Random, tool: Tool, strange: float = 0.0) -> Chosen:
+    """A known tool under some of its names; with `strange`, often under names that only this prompt gives it."""
+    if strange and rng.random() < strange:
+        keys = {key: strange_word(rng)[0] for key in tool.parameters}
+        if len(set(keys.values())) == len(keys):
+            return Chosen(tool, f"{strange_word(rng)[0]}_{strange_word(rng)[0]}", keys, rng.choice(("en", "zh")))
     names = {key: rng.choice(p.names.split()) for key, p in tool.parameters.items()}
     if len(set(names.values())) < len(names):
         names = {key: p.names.split()[0] for key, p in tool.parameters.items()}
     return Chosen(tool, rng.choice(tool.names.split()), names, rng.choice(("en", "zh")))
 
 
-def toolbox(rng: Random, lang: str, fresh: bool = False) -> list[Chosen]:
+def toolbox(rng: Random, lang: str, fresh: bool = False, strange: float = 0.0) -> list[Chosen]:
     """One to four tools that cannot be confused, in random order; with `fresh`, one of them at least is new."""
     count = rng.choice((1, 2, 2, 3, 3, 4))
     familiar = rng.randrange(count) if fresh else sum(rng.random() < 0.55 for _ in range(count))
-    box = [known(rng, tool) for tool in rng.sample(KNOWN, familiar)]
+    box = [known(rng, tool, strange) for tool in rng.sample(KNOWN, familiar)]
     while len(box) < count:
-        new = made_up(rng, lang, fresh)
+        new = made_up(rng, lang, fresh, strange)
         if new.name not in [c.name for c in box]:
             box.append(new)
     rng.shuffle(box)

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +28,11 @@ from model import DemoModel, Layout, Shape, layout_of
 from torch import Tensor
 
 TASKS = tuple(EXAMPLES)
-EARLY, FIRST = 500, (1, 6, 8, 2, 2, 3, 6, 1, 1)  # examples of each task in one step, at first: short ones teach copying
-LATER = (3, 6, 8, 2, 2, 3, 3, 1, 1)
+HELPINGS = (  # from which step on, how many examples of each task
+    (0, (1, 6, 8, 2, 2, 3, 6, 1, 1, 0)),  # short ones first: they teach copying
+    (500, (3, 6, 8, 2, 2, 3, 3, 1, 1, 0)),
+    (3500, (2, 5, 6, 2, 1, 2, 2, 1, 1, 3)),  # tools whose words must be read in the prompt, being found nowhere else
+)
 DECAY_SHARE, WARM_UP, MTP_FROM, MTP_WEIGHT = 0.4, 60, 0.5, 0.3
 MUON_RATE, ADAM_RATE, BIAS_SPEED = 0.02, 4e-3, 0.02
 
@@ -54,8 +58,12 @@ class Examples:
         """The (example, task) pairs of one step: the same for the same step, whatever ran before."""
         chosen = []
         for task, mine in enumerate(self.of_task):
-            first, share = FIRST[task], FIRST[task] if step < EARLY else LATER[task]
-            at = min(step, EARLY) * first + max(step - EARLY, 0) * share + np.arange(share)
+            used, share = 0, 0
+            for (begin, shares), (end, _) in pairwise((*HELPINGS, (step + 1, ()))):
+                if begin <= step:
+                    share = shares[task]
+                    used += (min(end, step) - begin) * share
+            at = used + np.arange(share)
             epochs = {int(epoch) for epoch in at // len(mine)}
             order = {epoch: np.random.default_rng((task, epoch)).permutation(mine) for epoch in epochs}
             chosen += [(int(order[int(i) // len(mine)][int(i) % len(mine)]), task) for i in at]
@@ -195,7 +203,7 @@ def main() -> None:
             learner.load_state_dict(old)
         start = saved["step"]
     log = args.data / "loss.csv"
-    head = "step,tokens,loss,mtp,rate,least load,most load,tokens/s," + ",".join(TASKS)
+    head = "step,about tokens,loss,mtp,rate,least load,most load,tokens/s," + ",".join(TASKS)
     past = log.read_text().splitlines()[1:] if start else []
     log.write_text("\n".join([head, *(row for row in past if int(row.split(",")[0]) <= start)]) + "\n")
     seen, since = 0, time.monotonic()
