@@ -89,6 +89,7 @@ def test_a_sum_is_worked_out_before_it_is_answered(llm):
     assert "7+6=13" in thought and answer == "347+586=933"
 
 
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="these weights write 'place' for the argument 'city'")
 def test_a_tool_is_called_and_its_result_used(llm):
     ask = {"role": "user", "content": "巴黎天气怎么样？/nothink"}
     first = llm.chat([ask], GREEDY, tools=[WEATHER])[0].outputs[0]
