@@ -1,6 +1,6 @@
 """What bad input gets: one clear error in three parts, exit code 2 and no traceback. Each case as a user would meet it.
 
-Most run the command in this process; two start a real one. What a refusal says about one row of many (a prompt too
+Most run the command in this process; one starts a real one. What a refusal says about one row of many (a prompt too
 long, NaN in the logits) stands in that row, and the other rows are answered.
 """
 
