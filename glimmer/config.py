@@ -54,6 +54,10 @@ class ModelConfig:
         """How many leading dimensions of each head are rotated."""
         return int(self.head_dim * self.partial_rotary_factor)
 
+    def key_value_heads(self, processes: int) -> int:
+        """Key-value heads that each of so many processes holds; with more processes than heads, copies of one."""
+        return max(1, self.num_key_value_heads // processes)
+
     @staticmethod
     def load(directory: str | Path) -> "ModelConfig":
         """Read `directory`/config.json. CheckpointError: nothing there, or not JSON; ConfigError: its content."""

@@ -111,12 +111,6 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was told."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize(device)
-
-
 def describe() -> list[tuple[str, str]]:
     """(what, finding) rows about this machine, for `glimmer doctor`."""
     flags = _cpu_flags()

@@ -53,9 +53,8 @@ class Runner:
         with Checkpoint(config.model) as checkpoint:
             plan = Plan(model_config, checkpoint, group, dtype)
             self.room = make_room(config, model_config, group, device, dtype, plan.nbytes)
-            self.doors = ops.choose(device.type)
             residual = devices.residual_dtype(device, dtype)
-            self.model = Glm4Moe(model_config, group, self.doors, residual, plan.mtp).eval()
+            self.model = Glm4Moe(model_config, group, ops.choose(device.type), residual, plan.mtp).eval()
             done = 0
 
             def progress(nbytes: int) -> None:
@@ -72,7 +71,7 @@ class Runner:
             model_config.num_hidden_layers,
             self.room.num_blocks,
             config.block_size,
-            max(1, model_config.num_key_value_heads // group.size),
+            model_config.key_value_heads(group.size),
             model_config.head_dim,
             dtype,
             device,
@@ -141,7 +140,7 @@ def make_room(
     free = group.least(devices.free_memory(device, group.local_size))  # all look before any of them takes some
     usable = int(free * config.gpu_memory_utilization)
     activations = _activation_bytes(config, model)
-    heads = max(1, model.num_key_value_heads // group.size)
+    heads = model.key_value_heads(group.size)
     block = block_bytes(model.num_hidden_layers, config.block_size, heads, model.head_dim, dtype)
     blocks_for = lambda tokens: -(-tokens // config.block_size)
     least = blocks_for(config.max_model_len or config.block_size) * block

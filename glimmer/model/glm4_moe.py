@@ -26,7 +26,7 @@ class Attention(nn.Module):
         self.ops, self.group = ops, group
         self.head_dim = config.head_dim
         self.heads = config.num_attention_heads // group.size
-        self.kv_heads = max(1, config.num_key_value_heads // group.size)  # fewer heads than ranks: copies
+        self.kv_heads = config.key_value_heads(group.size)  # fewer heads than ranks: copies
         self.scale = config.head_dim**-0.5
         self.qkv_proj = Linear(ops)
         self.o_proj = Linear(ops)

@@ -100,9 +100,11 @@ class Plan:
 
     def fill(self, model: Glm4Moe, device: torch.device, progress: Callable[[int], None] = lambda nbytes: None) -> None:
         """Read our cuts into `model`. progress is told the bytes on disk of each group of matrices as it is done."""
+        # Thousands of small copies: a second thread gains a fifth on an idle machine, and on a busy one it waits at
+        # every one of them.
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # thousands of small copies: a second thread gains a fifth, and where cores are busy
-        try:  # its barriers cost a hundred times that
+        torch.set_num_threads(1)
+        try:
             self._fill(model, device, progress)
         finally:
             torch.set_num_threads(threads)

@@ -119,7 +119,7 @@ def _block(config: ModelConfig, group: Group, ours: str, theirs: str, dense: boo
 def _attention(config: ModelConfig, group: Group, ours: str, theirs: str) -> Iterator[Entry]:
     hidden, d, (h, g) = config.hidden_size, config.head_dim, (config.num_attention_heads, config.num_key_value_heads)
     q = (h // group.size * group.rank * d, h // group.size * (group.rank + 1) * d)
-    kv = max(1, g // group.size)  # heads of this rank; with more ranks than heads, neighbours hold the same one
+    kv = config.key_value_heads(group.size)  # with more ranks than heads, neighbours hold the same one
     first = group.rank * g // group.size
     k = (first * d, (first + kv) * d)
     rows = (("q_proj", h * d, q), ("k_proj", g * d, k), ("v_proj", g * d, k))
