@@ -263,6 +263,7 @@ class EngineConfig:
     max_num_seqs                requests computed in one step, at most
     max_num_batched_tokens      tokens computed in one step, at most; longer prompts are cut into chunks
     gpu_memory_utilization      the share of the free memory (of whatever device) that weights and cache may take
+    max_memory_bytes            the most that weights, a step and cache of each process may take; None: only that share
     kv_cache_memory_bytes       memory for the KV cache of each rank; None: what is left, on a CPU at most 4 GiB
     enable_prefix_caching       reuse the KV blocks of equal prompt beginnings
     skip_tokenizer_init         need no tokenizer.json: prompts are token ids, answers have no text
@@ -278,6 +279,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     gpu_memory_utilization: float = 0.9
+    max_memory_bytes: int | None = None
     kv_cache_memory_bytes: int | None = None
     enable_prefix_caching: bool = True
     skip_tokenizer_init: bool = False
@@ -285,7 +287,7 @@ class EngineConfig:
     def __post_init__(self):
         for key in ("tensor_parallel_size", "block_size", "max_num_seqs", "max_num_batched_tokens"):
             _check_count(key, getattr(self, key), ConfigError)
-        for key in ("max_model_len", "kv_cache_memory_bytes"):
+        for key in ("max_model_len", "max_memory_bytes", "kv_cache_memory_bytes"):
             if getattr(self, key) is not None:
                 _check_count(key, getattr(self, key), ConfigError)
         if self.dtype not in ("auto", "bfloat16", "float32"):

@@ -106,6 +106,8 @@ def test_texts_with_equals_and_braces_pass_a_file_unchanged():
         (["--temperature", "hot"], ["a number"]),
         (["--use_parallel", "perhaps"], ["True or False"]),
         (["--kv-cache-memory-bytes", "4 boxes"], ["512MB"]),
+        (["--context.max_device_memory", "lots"], ["context.max_device_memory='lots'", "59GB"]),
+        (["--context.max_device_memory", "0GB"], ["max_memory_bytes=0"]),
         (["--device_target", "TPU"], ["Ascend, GPU or CPU"]),
         (["--model"], ["--model has no value", "a path"]),
         (["--run_mode", "finetune"], ["'predict'", "does not train"]),
@@ -218,6 +220,13 @@ def test_do_sample(tmp_path, argv, temperature, do_sample):
     (tmp_path / "c.yaml").write_text("do_sample: False\ntemperature: 1.0\n")
     asked = plan(*(str(tmp_path / "c.yaml") if word == "FILE" else word for word in argv))
     assert asked.sampling.get("temperature") == temperature and asked.do_sample is do_sample
+
+
+def test_memory(tmp_path):
+    (tmp_path / "c.yaml").write_text('context:\n  mode: 0\n  max_device_memory: "59GB"\n')
+    asked = plan("--config", str(tmp_path / "c.yaml"))
+    assert asked.engine["max_memory_bytes"] == 59 * 2**30 and asked.ignored == ["context.mode"]
+    assert plan("--max-memory-bytes", "4GB").engine["max_memory_bytes"] == 2**32
 
 
 def test_lengths(tmp_path):

@@ -138,7 +138,10 @@ def make_room(
             f"set max_model_len to {longest} or less, or leave it out",
         )
     free = group.least(devices.free_memory(device, group.local_size))  # all look before any of them takes some
-    usable = int(free * config.gpu_memory_utilization)
+    share, cap = int(free * config.gpu_memory_utilization), config.max_memory_bytes
+    usable, limit = share, f"gpu_memory_utilization={config.gpu_memory_utilization}"
+    if cap is not None and cap < share:
+        usable, limit = cap, f"max_memory_bytes={cap}"
     activations = _activation_bytes(config, model)
     heads = model.key_value_heads(group.size)
     block = block_bytes(model.num_hidden_layers, config.block_size, heads, model.head_dim, dtype)
@@ -151,11 +154,10 @@ def make_room(
         raise NotEnoughMemory(
             f"{gib(weights + activations + cache)} needed on {device} by this process: {gib(weights)} for weights,"
             f" {gib(activations)} for a step's activations, {gib(cache)} for the KV cache;"
-            f" {gib(free)} free for it, of which {gib(usable)} may be used"
-            f" (gpu_memory_utilization={config.gpu_memory_utilization})",
+            f" {gib(free)} free for it, of which {gib(usable)} may be used ({limit})",
             "room for all three; nothing has been loaded",
-            "free some memory, share the model among more processes (tensor_parallel_size), use the FP8 checkpoint, or"
-            " lower max_model_len or max_num_batched_tokens",
+            "free some memory, share the model among more processes (tensor_parallel_size), use the FP8 checkpoint,"
+            f" lower max_model_len or max_num_batched_tokens, or raise {limit.partition('=')[0]}",
         )
     if config.kv_cache_memory_bytes is not None:
         left = config.kv_cache_memory_bytes

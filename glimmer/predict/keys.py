@@ -125,6 +125,7 @@ ENGINE = {
     "max_num_seqs": Option(whole, "N", "most prompts computed together (256)"),
     "max_num_batched_tokens": Option(whole, "N", "most tokens computed in one step (2048)"),
     "gpu_memory_utilization": Option(number, "X", "share of the device's free memory to take (0.9)"),
+    "max_memory_bytes": Option(size, "SIZE", "the most to take on each device, e.g. 59GB (only that share)"),
     "kv_cache_memory_bytes": Option(size, "SIZE", "memory for the KV cache, e.g. 4GB (what is left)"),
     "enable_prefix_caching": Option(truth, "BOOL", "compute equal beginnings of prompts once (True)"),
 }
@@ -155,6 +156,7 @@ TRANSLATED = {
     "predict_batch_size": Translation("max_num_seqs", whole, "--max-num-seqs; the number of prompts may differ"),
     "device_target": Translation("device", device_target, "--device, as Ascend, GPU or CPU"),
     "context.device_target": Translation("device", device_target, "the same as device_target"),
+    "context.max_device_memory": Translation("max_memory_bytes", size, "--max-memory-bytes"),
     "model.model_config.compute_dtype": Translation("dtype", text, "--dtype"),
     **GENERATION,
     **{f"model.model_config.{key}": row._replace(help=f"the same as {key}") for key, row in GENERATION.items()},
