@@ -152,22 +152,51 @@ class LLM:
         others and reports it in its own output. An answer that fails on the way ends with finish_reason "error" in
         either case. on_finish(index, output) as each prompt is done, on_step(new tokens) after each step.
         """
+        prompts = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+        return self._all("prompt", prompts, lambda prompt: prompt, sampling_params, errors, on_finish, on_step)
+
+    def chat(
+        self,
+        messages: Sequence[dict] | Sequence[Sequence[dict]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[dict] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        errors: str = "raise",
+        on_finish: Callable[[int, RequestOutput], None] | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several, through the checkpoint's chat template; the rest as `generate`."""
+        several = bool(messages) and not isinstance(messages[0], Mapping)
+        conversations = list(messages) if several else [messages]
+        render = lambda conversation: self.render(conversation, tools, chat_template_kwargs)
+        return self._all("conversation", conversations, render, sampling_params, errors, on_finish, on_step)
+
+    def _all(
+        self,
+        word: str,
+        asked: list[Any],
+        prompt_of: Callable[[Any], Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        errors: str,
+        on_finish: Callable[[int, RequestOutput], None] | None,
+        on_step: Callable[[int], None] | None,
+    ) -> list[RequestOutput]:
+        """`generate` for whatever prompt_of makes a prompt of; `word` is what an error calls it."""
         if errors not in ("raise", "return"):
             raise ConfigError(f"errors={errors!r}", "'raise' or 'return'", "choose one of these")
-        prompts = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
-        params = self._params(sampling_params, len(prompts))
+        params = self._params(sampling_params, len(asked), word)
         outputs: list[RequestOutput] = []
-        for i, prompt in enumerate(prompts):
+        for i, one in enumerate(asked):
             try:
-                outputs.append(self._checked(prompt, params[i]))
+                outputs.append(self._checked(prompt_of(one), params[i]))
             except RequestError as error:
                 if errors == "raise":
                     raise RequestError(
-                        error.field, f"prompt {i}: {error.found}" if len(prompts) > 1 else error.found,
+                        error.field, f"{word} {i}: {error.found}" if len(asked) > 1 else error.found,
                         error.expected, error.todo,
                     ) from None
-                text = prompt if isinstance(prompt, str) else None
-                outputs.append(RequestOutput(text, [], error=error))
+                outputs.append(RequestOutput(one if isinstance(one, str) else None, [], error=error))
         pending: dict[int, list[_Answer]] = {}
         try:
             for i, output in enumerate(outputs):
@@ -187,21 +216,6 @@ class LLM:
             for answer in itertools.chain.from_iterable(pending.values()):
                 self._abort(answer)
         return outputs
-
-    def chat(
-        self,
-        messages: Sequence[dict] | Sequence[Sequence[dict]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        tools: Sequence[dict] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> list[RequestOutput]:
-        """Answer one conversation, or several, through the checkpoint's chat template; `options` as for `generate`."""
-        several = bool(messages) and not isinstance(messages[0], Mapping)
-        conversations = messages if several else [messages]
-        rendered = [self.render(c, tools, chat_template_kwargs) for c in conversations]
-        return self.generate(rendered, sampling_params, **options)
 
     def render(
         self, messages: Sequence[dict], tools: Sequence[dict] | None = None, kwargs: Mapping[str, Any] | None = None
@@ -313,14 +327,16 @@ class LLM:
 
     # ------------------------------------------------------------------ the way of one request
 
-    def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    def _params(
+        self, given: SamplingParams | Sequence[SamplingParams] | None, count: int, word: str = "prompt"
+    ) -> list[SamplingParams]:
         if given is None:
             given = self.default_sampling_params()
         params = [given] * count if isinstance(given, SamplingParams) else list(given)
         if len(params) != count:
             raise RequestError(
-                "sampling_params", f"{len(params)} sampling_params for {count} prompts", "one for all, or one for each",
-                "pass a single SamplingParams or a list as long as the prompts",
+                "sampling_params", f"{len(params)} sampling_params for {count} {word}s", "one for all, or one for each",
+                f"pass a single SamplingParams, or a list with one for each {word}",
             )
         return params
 

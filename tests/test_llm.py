@@ -170,6 +170,18 @@ def test_chat_refuses_what_generate_would(llm):
     assert error.value.field == "prompt" and "at most 511" in error.value.expected
 
 
+def test_chat_reports_a_conversation_that_cannot_be_rendered_in_its_place(llm):
+    fine, odd = [{"role": "user", "content": "Hi"}], [{"role": "nobody", "content": "x"}]
+    long, finished = [{"role": "user", "content": "x" * 600}], {}
+    outputs = llm.chat([fine, odd, long, fine], greedy(), errors="return", on_finish=finished.__setitem__)
+    assert [o.error is None for o in outputs] == [True, False, False, True] and finished == dict(enumerate(outputs))
+    assert (outputs[1].error.field, outputs[2].error.field) == ("messages[0].role", "prompt")
+    assert outputs[0].outputs[0].token_ids == outputs[3].outputs[0].token_ids != []
+    with pytest.raises(RequestError, match="conversation 1: ") as error:
+        llm.chat([fine, odd], greedy())
+    assert error.value.field == "messages[0].role"
+
+
 # ---- how an answer ends --------------------------------------------------------------------------------------------
 
 
