@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from glimmer import launch, predict
 from glimmer.config import EngineConfig, SamplingParams
-from glimmer.errors import ConfigError, GlimmerError
+from glimmer.errors import ConfigError, EngineError, GlimmerError
 from glimmer.predict import keys
 from glimmer.predict.rows import Rows, read_prompts, row, save
 
@@ -445,6 +445,27 @@ def test_interruption_keeps_rows_and_says_how_to_go_on(run, tmp_path, monkeypatc
     assert code == 130 and out == "" and "1 of 2 rows are in rows.jsonl" in err and "--resume" in err
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
     assert not (tmp_path / "text_generation_result.txt").exists()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("reason", [KeyboardInterrupt(), EngineError("a rank is lost", "all", "start again")])
+@pytest.mark.parametrize("kept", [[], ["--output", "rows.jsonl"]])
+def test_only_an_interrupted_generation_says_what_is_kept(run, monkeypatch, begun, reason, kept):
+    def fail(*args, **options):
+        raise reason
+
+    monkeypatch.setattr(predict.LLM, "generate" if begun else "__init__", fail)
+    code, out, err = run("one", *kept)
+    interrupted = isinstance(reason, KeyboardInterrupt)
+    assert code == (130 if interrupted else 1) and out == ""
+    word = "interrupted" if interrupted else "stopped"
+    expected = [f"glimmer predict: {word}"] * interrupted
+    if begun:
+        what = "0 of 1 rows are in rows.jsonl; the same command with --resume answers the rest"
+        what = what if kept else "no answer is kept (with --output FILE.jsonl those that are done would be)"
+        expected = [f"glimmer predict: {word}; {what}"]
+    said = [line for line in err.splitlines() if "loaded in" not in line]
+    assert said[: len(expected)] == expected and len(said) == len(expected) + 3 * (not interrupted)
 
 
 def test_help_tells_of_every_name(capsys):

@@ -52,7 +52,7 @@ def main(argv: list[str], home: Path | None = None) -> int:
 
 
 def predict(argv: list[str], home: Path | None) -> int:
-    """Read, load, answer, report. Raises GlimmerError, and KeyboardInterrupt; both after a word about what is kept."""
+    """Read, load, answer, report. Raises GlimmerError and KeyboardInterrupt, after a word about the answers so far."""
     rank, size = world()
     logging.basicConfig(format="glimmer predict: %(message)s", level=logging.WARNING if rank == 0 else logging.ERROR)
     asked = plan(argv, size, default_model, home)
@@ -72,11 +72,13 @@ def predict(argv: list[str], home: Path | None) -> int:
             answer(asked, rows, progress)
     except (GlimmerError, KeyboardInterrupt) as reason:
         word = "interrupted" if isinstance(reason, KeyboardInterrupt) else "stopped"
-        if rows.path is not None:
+        if progress.begun and rows.path is not None:
             progress.say(f"{word}; {len(rows.rows)} of {len(rows.prompts)} rows are in {rows.path};"
                          " the same command with --resume answers the rest")
+        elif progress.begun:
+            progress.say(f"{word}; no answer is kept (with --output FILE.jsonl those that are done would be)")
         elif word == "interrupted":
-            progress.say("interrupted; no answer is kept (with --output FILE.jsonl those that are done would be)")
+            progress.say(word)
         raise
     return report(asked, rows, progress)
 
@@ -156,6 +158,7 @@ class Progress:
     def __init__(self, shown: bool):
         self.shown = shown
         self.bar = tqdm(disable=True)
+        self.begun = False  # answering; before that there is only loading
         self.done = self.total = self.tokens = 0
         self.begin = self.spoken = time.monotonic()
 
@@ -179,7 +182,7 @@ class Progress:
 
     def generating(self, total: int) -> tqdm:
         """A bar of `total` prompts, to be used in a `with`."""
-        self.total, self.begin, self.spoken = total, time.monotonic(), time.monotonic()
+        self.begun, self.total, self.begin, self.spoken = True, total, time.monotonic(), time.monotonic()
         layout = "{desc}: {n_fmt}/{total_fmt} prompts |{bar:20}| {elapsed}{postfix}"
         self.bar = self._bar(total=total, desc="generating", bar_format=layout)
         return self.bar
