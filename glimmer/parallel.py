@@ -99,8 +99,8 @@ class Group:
                 missing = {r for r in missing if not self.store.check([f"alive/{r}"])}
                 time.sleep(0.05)
             where = {r: self.store.get(f"host/{r}").decode() for r in sorted(missing)}
-        except RuntimeError:  # the store itself lived on the lost machine
-            where = {0: os.environ.get("MASTER_ADDR", "?")}
+        except RuntimeError as error:
+            return _lost_meeting(self.rank, error)
         culprits = ", ".join(f"rank {r} on {host}" for r, host in where.items()) or "a rank that has failed by itself"
         return EngineError(
             f"rank {self.rank} on {socket.gethostname()} lost {culprits} ({_first_line(symptom)})",
@@ -148,9 +148,9 @@ def connect(tensor_parallel_size: int, device: torch.device, backend: str, timeo
     if size == 1:
         return Group(device=device)
     timeout = float(os.environ.get("GLIMMER_JOIN_TIMEOUT", timeout))
-    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
+    address, port = _meeting()
     meeting = f"{address}:{port}"
-    opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun has opened it
+    opens = rank == 0 and not _met_by_launcher()
     try:
         store = dist.TCPStore(address, int(port), None, opens, timedelta(seconds=timeout), wait_for_workers=False)
     except (RuntimeError, ValueError) as error:
@@ -160,12 +160,15 @@ def connect(tensor_parallel_size: int, device: torch.device, backend: str, timeo
             "check MASTER_ADDR and MASTER_PORT, the firewall, and that the first machine's command runs",
         ) from None
     store = dist.PrefixStore(f"glimmer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    store.set(f"host/{rank}", socket.gethostname())
     deadline = time.monotonic() + timeout
     missing = list(range(size))
-    while missing and time.monotonic() < deadline:
-        missing = [r for r in missing if not store.check([f"host/{r}"])]
-        time.sleep(0.05)
+    try:
+        store.set(f"host/{rank}", socket.gethostname())
+        while missing and time.monotonic() < deadline:
+            missing = [r for r in missing if not store.check([f"host/{r}"])]
+            time.sleep(0.05)
+    except RuntimeError as error:
+        raise _lost_meeting(rank, error) from None
     if missing:
         ranks = ", ".join(map(str, missing))
         raise EngineError(
@@ -173,9 +176,39 @@ def connect(tensor_parallel_size: int, device: torch.device, backend: str, timeo
             f"every rank to reach {meeting}",
             "start the command on the missing machines too, with the same address, port and number of processes",
         )
-    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size)
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    return Group(rank, size, local_size, device, store)
+    try:
+        dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size)
+    except RuntimeError as error:
+        raise EngineError(
+            f"rank {rank} on {socket.gethostname()} met the others at {meeting}, but cannot connect to them:"
+            f" {_first_line(error)}",
+            f"{backend} connections between all ranks",
+            "see whether another rank ended first; check the firewall, and the network interface if one is set"
+            " (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, HCCL_SOCKET_IFNAME)",
+        ) from None
+    return Group(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", size)), device, store)
+
+
+def _meeting() -> tuple[str, str]:
+    """Address and port of the store."""
+    return os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
+
+
+def _met_by_launcher() -> bool:
+    """Whether the launcher has opened the store, rather than rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _lost_meeting(rank: int, symptom: object) -> EngineError:
+    """Whoever opened the store is gone, and with it every word about the others."""
+    address, port = _meeting()
+    who = f"{'the launcher' if _met_by_launcher() else 'rank 0'} on {address}"
+    return EngineError(
+        f"rank {rank} on {socket.gethostname()} lost {who}, which held the meeting point at port {port}"
+        f" ({_first_line(symptom)})",
+        f"{who} to stay until the job is done",
+        "see what was said there: it holds the first error; then start the job again",
+    )
 
 
 def _first_line(error: object) -> str:

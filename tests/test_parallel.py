@@ -6,13 +6,16 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed import TCPStore
 
 from glimmer.config import ModelConfig
-from glimmer.errors import ConfigError
+from glimmer.errors import ConfigError, EngineError
 from glimmer.model.names import check_tensor_parallel, tensor_parallel_sizes
 from glimmer.parallel import Group, connect, share, world
 
@@ -78,9 +81,64 @@ def test_who_never_joined_is_named(model, tmp_path):
         assert words in job.stderr
 
 
-def test_more_shares_than_processes_is_refused_with_the_command(model):
-    import torch
+STORE = """
+import sys, time
+from datetime import timedelta
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), wait_for_workers=False)
+print(store.port, flush=True)
+while not store.check([sys.argv[1]]):
+    time.sleep(0.02)
+"""
 
+
+@pytest.fixture
+def meeting(monkeypatch):
+    """meeting(key) -> a process that holds the meeting point of two ranks until somebody has written `key`."""
+    opened = []
+
+    def open_(key: str) -> subprocess.Popen:
+        opened.append(subprocess.Popen([sys.executable, "-c", STORE, key], stdout=subprocess.PIPE, text=True))
+        for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", opened[-1].stdout.readline().strip()),
+                            ("RANK", "1"), ("WORLD_SIZE", "2"), ("GLIMMER_JOIN_TIMEOUT", "30")):
+            monkeypatch.setenv(name, value)
+        return opened[-1]
+
+    yield open_
+    for process in opened:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("agent, who", [("False", "rank 0"), ("True", "the launcher")])
+def test_a_meeting_point_that_vanishes_while_joining_is_named(meeting, monkeypatch, agent, who):
+    meeting("glimmer/0/host/1")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent)
+    with pytest.raises(EngineError) as lost:
+        connect(2, torch.device("cpu"), "gloo")
+    assert lost.value.found.startswith(f"rank 1 on {socket.gethostname()} lost {who} on 127.0.0.1, which held the")
+
+
+def test_a_rank_never_says_that_it_lost_itself(meeting, monkeypatch):
+    process = meeting("gone")
+    store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), None, False, timedelta(seconds=30))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    store.set("gone", "1")
+    process.wait(30)
+    lost = Group(rank=0, size=2, store=store).lost_peer("connection closed")
+    assert f"rank 0 on {socket.gethostname()} lost the launcher on 127.0.0.1" in lost.found
+
+
+def test_ranks_that_meet_and_cannot_connect(model, tmp_path):
+    """Both ranks reach the meeting point; the interface that they shall use is not there."""
+    env = os.environ | {"GLOO_SOCKET_IFNAME": "nowhere0"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", SCRIPT, model, "x"]
+    job = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert job.returncode != 0 and "but cannot connect to them" in job.stderr and "GLOO_SOCKET_IFNAME" in job.stderr
+    assert 'File "' + SCRIPT not in job.stderr, "no traceback of ours"
+
+
+def test_more_shares_than_processes_is_refused_with_the_command(model):
     with pytest.raises(ConfigError, match="torchrun --nproc-per-node 2"):
         connect(2, torch.device("cpu"), "gloo")
 
@@ -109,8 +167,6 @@ def test_shares_cover_everything_once(n, size):
 
 
 def test_a_group_of_one_does_nothing():
-    import torch
-
     group, x = Group(), torch.ones(2, 3)
     assert group.all_reduce(x) is x and group.all_gather(x, 3) is x
     assert group.broadcast("anything") == "anything" and group.least(7) == 7 and group.split(9) == (0, 9)
