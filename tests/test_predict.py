@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -445,6 +445,18 @@ def test_interruption_keeps_rows_and_says_how_to_go_on(run, tmp_path, monkeypatc
     assert code == 130 and out == "" and "1 of 2 rows are in rows.jsonl" in err and "--resume" in err
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
     assert not (tmp_path / "text_generation_result.txt").exists()
+
+
+def test_sampling_parameters_reach_other_ranks_unchanged(run, monkeypatch):
+    """The task goes through JSON, as it does between processes."""
+    sent = SamplingParams(logit_bias={5: -1.5, 7: 2.0}, stop=["x"], stop_token_ids=[9], temperature=0.3, max_tokens=2)
+    seen, generate = [], predict.LLM.generate
+    monkeypatch.setattr(predict.LLM, "default_sampling_params", lambda self: sent)
+    monkeypatch.setattr(predict.LLM, "generate", lambda *a, **k: seen.extend(a[2]) or generate(*a, **k))
+    monkeypatch.setattr("glimmer.parallel.Group.broadcast", lambda self, task: json.loads(json.dumps(task)))
+    code, _, err = run("hi", "--max-tokens", "2", "--seed", "3")
+    assert code == 0, err
+    assert seen == [replace(sent, seed=3 << 32)]
 
 
 @pytest.mark.parametrize("begun", [False, True])

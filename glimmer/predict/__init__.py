@@ -97,7 +97,7 @@ def answer(asked: Plan, rows: Rows, progress: "Progress") -> None:
             raise ConfigError(f"{name}={here.get(name)!r}, but {first.get(name)!r} on rank 0", "the same on every rank",
                               "give the same command and the same YAML file on every machine")
     # The row decides the randomness: an answer is the same whether the run was resumed before it or not.
-    params = SamplingParams(**task["params"])
+    params = SamplingParams(**task["params"] | {"logit_bias": dict(task["params"]["logit_bias"])})
     each = [replace(params, seed=(llm.config.seed << 32) + index) for index in task["indices"]]
 
     def finished(n: int, output: RequestOutput) -> None:
@@ -124,7 +124,7 @@ def job(asked: Plan, rows: Rows, defaults: SamplingParams) -> dict[str, Any]:
     prompts = [rows.prompts[i] for i in rows.todo]
     return {
         "engine": engine_settings(asked),
-        "params": asdict(params),
+        "params": asdict(params) | {"logit_bias": list(params.logit_bias.items())},  # JSON has no such keys
         "indices": rows.todo,
         "inputs": [[*system, {"role": "user", "content": p}] for p in prompts] if asked.chat else prompts,
         "chat": asked.chat,
