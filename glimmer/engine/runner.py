@@ -15,6 +15,7 @@ from torch import Tensor
 from glimmer import device as devices
 from glimmer import ops
 from glimmer.batch import Batch
+from glimmer.checkpoint import formats
 from glimmer.checkpoint.files import Checkpoint
 from glimmer.config import EngineConfig, ModelConfig
 from glimmer.engine.sequence import Step
@@ -50,11 +51,14 @@ class Runner:
         check_tensor_parallel(model_config, group.size)
         self.device = device
         dtype = resolve_dtype(config.dtype, model_config.dtype)
+        formats.check(model_config.quantization_config)  # first: another format's files may not even open
+        doors = ops.choose(device.type)
+        log.info("operations: %s", _served(doors.table()))
         with Checkpoint(config.model) as checkpoint:
             plan = Plan(model_config, checkpoint, group, dtype)
             self.room = make_room(config, model_config, group, device, dtype, plan.nbytes)
             residual = devices.residual_dtype(device, dtype)
-            self.model = Glm4Moe(model_config, group, ops.choose(device.type), residual, plan.mtp).eval()
+            self.model = Glm4Moe(model_config, group, doors, residual, plan.mtp).eval()
             done = 0
 
             def progress(nbytes: int) -> None:
@@ -113,6 +117,14 @@ class Runner:
                 "room for a step's activations beside weights and cache",
                 "lower max_num_batched_tokens, max_num_seqs or gpu_memory_utilization",
             ) from None
+
+
+def _served(table: list[tuple[str, str]]) -> str:
+    """Which backend serves which doors, in one line."""
+    doors: dict[str, list[str]] = {}
+    for door, backend in table:
+        doors.setdefault(backend, []).append(door)
+    return "; ".join(f"{', '.join(served)} by {backend}" for backend, served in doors.items())
 
 
 def resolve_dtype(asked: str, stored: str) -> torch.dtype:

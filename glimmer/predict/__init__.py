@@ -55,6 +55,8 @@ def predict(argv: list[str], home: Path | None) -> int:
     """Read, load, answer, report. Raises GlimmerError and KeyboardInterrupt, after a word about the answers so far."""
     rank, size = world()
     logging.basicConfig(format="glimmer predict: %(message)s", level=logging.WARNING if rank == 0 else logging.ERROR)
+    if rank == 0 and not sys.stderr.isatty():  # a log is read later, by somebody who wants to know what ran
+        logging.getLogger("glimmer").setLevel(logging.INFO)
     asked = plan(argv, size, default_model, home)
     progress = Progress(shown=rank == 0)
     if rank != 0:

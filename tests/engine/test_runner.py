@@ -1,12 +1,17 @@
 """Runner: how the memory is divided, and what is said while a model starts."""
 
+import json
+import logging
+import shutil
+
 import pytest
 import torch
 
+from glimmer import LLM, ops
 from glimmer import device as devices
 from glimmer.config import EngineConfig, ModelConfig
 from glimmer.engine.runner import Room, make_room
-from glimmer.errors import NotEnoughMemory
+from glimmer.errors import ConfigError, NotEnoughMemory
 from glimmer.parallel import Group
 
 GIB = 1 << 30
@@ -29,3 +34,23 @@ def test_the_smaller_of_share_and_cap_is_divided(checkpoint, monkeypatch):
     assert short.value.todo.endswith("or raise max_memory_bytes")
     few, many = (room(directory, max_memory_bytes=n << 20, max_num_seqs=10**6).num_blocks for n in (20, 30))
     assert 0 < few < many
+
+
+def test_one_line_says_who_serves_each_door(checkpoint, caplog):
+    caplog.set_level(logging.INFO, "glimmer")
+    LLM(str(checkpoint()), max_model_len=64, max_num_seqs=1)
+    [line] = [r.getMessage() for r in caplog.records if r.getMessage().startswith("operations: ")]
+    table = ops.choose(devices.resolve("auto", 0).type).table()
+    said = {door: backend for part in line.removeprefix("operations: ").split("; ")
+            for doors, _, backend in [part.partition(" by ")] for door in doors.split(", ")}
+    assert said == dict(table) and line.count(" by ") == len({backend for _, backend in table})
+
+
+def test_a_format_that_we_cannot_read_is_named_before_its_files_are_opened(checkpoint, tmp_path):
+    directory = shutil.copytree(checkpoint(), tmp_path / "copy")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    for file in directory.glob("*.safetensors*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match="gptq"):
+        LLM(str(directory), max_model_len=64)
