@@ -11,10 +11,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MIDDLE = 8  # the zero of an int4 weight that stores none: codes 0..15 mean -8..7
-GROUP = 32  # what a matrix whose width is no multiple of the group asked for is quantised by
+GROUP = 32  # the group of a matrix whose width is no multiple of the one asked for
+TINY = torch.finfo(torch.float32).tiny  # the scale of zeros, which have none of their own
+BLOCK = 1 << 16  # values quantised at once: as float32, with all that is derived from them, they stay in the cache
+
+# A group's range is stretched by each of these, and what fits its values best is taken. With four, the error is within
+# 0.5 % of what a fine search finds; 0.8 and below never won.
+STRETCHES = (1.05, 1.0, 0.95, 0.9)
+
+
+def layout(kind: str, inner: int, group: int | None) -> tuple[str, int | None]:
+    """(kind, group) that `Weight.quantize` gives a matrix of `inner` columns, when asked for these.
+
+    int4 in groups that do not divide the width becomes int4 in groups of 32, the last of them shorter; of an odd
+    width, which leaves half a byte, int8.
+    """
+    if kind != "int4" or inner % 2:
+        return "int8", None
+    return kind, GROUP if inner % group else group
+
+
+def nbytes(kind: str, out: int, inner: int, group: int | None = None, width: int = 2, zeros: bool = True) -> int:
+    """Bytes of a Weight of that kind; width: of a plain value."""
+    match kind:
+        case "plain":
+            return out * inner * width
+        case "int4":
+            return out * inner // 2 + out * -(-inner // group) * (4 + zeros)
+        case _:
+            return out * inner + 4 * out
 
 
 @dataclass(frozen=True)
@@ -80,6 +109,21 @@ class Weight:
         scales, zeros = spread(self.scales), spread(self.centers())
         return ((self.nibbles().float() - zeros) * scales).to(dtype)
 
+    def quantize(self, kind: str, group: int | None = None) -> "Weight":
+        """A plain or fp8 matrix as "int8", or as "int4" in groups of `group` columns; see `layout` for odd widths.
+
+        int8: each row by its largest value. int4: each group with a scale and a zero of its own, scale and codes chosen
+        for the least squared error; scales are numbers that bfloat16 holds exactly. A row or group with NaN or infinity
+        becomes NaN. A block of rows at a time, so that little more memory is needed than the result's.
+        """
+        assert self.kind in ("plain", "fp8"), f"{self.kind} is quantised already"
+        (out, inner), (kind, group) = self.shape, layout(kind, self.shape[1], group)
+        rows = max(1, BLOCK // inner)
+        scales = self.scales.split(rows) if self.scales is not None else [None] * -(-out // rows)
+        blocks = (Weight(self.kind, c, s).dequantize() for c, s in zip(self.codes.split(rows), scales))
+        done = [_to_int8(block) if kind == "int8" else _to_int4(block, group) for block in blocks]
+        return Weight(kind, *(torch.cat(each) for each in zip(*done)), group=group)
+
     def nibbles(self) -> Tensor:
         """(out, in) uint8 in 0..15: the codes of an int4 weight, one a byte."""
         return torch.stack((self.codes & 15, self.codes >> 4), -1).flatten(1)
@@ -87,3 +131,38 @@ class Weight:
     def centers(self) -> Tensor:
         """(out, groups) float32: the zeros of an int4 weight, also where it stores none."""
         return torch.full_like(self.scales, MIDDLE) if self.zeros is None else self.zeros.float()
+
+
+def _to_int8(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of (rows, in) float32 values."""
+    scales = w.abs().amax(1, keepdim=True) / 127
+    scales = torch.where(scales.isfinite(), scales.clamp_min(TINY), torch.nan)
+    return (w / scales).round_().clamp_(-127, 127).nan_to_num_(0).to(torch.int8), scales
+
+
+def _to_int4(w: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and zeros of (rows, in) float32 values.
+
+    The zero is where the range's own end points put it. Of the scales, those of a stretched range are tried; to the
+    codes c (counted from the zero) that each leads to, the scale <w, c> / <c, c> fits best and takes <w, c>^2 / <c, c>
+    off the squared error, and the codes are rounded once more with the best of these.
+    """
+    rows, inner = w.shape
+    w = F.pad(w, (0, -inner % group))  # a zero more is no error more: every range holds zero
+    w = w.view(-1, group).T.contiguous()  # a group is a column: torch sums and broadcasts so three times faster
+    low, high = w.amin(0).clamp_max_(0), w.amax(0).clamp_min_(0)
+    span = (high - low).clamp_min_(TINY)
+    zeros = (low / span * -15).round_()
+    least, most = -zeros, 15 - zeros
+    best, gained = span / 15, torch.full_like(span, -1)
+    for stretch in STRETCHES:
+        c = (w * (15 / stretch / span)).round_().clamp_(least, most)
+        along, square = (w * c).sum(0), c.square().sum(0).clamp_min_(1)
+        scale, gain = along / square, along.square() / square
+        best, gained = torch.where(gain > gained, scale, best), torch.maximum(gain, gained)
+    best = best.bfloat16().float().clamp_min_(TINY)
+    scales = torch.where(span.isfinite(), best, torch.nan)
+    codes = (w / scales).round_().clamp_(least, most).add_(zeros).nan_to_num_(0).to(torch.uint8)
+    codes = (codes[0::2] | codes[1::2] << 4).T.reshape(rows, -1)[:, : inner // 2]
+    zeros = zeros.nan_to_num_(0).to(torch.uint8)
+    return codes, scales.view(rows, -1), zeros.view(rows, -1)

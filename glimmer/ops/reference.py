@@ -1,8 +1,8 @@
 """Every door in plain torch: the definition that faster backends must agree with. Runs wherever torch does.
 
 Norms, softmax, routing and every sum are float32 inside; results are rounded once, on the way out. A packed matrix here
-is a Weight on its device; a packed set of experts is a list of them. "fp8" weights stay one byte in memory: they are
-widened at each use, which is slow and says so nowhere but here. Contracts and shapes: the table in ops/__init__.py.
+is a Weight on its device; a packed set of experts is a list of them. Quantised weights stay as small as they are: they
+are widened at each use, which is slow and says so nowhere but here. Contracts and shapes: the table in ops/__init__.py.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,6 +18,7 @@ from glimmer.weight import Weight
 
 FP8_MAX = 448.0  # the largest float8_e4m3fn
 WIDENED_ROWS = 1024  # rows of a bf16 matrix that are widened to float32 at once
+EXACT = 1024  # so many products of numbers up to 127 add up exactly in float32: 1024 * 127 * 127 < 2**24
 QUERY_ROWS = 512  # query rows of one attention call that needs a mask, so that the mask stays small
 
 
@@ -58,21 +59,63 @@ def _matmul(x: Tensor, w: Tensor) -> Tensor:
     return F.linear(x, w)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Dynamic per-token FP8: codes (T, in) float8_e4m3fn and scales (T, 1) float32, x ≈ codes * scales."""
     x = x.float()
     scales = (x.abs().amax(-1, keepdim=True) / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
     return (x / scales).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scales
 
 
+def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Dynamic int8 over the last dimension: whole numbers -127..127, rounded half to even, as float32, and the scales
+    (..., 1) float32, largest/127 (at least the smallest normal number, so that zeros become zeros). Where there is a
+    NaN or an infinity, the scale is NaN and the numbers are 0.
+    """
+    x = x.float()
+    scales = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    scales = scales.where(scales.isfinite(), torch.nan)
+    return (x / scales).round_().clamp_(-127, 127).nan_to_num_(0), scales
+
+
+def _dot(x: Tensor, w: Tensor) -> Tensor:
+    """x (T, n) @ w (out, n).T of whole numbers up to 127: exact, then rounded once to float32."""
+    if x.shape[-1] <= EXACT:
+        return F.linear(x, w.float())
+    pairs = zip(x.split(EXACT, 1), w.split(EXACT, 1))
+    return sum(F.linear(a, b.float()).to(torch.int32) for a, b in pairs).float()
+
+
+def _linear_int8(x: Tensor, w: Weight) -> Tensor:
+    """dot(codes of the row, codes of the output) * the row's scale * the output's scale."""
+    codes, scales = quantize_int8(x)
+    y = torch.cat([_dot(codes, block) for block in w.codes.split(WIDENED_ROWS)], -1)
+    return y * scales * w.scales.T
+
+
+def _linear_int4(x: Tensor, w: Weight) -> Tensor:
+    """For each group, dot(codes, nibbles - zero) * the row's scale there * the output's; summed in ascending order."""
+    nibbles, zeros = w.nibbles().split(w.group, 1), w.centers()
+    y = torch.zeros(len(x), w.shape[0], device=x.device)
+    for g, part in enumerate(x.split(w.group, 1)):
+        codes, scales = quantize_int8(part)
+        values = nibbles[g].float() - zeros[:, g, None]
+        y += _dot(codes, values) * scales * w.scales[:, g]
+    return y
+
+
 def linear(x: Tensor, packed: Weight, bias: Tensor | None) -> Tensor:
-    """y = x @ W.T + bias. For "fp8", x is quantised per token first, and both codes are multiplied exactly."""
-    if packed.kind == "fp8":
-        codes, scales = quantize_rows(x)
-        wide = torch.float32 if x.dtype == torch.float32 else torch.bfloat16  # holds every e4m3 value exactly
-        y = _matmul(codes.to(wide), packed.codes.to(wide)).float() * scales * packed.scales.T
-    else:
-        y = _matmul(x, packed.codes)
+    """y = x @ W.T + bias. For a quantised W, x is quantised first, and both sides' codes are multiplied exactly."""
+    match packed.kind:
+        case "fp8":
+            codes, scales = quantize_fp8(x)
+            wide = torch.float32 if x.dtype == torch.float32 else torch.bfloat16  # holds every e4m3 value exactly
+            y = _matmul(codes.to(wide), packed.codes.to(wide)).float() * scales * packed.scales.T
+        case "int8":
+            y = _linear_int8(x, packed)
+        case "int4":
+            y = _linear_int4(x, packed)
+        case _:
+            y = _matmul(x, packed.codes)
     return (y if bias is None else y + bias).to(x.dtype)
 
 

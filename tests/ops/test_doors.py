@@ -232,12 +232,106 @@ def test_linear_fp8_quantises_each_row_by_its_own_largest(doors, dtype, noise):
     assert all(0.01 < e < 0.06 for e in error[[0, 1, 3]])
 
 
-@pytest.mark.parametrize("kind", ["plain", "fp8"])
+INTEGERS = ["int8", "int4 in 32", "int4 in 128", "int4 in whole rows", "int4 without zeros"]
+
+
+def integer_weight(how: str, noise, out: int, inner: int) -> Weight:
+    """Random codes of every value that there is."""
+    if how == "int8":
+        codes = noise(out, inner, scale=60).clamp(-127, 127).to(torch.int8)
+        return Weight("int8", codes, noise(out, 1).abs() * inner**-0.5 / 60 + 1e-6)
+    group = {"int4 in 128": 128, "int4 in whole rows": inner}.get(how, 32)
+    codes = noise(out, inner // 2, scale=1e4).long().remainder(256).to(torch.uint8)
+    scales = noise(out, -(-inner // group)).abs() * inner**-0.5 / 5 + 1e-6
+    zeros = (noise(*scales.shape, scale=3) + 7).clamp(0, 15).to(torch.uint8)
+    return Weight("int4", codes, scales, None if how == "int4 without zeros" else zeros, group)
+
+
+def values(weight: Weight) -> Tensor:
+    """What the documentation of Weight says that its codes mean, in float64, one column after the other."""
+    if weight.kind == "int8":
+        return weight.codes.double() * weight.scales.double()
+    columns = []
+    for i in range(weight.shape[1]):
+        nibble = weight.codes[:, i // 2].long() // (16 if i % 2 else 1) % 16
+        zero = 8 if weight.zeros is None else weight.zeros[:, i // weight.group].double()
+        columns.append((nibble - zero) * weight.scales[:, i // weight.group].double())
+    return torch.stack(columns, 1)
+
+
+@pytest.mark.parametrize("rows, inner, out", [*SIZES, (5, 1408, 70), (1, 2048, 9)], ids=str)
+@pytest.mark.parametrize("how", INTEGERS)
+def test_linear_of_integers(how, rows, inner, out, doors, dtype, noise):
+    """Rows that int8 expresses exactly, each group with the largest code and a power of two: nothing is rounded."""
+    ops, device = doors
+    weight = integer_weight(how, noise, out, inner)
+    group = weight.group or inner
+    x = noise(rows, inner, scale=50).round().clamp(-127, 127)
+    x[:, ::group] = torch.where(x[:, ::group] < 0, -127, 127)
+    x = (x * 2.0 ** -torch.arange(5, 5 + rows)[:, None].clamp(max=20)).to(dtype)
+    b = noise(out, dtype=dtype)
+    packed = ops.pack_linear([weight], dtype, device)
+    found = call(lambda x: ops.linear(x, packed, b.to(device)), device, x)
+    assert found.dtype == dtype and found.shape == (rows, out)
+    truth = x.double() @ values(weight).T + b.double()
+    # Exact but for float32: two products a group, one sum more for each, the bias; and one rounding to the result.
+    steps = 4 + 3 * (inner // group if weight.group else 1)
+    size = x.double().abs() @ values(weight).abs().T + b.double().abs()
+    allowed = steps * 2**-24 * size + torch.finfo(dtype).eps * truth.abs()
+    assert ((found.cpu().double() - truth).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("rows, inner, out", SIZES, ids=str)
+@pytest.mark.parametrize("how", INTEGERS)
+def test_linear_of_integers_is_off_by_half_a_step_of_its_inputs(how, rows, inner, out, doors, dtype, noise):
+    """Against the widened product. Each input is off by at most half of 1/127 of the largest in its row or group."""
+    ops, device = doors
+    weight = integer_weight(how, noise, out, inner)
+    x = noise(rows, inner, dtype=dtype) * (10.0 ** torch.arange(-3, 3)[torch.arange(rows) % 6])[:, None].to(dtype)
+    found = call(lambda x: ops.linear(x, ops.pack_linear([weight], dtype, device), None), device, x).cpu().double()
+    w = weight.dequantize().double()
+    truth, allowed = x.double() @ w.T, torch.finfo(dtype).eps * (x.double() @ w.T).abs()
+    for part, matrix in zip(x.double().split(weight.group or inner, 1), w.split(weight.group or inner, 1)):
+        half = part.abs().amax(1, keepdim=True) / 254
+        allowed += 1.001 * half * matrix.abs().sum(1)
+    error = (found - truth).abs()
+    assert (error <= allowed).all()
+    assert error.mean() < 0.3 * allowed.mean(), "such errors have both signs, and mostly cancel"
+
+
+@pytest.mark.parametrize("how", INTEGERS)
+def test_linear_of_integers_keeps_broken_rows_to_themselves(how, doors, dtype, noise):
+    """Zeros give zeros; NaN and infinity give NaN, and only in their own row; so do those of a weight's scales."""
+    ops, device = doors
+    weight = integer_weight(how, noise, 40, 256)
+    x = noise(5, 256, dtype=dtype)
+    x[0], x[1, 200], x[3, 7] = 0, float("nan"), float("-inf")
+    packed = ops.pack_linear([weight], dtype, device)
+    found = ops.linear(x.to(device), packed, None).cpu()
+    assert found[0].eq(0).all() and found[[1, 3]].isnan().all() and found[[2, 4]].isfinite().all()
+    weight.scales[9, -1] = float("nan")
+    found = ops.linear(x.to(device), ops.pack_linear([weight], dtype, device), None).cpu()
+    assert found[:, 9].isnan().all() and found[2, :9].isfinite().all() and found[2, 10:].isfinite().all()
+
+
+def test_linear_of_integers_where_zeros_are_left_out(doors, dtype, noise):
+    ops, device = doors
+    weight = integer_weight("int4 without zeros", noise, 24, 96)
+    explicit = Weight("int4", weight.codes, weight.scales, torch.full((24, 3), 8, dtype=torch.uint8), 32)
+    x = noise(5, 96, dtype=dtype).to(device)
+    mixed = ops.linear(x, ops.pack_linear([weight, explicit], dtype, device), None)
+    assert torch.equal(mixed[:, :24], ops.linear(x, ops.pack_linear([weight], dtype, device), None))
+    assert torch.equal(mixed[:, :24], mixed[:, 24:])
+
+
+@pytest.mark.parametrize("kind", ["plain", "fp8", *INTEGERS])
 def test_packed_parts_follow_each_other_and_are_copies(kind, doors, dtype, noise):
     """Rows of q, k and v in one matrix; what comes later to the file's own bytes is nothing to the packed form."""
     ops, device = doors
     plain = lambda n: Weight("plain", noise(n, 48, dtype=dtype))
-    parts = [fp8_weight(noise, n, 48) if kind == "fp8" else plain(n) for n in (5, 1, 9)]
+    make = {"plain": plain, "fp8": lambda n: fp8_weight(noise, n, 48)}
+    make |= {how: lambda n: integer_weight(kind, noise, n, 48) for how in INTEGERS}
+    parts = [make[kind](n) for n in (5, 1, 9)]
     x = noise(3, 48, dtype=dtype).to(device)
     apart = [ops.linear(x, ops.pack_linear([part], dtype, device), None) for part in parts]
     packed = ops.pack_linear(parts, dtype, device)
@@ -453,6 +547,25 @@ def test_experts_fp8(case, doors, dtype, noise):
         expected = sum(w * part for w, part in zip(weights, each))
         # An input of the second matrix on the border of two codes may go either way: 1/16 of one of 88 numbers.
         assert (y - expected).norm() <= 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("case", CHOICES)
+@pytest.mark.parametrize("how, hidden", [("int8", 64), ("int4 in 32", 64), ("int4 in 128", 128)], ids=str)
+def test_experts_of_integers(how, hidden, case, doors, dtype, noise):
+    """As the linears and swiglu, called for one token and one expert at a time, would do it."""
+    ops, device = doors
+    ids, scores = chosen(case, noise)
+    x = noise(len(ids), hidden, dtype=dtype).to(device)
+    halves = [[integer_weight(how, noise, 88, hidden), integer_weight(how, noise, 88, hidden)] for _ in range(8)]
+    downs = [[integer_weight("int4 in 32" if "4" in how else how, noise, hidden, 88)] for _ in range(8)]
+    packed = ops.pack_experts(halves, dtype, device), ops.pack_experts(downs, dtype, device)
+    found = ops.experts(x, ids.to(device), scores.to(device), *packed).cpu().double()
+    single = lambda x, parts: ops.linear(x, ops.pack_linear(parts, dtype, device), None)
+    for row, y, its, weights in zip(x, found, ids.tolist(), scores.double()):
+        each = [single(ops.swiglu(single(row[None], halves[e])), downs[e])[0].cpu().double() for e in its]
+        expected = sum(w * part for w, part in zip(weights, each))
+        # An input of the second matrix on the border of two codes may go either way: 1/127 of one of 88 numbers.
+        assert (y - expected).norm() <= 0.01 * expected.norm()
 
 
 def test_the_table_names_every_door(doors):

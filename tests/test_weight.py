@@ -1,0 +1,114 @@
+"""Weight: what quantising keeps, what it costs, and how it lays the codes out."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from glimmer import weight as module
+from glimmer.weight import Weight, layout, nbytes
+
+
+def draw(*shape: int, heavy: bool = False) -> Tensor:
+    """Normal numbers; heavy: Student's t with four degrees of freedom, as far from the mean as weights get."""
+    generator = torch.Generator().manual_seed(3)
+    normal = torch.randn(*shape, generator=generator) * 0.02
+    if not heavy:
+        return normal
+    return normal / (torch.randn(4, *shape, generator=generator).square().mean(0)).sqrt()
+
+
+def error(weight: Weight, values: Tensor) -> float:
+    return float((weight.dequantize() - values).norm() / values.norm())
+
+
+@pytest.mark.parametrize("kind, inner, group, expected", [
+    ("int8", 44, None, ("int8", None)),
+    ("int4", 4096, 128, ("int4", 128)),
+    ("int4", 4096, 32, ("int4", 32)),
+    ("int4", 1408, 128, ("int4", 128)),
+    ("int4", 10944, 128, ("int4", 32)),
+    ("int4", 64, 128, ("int4", 32)),
+    ("int4", 44, 32, ("int4", 32)),
+    ("int4", 37, 32, ("int8", None)),
+])
+def test_layout(kind, inner, group, expected):
+    assert layout(kind, inner, group) == expected
+    made = Weight("plain", draw(3, inner)).quantize(kind, group)
+    assert (made.kind, made.group, made.shape) == (*expected, (3, inner))
+    stored = sum(t.nbytes for t in (made.codes, made.scales, made.zeros) if t is not None)
+    assert stored == nbytes(made.kind, 3, inner, made.group)
+
+
+@pytest.mark.parametrize("heavy, limits", [(False, (0.009, 0.079, 0.097)), (True, (0.020, 0.096, 0.145))])
+def test_error(heavy, limits):
+    """Plain symmetric rounding to int4 makes 0.097 and 0.118 of normal numbers, 0.131 and 0.194 of heavy tails."""
+    values = draw(256, 1024, heavy=heavy)
+    for (kind, group), limit in zip((("int8", None), ("int4", 32), ("int4", 128)), limits):
+        found = error(Weight("plain", values).quantize(kind, group), values)
+        assert 0.8 * limit < found < limit, f"{kind}/{group}: {found:.4f}"
+
+
+@pytest.mark.parametrize("kind, group", [("int8", None), ("int4", 32), ("int4", 128)])
+@pytest.mark.parametrize("inner", [44, 88, 176, 1408])
+def test_no_value_is_off_by_more_than_a_step_or_the_range_that_was_clipped(kind, group, inner):
+    values = draw(19, inner)
+    made = Weight("plain", values).quantize(kind, group)
+    scales = made.scales if kind == "int8" else made.scales.repeat_interleave(made.group, 1)[:, :inner]
+    steps = (made.dequantize() - values).abs() / scales
+    assert steps.max() <= (0.5001 if kind == "int8" else 2.0)
+    assert steps.square().mean().sqrt() < 0.32, "evenly spread over half a step would be 0.29"
+
+
+@pytest.mark.parametrize("kind, group", [("int8", None), ("int4", 32)])
+def test_what_is_on_the_grid_stays_exactly(kind, group):
+    grid = torch.randint(-127, 128, (7, 64)) if kind == "int8" else torch.randint(-5, 11, (7, 64))
+    grid[:, ::32], grid[:, 1::32] = (-127, 127) if kind == "int8" else (-5, 10)
+    values = grid * 2.0 ** -torch.arange(7)[:, None]
+    assert torch.equal(Weight("plain", values).quantize(kind, group).dequantize(), values)
+
+
+@pytest.mark.parametrize("kind, group", [("int8", None), ("int4", 32), ("int4", 128)])
+def test_rows_with_nothing_and_with_nan(kind, group):
+    values = draw(6, 256)
+    values[0], values[2, 200], values[4, 3], values[5] = 0, float("nan"), float("inf"), 1e-41
+    found = Weight("plain", values).quantize(kind, group)
+    assert found.scales[[0, 1, 3, 5]].isfinite().all() and (found.scales[[0, 1, 3, 5]] > 0).all()
+    found = found.dequantize()
+    assert found[0].eq(0).all() and found[2, 200].isnan() and found[4, 3].isnan()
+    assert found[[1, 3, 5]].isfinite().all() and found[5].abs().max() < 1e-37
+    assert found.isnan().sum() == 2 * (group or 256)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_groups_of_one_sign(sign):
+    """All values on one side of zero: the range reaches to zero all the same."""
+    values = sign * (1 + draw(8, 64).abs())
+    assert error(Weight("plain", values).quantize("int4", 32), values) < 0.03
+
+
+def test_fp8_is_widened_first():
+    codes, scales = (draw(40, 96) * 5000).clamp(-448, 448).to(torch.float8_e4m3fn), draw(40, 1).abs() + 1e-3
+    fp8 = Weight("fp8", codes, scales)
+    for kind, group in (("int8", None), ("int4", 32)):
+        found, expected = fp8.quantize(kind, group), Weight("plain", fp8.dequantize()).quantize(kind, group)
+        assert torch.equal(found.codes, expected.codes) and torch.equal(found.scales, expected.scales)
+
+
+@pytest.mark.parametrize("kind, group", [("int8", None), ("int4", 32), ("int4", 128)])
+def test_blocks_of_rows_and_joined_parts_are_what_the_whole_would_be(kind, group, monkeypatch):
+    values = draw(50, 256)
+    whole = Weight("plain", values).quantize(kind, group)
+    monkeypatch.setattr(module, "BLOCK", 7 * 256)
+    parts = [Weight("plain", part).quantize(kind, group) for part in values.split(20)]
+    joined = Weight.join(parts, torch.bfloat16, torch.device("cpu"))
+    assert torch.equal(joined.dequantize(), whole.dequantize())
+
+
+def test_scales_of_int4_fit_in_bfloat16():
+    scales = Weight("plain", draw(64, 256)).quantize("int4", 32).scales
+    assert torch.equal(scales, scales.bfloat16().float())
+
+
+def test_nibbles_lie_low_half_first():
+    weight = Weight("int4", torch.tensor([[0x21, 0x43]], dtype=torch.uint8), torch.tensor([[2.0]]), None, 4)
+    assert weight.nibbles().tolist() == [[1, 2, 3, 4]] and weight.dequantize().tolist() == [[-14, -12, -10, -8]]
