@@ -2,70 +2,90 @@
 
 `Plan` looks at headers only: what is missing, superfluous or misshapen is refused, and the bytes of this rank's share
 are known, before the first weight is read. `Plan.fill` then walks the leaves; each asks for its own slices, which are
-copied once from the memory-mapped files into the form that the backend wants.
+copied once from the memory-mapped files into the form that the backend wants, quantised on the way where that is asked
+for. Norms, biases, the router and the embedding stay as they are; under int4 the matrices that face the vocabulary, and
+eh_proj, become int8 (docs/numerics.md says why).
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
 from glimmer.checkpoint import formats
 from glimmer.checkpoint.files import Checkpoint
 from glimmer.config import ModelConfig
-from glimmer.errors import CheckpointError
+from glimmer.errors import CheckpointError, ConfigError
 from glimmer.model import names
 from glimmer.model.glm4_moe import Glm4Moe
 from glimmer.parallel import Group
-from glimmer.weight import Weight
+from glimmer.weight import Weight, layout, nbytes
 
 SHOWN = 8  # names in an error message; the rest is counted
 MTP_ONLY = ("eh_proj.", "enorm.", "hnorm.", "embed_tokens.", "shared_head.")  # what an ordinary layer does not have
+FINE = ("lm_head", "mtp.head", "mtp.eh_proj")  # leaves that are int8 where the others are int4
 
 
 class Plan:
     """What this rank will read. Raises CheckpointError with the names when the checkpoint is not exactly the model.
 
-    nbytes: bytes of this rank's weights once loaded in `dtype`. mtp: as Glm4Moe wants it, or None when not asked for.
+    nbytes: bytes of this rank's weights once loaded in `dtype`, or as quantised on disk or by us (quantization: None,
+    "int8" or "int4", the latter in groups of `group_size`). mtp: as Glm4Moe wants it, or None when not asked for.
     """
 
     def __init__(
-        self, config: ModelConfig, checkpoint: Checkpoint, group: Group, dtype: torch.dtype, mtp: bool = False
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        group: Group,
+        dtype: torch.dtype,
+        mtp: bool = False,
+        quantization: str | None = None,
+        group_size: int | None = None,
     ):
         formats.check(config.quantization_config)
         self.checkpoint, self.dtype, self._config = checkpoint, dtype, config
+        self._asked = None if quantization is None else (quantization, group_size)
+        self._read = partial(formats.read, checkpoint, gptq_v2=formats.gptq_v2(config.quantization_config))
         self._prefix = names.mtp_prefix(config)
         self.mtp = self._copies() if mtp else None
-        self.entries = list(names.entries(config, group, self.mtp))
+        self.entries = list(names.entries(config, group, self.mtp, self._grain))
         self.nbytes = self._account()
+
+    def _grain(self, module: str, width: int) -> int:
+        """How many inputs of a matrix belong together, so that no process should get only some of them."""
+        if self._asked is not None:
+            group = layout(self._asked[0], width, self._asked[1])[1]
+        else:
+            group = formats.stored(self.checkpoint, module).group if formats.holds(self.checkpoint, module) else None
+        return group if group is not None and width % group == 0 else 1
 
     def _copies(self) -> tuple[bool, bool]:
         """Which copies the MTP layer brings along; CheckpointError if there is no such layer."""
-        if f"{self._prefix}eh_proj.weight" not in self.checkpoint:
+        if not formats.holds(self.checkpoint, f"{self._prefix}eh_proj"):
             raise CheckpointError(
                 f"no MTP layer in {self.checkpoint.directory} ({self._prefix}eh_proj.weight is not there)",
                 "a checkpoint with its multi-token-prediction layer, for drafting",
                 "run without drafting, or add the file that holds the layer (GLM-4.7: mtp.safetensors)",
             )
-        own = ("embed_tokens.weight", "shared_head.head.weight")
-        return tuple(self._prefix + name in self.checkpoint for name in own)
+        own = ("embed_tokens", "shared_head.head")
+        return tuple(formats.holds(self.checkpoint, self._prefix + name) for name in own)
 
     def _account(self) -> int:
         """Compare both sides, names and shapes; return the bytes of our cut."""
-        missing, misshapen, wanted, nbytes = [], [], set(), 0
+        missing, misshapen, wanted, total = [], [], set(), 0
         for entry in self.entries:
             width = 4 if entry.exact else self.dtype.itemsize
             for part in (part for group in entry.groups for part in group):
-                wanted.add(f"{part.name}.weight")
-                if f"{part.name}.weight" not in self.checkpoint:
+                if not formats.holds(self.checkpoint, part.name):
                     missing.append(f"{part.name}.weight")
                     continue
-                kind, shape = formats.stored(self.checkpoint, part.name)
-                if shape != part.shape:
-                    misshapen.append(f"{part.name}.weight is {list(shape)}, config.json says {list(part.shape)}")
-                out, inner = part.local_shape
-                if kind == "fp8":
-                    wanted.add(f"{part.name}.weight_scale")
-                nbytes += out * inner + 4 * out if kind == "fp8" else out * inner * width
+                stored = formats.stored(self.checkpoint, part.name)
+                wanted.update(stored.tensors)
+                if stored.shape != part.shape:
+                    misshapen.append(f"{part.name}.weight is {list(stored.shape)}, config.json says {list(part.shape)}")
+                total += self._nbytes(entry, part)
             for name, length, cut in entry.vectors:
                 wanted.add(name)
                 if name not in self.checkpoint:
@@ -75,12 +95,12 @@ class Plan:
                 elif self.checkpoint.dtype(name) not in formats.FLOATS:
                     dtype = str(self.checkpoint.dtype(name)).removeprefix("torch.")
                     misshapen.append(f"{name} is {dtype}, where bfloat16, float16 or float32 can be read")
-                nbytes += (length if cut is None else cut[1] - cut[0]) * width
+                total += (length if cut is None else cut[1] - cut[0]) * width
         superfluous = sorted(self.checkpoint.names() - wanted - self._left_out())
         self._refuse("missing", missing, "download the checkpoint's missing files, or restore its own config.json")
         self._refuse("of another shape or type", misshapen, "use the config.json that belongs to these weights")
         self._refuse("superfluous", superfluous, "use the config.json that belongs to these weights")
-        return nbytes
+        return total
 
     def _left_out(self) -> set[str]:
         """What we knowingly leave: the MTP layer, when nobody asked for it. An ordinary layer there is not it."""
@@ -99,13 +119,15 @@ class Plan:
             )
 
     def fill(self, model: Glm4Moe, device: torch.device, progress: Callable[[int], None] = lambda nbytes: None) -> None:
-        """Read our cuts into `model`. progress is told the bytes on disk of each group of matrices as it is done."""
+        """Read our cuts into `model`. progress is told the bytes of nbytes that each group of matrices makes up."""
         # Thousands of small copies: a second thread gains a fifth on an idle machine, and on a busy one it waits at
-        # every one of them.
+        # every one of them. Quantising an expert is work enough for a thread of its own.
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            self._fill(model, device, progress)
+            with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as workers:
+                self._workers, self._width = workers, threads
+                self._fill(model, device, progress)
         finally:
             torch.set_num_threads(threads)
 
@@ -118,23 +140,31 @@ class Plan:
             elif len(entry.groups) > 1 or ".experts." in entry.leaf:
                 leaf.fill(self._experts(entry, progress), dtype, device)
             elif entry.leaf.endswith("embed_tokens"):
-                leaf.fill(self._read(entry.groups[0])[0].dequantize(dtype), dtype, device)
+                leaf.fill(self._weights(entry, entry.groups[0])[0].dequantize(dtype), dtype, device)
             else:
-                leaf.fill(self._read(entry.groups[0]), torch.cat(vectors) if vectors else None, dtype, device)
+                weights = self._weights(entry, entry.groups[0])
+                leaf.fill(weights, torch.cat(vectors) if vectors else None, dtype, device)
             self.checkpoint.release()
-            progress(0 if len(entry.groups) > 1 else sum(self._nbytes(part) for g in entry.groups for part in g))
+            progress(0 if len(entry.groups) > 1 else sum(self._nbytes(entry, part) for g in entry.groups for part in g))
 
     def _experts(self, entry: names.Entry, progress: Callable[[int], None]) -> Iterator[list[Weight]]:
-        """One expert at a time, its pages given back before the next is touched."""
-        for parts in entry.groups:
-            yield self._read(parts)
+        """One expert at a time, or, where codes must be made, one for each thread; then their pages are given back."""
+        copied = self._target(entry, entry.groups[0][0])[0] in ("plain", "fp8")
+        work, width = (map, 1) if copied else (self._workers.map, self._width)
+        for i in range(0, len(entry.groups), width):
+            some = entry.groups[i : i + width]
+            yield from work(partial(self._weights, entry), some)
             self.checkpoint.release()
-            progress(sum(self._nbytes(part) for part in parts))
+            progress(sum(self._nbytes(entry, part) for parts in some for part in parts))
 
-    def _read(self, parts: tuple[names.Part, ...]) -> list[Weight]:
-        weights = [formats.read(self.checkpoint, part.name, part.rows, part.cols) for part in parts]
-        if len({w.kind for w in weights}) > 1:
-            kinds = ", ".join(f"{p.name}: {w.kind}" for p, w in zip(parts, weights))
+    def _weights(self, entry: names.Entry, parts: tuple[names.Part, ...]) -> list[Weight]:
+        """Our cuts of matrices that are computed together, as they will be held."""
+        weights = [self._read(part.name, part.rows, part.cols) for part in parts]
+        if self._quantises(entry):
+            weights = [weight.quantize(*self._target(entry, part)) for weight, part in zip(weights, parts)]
+        if len({(w.kind, w.group) for w in weights}) > 1:
+            kind = lambda w: w.kind if w.group is None else f"{w.kind} in groups of {w.group}"
+            kinds = ", ".join(f"{part.name}: {kind(weight)}" for part, weight in zip(parts, weights))
             raise CheckpointError(
                 f"matrices that are computed together are stored in different formats ({kinds})",
                 "one format for q, k and v, and one for gate and up",
@@ -142,7 +172,28 @@ class Plan:
             )
         return weights
 
-    def _nbytes(self, part: names.Part) -> int:
-        """Bytes of our cut on disk."""
-        out, inner = part.local_shape
-        return out * inner * self.checkpoint.dtype(f"{part.name}.weight").itemsize
+    def _quantises(self, entry: names.Entry) -> bool:
+        """Whether we quantise this leaf's matrices while loading."""
+        return self._asked is not None and not entry.exact and not entry.leaf.endswith("embed_tokens")
+
+    def _target(self, entry: names.Entry, part: names.Part) -> tuple[str, int | None]:
+        """(kind, group) of the Weight that a part becomes."""
+        stored = formats.stored(self.checkpoint, part.name)
+        if entry.leaf.endswith("embed_tokens"):
+            return "plain", None
+        if not self._quantises(entry):
+            return stored.kind, stored.group
+        if stored.kind not in ("plain", "fp8"):
+            raise ConfigError(
+                f"quantization={self._asked[0]!r} for a checkpoint in which {part.name} is {stored.kind} already",
+                "a checkpoint in bf16, fp16, fp32 or FP8, to be quantised while loading",
+                "leave quantization out: what is quantised on disk is used as it is",
+            )
+        return layout("int8" if entry.leaf in FINE else self._asked[0], part.local_shape[1], self._asked[1])
+
+    def _nbytes(self, entry: names.Entry, part: names.Part) -> int:
+        """Bytes of our cut once loaded."""
+        kind, group = self._target(entry, part)
+        width = 4 if entry.exact else self.dtype.itemsize
+        zeros = self._quantises(entry) or formats.stored(self.checkpoint, part.name).zeros
+        return nbytes(kind, *part.local_shape, group, width, zeros)

@@ -2,10 +2,11 @@
 
 `entries` walks the model in the order of its layers. Cuts are half-open ranges of rows (outputs) or columns (inputs);
 None means whole. Heads must divide (key-value heads are copied when there are more ranks than heads); widths and the
-vocabulary need not, because Group.split gives some ranks one more. Not here: reading (load.py) and packing (ops/).
+vocabulary need not, because Group.split gives some ranks one more, or one grain more: the columns of a quantised
+matrix that share a scale stay together. Not here: reading (load.py) and packing (ops/).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from glimmer.config import ModelConfig
@@ -13,6 +14,7 @@ from glimmer.errors import ConfigError
 from glimmer.parallel import Group
 
 Cut = tuple[int, int] | None
+Grain = Callable[[str, int], int]  # (name of a matrix that is cut along its inputs, their number) -> inputs in a grain
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,16 @@ def mtp_prefix(config: ModelConfig) -> str:
     return f"model.layers.{config.num_hidden_layers}."
 
 
-def entries(config: ModelConfig, group: Group, mtp: tuple[bool, bool] | None) -> Iterator[Entry]:
+def entries(
+    config: ModelConfig, group: Group, mtp: tuple[bool, bool] | None, grain: Grain = lambda name, width: 1
+) -> Iterator[Entry]:
     """Every leaf once. mtp as in Glm4Moe: None, or whether the MTP layer has its own embedding and its own head."""
     hidden, vocabulary = config.hidden_size, group.split(config.vocab_size)
     table = (config.vocab_size, hidden)
     yield Entry("embed_tokens", ((Part("model.embed_tokens", table, rows=vocabulary),),))
     for i in range(config.num_hidden_layers):
-        yield from _block(config, group, f"layers.{i}", f"model.layers.{i}", dense=i < config.first_k_dense_replace)
+        dense = i < config.first_k_dense_replace
+        yield from _block(config, group, grain, f"layers.{i}", f"model.layers.{i}", dense)
     yield Entry("norm", vectors=(("model.norm.weight", hidden, None),))
     yield Entry("lm_head", ((Part("lm_head", table, rows=vocabulary),),))
     if mtp is None:
@@ -86,7 +91,7 @@ def entries(config: ModelConfig, group: Group, mtp: tuple[bool, bool] | None) ->
     for norm in ("enorm", "hnorm"):
         yield Entry(f"{ours}.{norm}", vectors=((f"{theirs}.{norm}.weight", hidden, None),))
     yield Entry(f"{ours}.eh_proj", ((Part(f"{theirs}.eh_proj", (hidden, 2 * hidden)),),))
-    yield from _block(config, group, f"{ours}.block", theirs, dense=False)
+    yield from _block(config, group, grain, f"{ours}.block", theirs, dense=False)
     yield Entry(f"{ours}.norm", vectors=((f"{theirs}.shared_head.norm.weight", hidden, None),))
     own_embedding, own_head = mtp
     if own_embedding:
@@ -95,25 +100,25 @@ def entries(config: ModelConfig, group: Group, mtp: tuple[bool, bool] | None) ->
         yield Entry(f"{ours}.head", ((Part(f"{theirs}.shared_head.head", table, rows=vocabulary),),))
 
 
-def _block(config: ModelConfig, group: Group, ours: str, theirs: str, dense: bool) -> Iterator[Entry]:
+def _block(config: ModelConfig, group: Group, grain: Grain, ours: str, theirs: str, dense: bool) -> Iterator[Entry]:
     hidden = config.hidden_size
     for norm in ("input_layernorm", "post_attention_layernorm"):
         yield Entry(f"{ours}.{norm}", vectors=((f"{theirs}.{norm}.weight", hidden, None),))
     yield from _attention(config, group, f"{ours}.self_attn", f"{theirs}.self_attn")
     ours, theirs = f"{ours}.mlp", f"{theirs}.mlp"
     if dense:
-        yield from _mlp(config.intermediate_size, hidden, group, ours, theirs)
+        yield from _mlp(config.intermediate_size, hidden, group, grain, ours, theirs)
         return
     experts = config.n_routed_experts
     correction = (f"{theirs}.gate.e_score_correction_bias", experts, None)
     yield Entry(f"{ours}.gate.proj", ((Part(f"{theirs}.gate", (experts, hidden)),),), exact=True)
     yield Entry(f"{ours}.gate.e_score_correction_bias", vectors=(correction,), exact=True)
     width = config.moe_intermediate_size
-    each = [list(_mlp(width, hidden, group, ours, f"{theirs}.experts.{e}")) for e in range(experts)]
+    each = [list(_mlp(width, hidden, group, grain, ours, f"{theirs}.experts.{e}")) for e in range(experts)]
     for i, leaf in enumerate(("gate_up_proj", "down_proj")):
         yield Entry(f"{ours}.experts.{leaf}", tuple(pair[i].groups[0] for pair in each))
     shared = f"{ours}.shared_experts", f"{theirs}.shared_experts"
-    yield from _mlp(width * config.n_shared_experts, hidden, group, *shared)
+    yield from _mlp(width * config.n_shared_experts, hidden, group, grain, *shared)
 
 
 def _attention(config: ModelConfig, group: Group, ours: str, theirs: str) -> Iterator[Entry]:
@@ -133,8 +138,10 @@ def _attention(config: ModelConfig, group: Group, ours: str, theirs: str) -> Ite
         yield Entry(f"{ours}.{norm}", vectors=((f"{theirs}.{norm}.weight", d, None),))
 
 
-def _mlp(width: int, hidden: int, group: Group, ours: str, theirs: str) -> Iterator[Entry]:
-    cut = group.split(width)
+def _mlp(width: int, hidden: int, group: Group, grain: Grain, ours: str, theirs: str) -> Iterator[Entry]:
+    size = grain(f"{theirs}.down_proj", width)
+    size = size if width // size >= group.size else 1  # no rank goes without
+    cut = tuple(size * place for place in group.split(width // size))
     gate, up = (Part(f"{theirs}.{name}", (width, hidden), rows=cut) for name in ("gate_proj", "up_proj"))
     yield Entry(f"{ours}.gate_up_proj", ((gate, up),))
     yield Entry(f"{ours}.down_proj", ((Part(f"{theirs}.down_proj", (hidden, width), cols=cut),),))

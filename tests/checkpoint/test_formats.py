@@ -69,10 +69,9 @@ GROUP = "config_groups.group_0"
 @pytest.mark.parametrize(
     "key, value, found",
     [
-        ("quant_method", "awq", "quant_method = 'awq'"),
-        ("quant_method", "gptq", "quant_method = 'gptq'"),
+        ("quant_method", "bitsandbytes", "quant_method = 'bitsandbytes'"),
         ("quant_method", None, "quant_method = None"),
-        ("format", "pack-quantized", "format = 'pack-quantized'"),
+        ("format", "marlin-24", "format = 'marlin-24'"),
         ("format", "nvfp4-pack-quantized", "format = 'nvfp4-pack-quantized'"),
         ("format", ["float-quantized"], "format = "),
         ("quantization_status", "initialized", "quantization_status = 'initialized'"),
@@ -131,7 +130,7 @@ def test_refused_whatever_it_is(config):
 def test_plain(tmp_path, dtype):
     matrix = torch.randn(6, 4).to(dtype)
     checkpoint = write(tmp_path, {"m.weight": matrix})
-    assert stored(checkpoint, "m") == ("plain", (6, 4))
+    assert stored(checkpoint, "m") == ("plain", (6, 4), ("m.weight",), None, False)
     weight = read(checkpoint, "m", rows=(1, 5), cols=(2, 4))
     assert (weight.kind, weight.scales, weight.codes.dtype) == ("plain", None, dtype)
     assert torch.equal(weight.codes, matrix[1:5, 2:4])
@@ -144,7 +143,7 @@ def test_fp8_is_codes_times_scale(tmp_path, scale_dtype, flat):
     codes, scales = fp8(16, 8)
     scales = scales.to(scale_dtype)
     checkpoint = write(tmp_path, {"m.weight": codes, "m.weight_scale": scales.flatten() if flat else scales})
-    assert stored(checkpoint, "m") == ("fp8", (16, 8))
+    assert stored(checkpoint, "m") == ("fp8", (16, 8), ("m.weight", "m.weight_scale"), None, False)
     weight = read(checkpoint, "m")
     assert (weight.kind, weight.shape, weight.codes.dtype) == ("fp8", (16, 8), torch.float8_e4m3fn)
     assert (weight.scales.shape, weight.scales.dtype) == ((16, 1), torch.float32)
@@ -224,11 +223,11 @@ MATRIX = torch.randn(4, 4)
     "tensors, found, expected",
     [
         ({"other.weight": MATRIX}, "no tensor m.weight in", "m.weight, in bf16"),
-        ({"m.qweight": MATRIX, "m.scales": SCALES}, "only m.qweight, m.scales", "m.weight, in bf16"),
+        ({"m.scales": SCALES, "m.bias": MATRIX}, "only m.bias, m.scales", "m.weight, in bf16"),
         ({"m.weight": CODES}, "m.weight as float8_e4m3fn", "a tensor m.weight_scale"),
         ({"m.weight": MATRIX, "m.weight_scale": SCALES}, "m.weight as float32", "there is a m.weight_scale"),
         ({"m.weight": MATRIX.to(torch.float8_e5m2), "m.weight_scale": SCALES}, "m.weight as float8_e5m2", "e4m3fn"),
-        ({"m.weight": MATRIX.to(torch.int8), "m.weight_scale": SCALES}, "m.weight as int8", "float8_e4m3fn"),
+        ({"m.weight": MATRIX.to(torch.int16), "m.weight_scale": SCALES}, "m.weight as int16", "float8_e4m3fn"),
         ({"m.weight": MATRIX.double()}, "m.weight as float64", "bfloat16, float16, float32"),
         ({"m.weight": MATRIX[0]}, "m.weight as float32 of shape (4,)", "a matrix"),
         ({"m.weight": CODES, "m.weight_scale": torch.ones(1)}, "_scale as float32 of shape (1,)", "shape (4, 1)"),
