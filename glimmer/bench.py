@@ -25,6 +25,8 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("glimmer bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("model", nargs="?", help="a Hugging Face directory (the demo model)")
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
+    parser.add_argument("--quantization", choices=("int8", "int4"), help="quantise while loading (as stored)")
+    parser.add_argument("--group-size", type=int, help="with int4: inputs that share a scale (32)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or npu")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="processes that torchrun started")
     parser.add_argument("--prefill", type=int, nargs="*", default=PREFILL, metavar="N", help="prompt lengths")
@@ -37,6 +39,8 @@ def main(argv: list[str]) -> int:
     llm = LLM(
         args.model or str(default_model()),
         dtype=args.dtype,
+        quantization=args.quantization,
+        group_size=args.group_size,
         device=args.device,
         tensor_parallel_size=args.tensor_parallel_size,
         max_model_len=longest + 1,
@@ -98,4 +102,5 @@ def _print(llm: LLM, figures: dict[str, float]) -> None:
     for what, value, unit in rows:
         print(f"  {what:<26}{value:>12,.2f} {unit}")
     sys.stdout.flush()
-    print(json.dumps({"engine": "glimmer", "model": llm.config.model, "processes": llm.size, **figures}))
+    print(json.dumps({"engine": "glimmer", "model": llm.config.model, "quantization": llm.config.quantization,
+                      "processes": llm.size, **figures}))

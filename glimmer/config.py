@@ -267,6 +267,8 @@ class EngineConfig:
     kv_cache_memory_bytes       memory for the KV cache of each rank; None: what is left, on a CPU at most 4 GiB
     enable_prefix_caching       reuse the KV blocks of equal prompt beginnings
     skip_tokenizer_init         need no tokenizer.json: prompts are token ids, answers have no text
+    quantization                "int8" or "int4": quantise matrices while loading; None: as they are stored
+    group_size                  with int4: columns that share a scale, a multiple of 32; None: 32
     """
 
     model: str
@@ -283,8 +285,11 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     enable_prefix_caching: bool = True
     skip_tokenizer_init: bool = False
+    quantization: str | None = None
+    group_size: int | None = None
 
     def __post_init__(self):
+        check_quantization(self.quantization, self.group_size)
         for key in ("tensor_parallel_size", "block_size", "max_num_seqs", "max_num_batched_tokens"):
             _check_count(key, getattr(self, key), ConfigError)
         for key in ("max_model_len", "max_memory_bytes", "kv_cache_memory_bytes"):
@@ -306,6 +311,19 @@ class EngineConfig:
             raise ConfigError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization!r}", "a share in (0, 1]", "try 0.9"
             )
+
+
+def check_quantization(quantization: str | None, group_size: int | None) -> None:
+    """ConfigError unless there is such a quantisation, and such groups for it."""
+    if quantization not in (None, "int8", "int4"):
+        raise ConfigError(f"quantization={quantization!r}", "'int8', 'int4' or None", "choose one of these")
+    fits = type(group_size) is int and group_size > 0 and group_size % 32 == 0 and quantization == "int4"
+    if group_size is not None and not fits:
+        raise ConfigError(
+            f"group_size={group_size!r} with quantization={quantization!r}",
+            "a multiple of 32, with int4 only",
+            "leave group_size out, or try 32 or 128",
+        )
 
 
 def _check_count(key: str, value: Any, error: type[ConfigError]) -> None:

@@ -55,7 +55,9 @@ class Runner:
         doors = ops.choose(device.type)
         log.info("operations: %s", _served(doors.table()))
         with Checkpoint(config.model) as checkpoint:
-            plan = Plan(model_config, checkpoint, group, dtype)
+            plan = Plan(
+                model_config, checkpoint, group, dtype, quantization=config.quantization, group_size=config.group_size
+            )
             self.room = make_room(config, model_config, group, device, dtype, plan.nbytes)
             residual = devices.residual_dtype(device, dtype)
             self.model = Glm4Moe(model_config, group, doors, residual, plan.mtp).eval()

@@ -20,7 +20,7 @@ from glimmer.errors import CheckpointError, ConfigError
 from glimmer.model import names
 from glimmer.model.glm4_moe import Glm4Moe
 from glimmer.parallel import Group
-from glimmer.weight import Weight, layout, nbytes
+from glimmer.weight import GROUP, Weight, layout, nbytes
 
 SHOWN = 8  # names in an error message; the rest is counted
 MTP_ONLY = ("eh_proj.", "enorm.", "hnorm.", "embed_tokens.", "shared_head.")  # what an ordinary layer does not have
@@ -31,7 +31,8 @@ class Plan:
     """What this rank will read. Raises CheckpointError with the names when the checkpoint is not exactly the model.
 
     nbytes: bytes of this rank's weights once loaded in `dtype`, or as quantised on disk or by us (quantization: None,
-    "int8" or "int4", the latter in groups of `group_size`). mtp: as Glm4Moe wants it, or None when not asked for.
+    "int8" or "int4", the latter in groups of `group_size`, 32 if None).
+    mtp: as Glm4Moe wants it, or None when not asked for.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Plan:
     ):
         formats.check(config.quantization_config)
         self.checkpoint, self.dtype, self._config = checkpoint, dtype, config
-        self._asked = None if quantization is None else (quantization, group_size)
+        self._asked = None if quantization is None else (quantization, group_size or GROUP)
         self._read = partial(formats.read, checkpoint, gptq_v2=formats.gptq_v2(config.quantization_config))
         self._prefix = names.mtp_prefix(config)
         self.mtp = self._copies() if mtp else None
@@ -138,7 +139,7 @@ class Plan:
             if not entry.groups:
                 leaf.fill(vectors[0], dtype, device)
             elif len(entry.groups) > 1 or ".experts." in entry.leaf:
-                leaf.fill(self._experts(entry, progress), dtype, device)
+                leaf.fill(self._experts(entry, progress), len(entry.groups), dtype, device)
             elif entry.leaf.endswith("embed_tokens"):
                 leaf.fill(self._weights(entry, entry.groups[0])[0].dequantize(dtype), dtype, device)
             else:

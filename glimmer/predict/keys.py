@@ -118,6 +118,8 @@ SAMPLING = {
 ENGINE = {
     "model": Option(path, "DIR", "a Hugging Face directory of the GLM-4.5 family (the demo model)"),
     "dtype": Option(text, "NAME", "auto, bfloat16 or float32 (auto: as stored)"),
+    "quantization": Option(text, "NAME", "int8 or int4: quantise while loading (as stored)"),
+    "group_size": Option(whole, "N", "with int4: inputs that share a scale, a multiple of 32 (32)"),
     "device": Option(text, "NAME", "auto, cpu, cuda or npu (auto: the fastest there is)"),
     "seed": Option(whole, "N", "the same seed, the same answers (0)"),
     "tensor_parallel_size": Option(whole, "N", "processes that share the model (as many as were started)"),
