@@ -11,6 +11,8 @@ except ModuleNotFoundError as missing:
         "  expected: the Python in which glimmer is installed\n"
         "  to do:    run `make demo` once, then .venv/bin/python run_mindformer.py ..."
     )
+except KeyboardInterrupt:  # importing torch takes seconds
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], home=Path(__file__).resolve().parent))

@@ -15,6 +15,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -400,6 +401,13 @@ class WorkerLogs(LogsSpecs):
         silent = dict.fromkeys(envs, "")
         return LogsDest(stdouts=files, stderrs=silent, error_files=silent)  # sh sends stderr after stdout
 
+    def repeats(self, rank: int) -> bool:
+        """Whether a rank has said nothing but what rank 0, which is shown, has said too: bad input concerns all."""
+        if 0 not in self.ranks.values():
+            return False
+        own, shown = (re.sub(r"\brank \d+", "rank", self.file(r).read_text(errors="replace")) for r in (rank, 0))
+        return own != "" and own in shown
+
     def close(self) -> None:
         """Show what is left, and let go of the directory."""
         if self.tail is not None:
@@ -462,7 +470,9 @@ def failure(failures: dict[int, ProcessFailure], logs: WorkerLogs, host: str) ->
     todo = "see what it said" + " above" * (rank == 0)
     if code == -signal.SIGKILL:
         todo = "if nobody killed it, memory ran out (see dmesg)"
-    if rank != 0:
+    if rank != 0 and logs.repeats(rank):
+        todo = "see what rank 0 said above: it is the same"
+    elif rank != 0:
         lines = file.read_text(errors="replace").splitlines()[-12:]
         todo += "; its log " + ("ends with" if lines else "is empty") + "".join(f"\n    | {line}" for line in lines)
     kind = ConfigError if code == ConfigError.exit_code else EngineError

@@ -152,6 +152,13 @@ def test_failures_are_told_in_words(house, start):
         assert lines[4] == f"    | last words of 1 {said}"
 
 
+def test_what_rank_0_has_said_is_not_said_again(house, start):
+    script(house, "print(f'bad input (rank {rank} on here)', flush=True)\nif rank == 0: time.sleep(1)\nsys.exit(2)\n")
+    code, out, err = ended(start(launcher("worker.py", "2")))
+    assert code == 2 and out == "bad input (rank 0 on here)\n"
+    assert "rank 1 on " in err and "see what rank 0 said above: it is the same" in err and "    | " not in err
+
+
 def test_a_busy_port_is_reported_at_once(start):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -261,7 +262,7 @@ def test_prompts_come_from_texts_and_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, words", [(None, "No such file"), (b"\n\n", "empty"), (b"\xff\xfe\x00", "utf-8")]
+    "content, words", [(None, "No such file"), (b"\n\n", "empty"), (b"\xff\xfe\x00", r"utf-8[\s\S]*save it in UTF-8")]
 )
 def test_prompt_files_that_cannot_be_read(tmp_path, content, words):
     file = tmp_path / "p.txt"
@@ -478,6 +479,14 @@ def test_only_an_interrupted_generation_says_what_is_kept(run, monkeypatch, begu
         expected = [f"glimmer predict: {word}; {what}"]
     said = [line for line in err.splitlines() if "loaded in" not in line]
     assert said[: len(expected)] == expected and len(said) == len(expected) + 3 * (not interrupted)
+
+
+def test_ctrl_c_while_libraries_are_loading_is_no_traceback(tmp_path):
+    (tmp_path / "glimmer").mkdir()
+    (tmp_path / "glimmer/__init__.py").write_text("raise KeyboardInterrupt  # as if somebody had just typed it")
+    script = shutil.copy(ROOT / "run_mindformer.py", tmp_path)
+    done = subprocess.run([sys.executable, script, "hi"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_help_tells_of_every_name(capsys):

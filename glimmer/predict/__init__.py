@@ -88,9 +88,9 @@ def predict(argv: list[str], home: Path | None) -> int:
 def answer(asked: Plan, rows: Rows, progress: "Progress") -> None:
     """Load the model and answer the prompts that have no row. Every rank calls this, and does what rank 0 was asked."""
     llm = LLM(**asked.engine, on_load=progress.loading)
-    progress.loaded()
+    progress.loaded(" by rank 0" if llm.size > 1 else "")
     for i in [i for i in rows.todo if not rows.prompts[i].strip()]:
-        empty = RequestError("prompt", f"prompt {i} is empty", "some text", "write one, or remove the line")
+        empty = RequestError("prompt", "an empty prompt", "some text", "write one, or remove the line")
         rows.add(row(i, rows.prompts[i], None, empty))
     task = llm.group.broadcast(job(asked, rows, llm.default_sampling_params()))
     here, first = engine_settings(asked), task["engine"]
@@ -177,10 +177,11 @@ class Progress:
             self.bar = self._bar(total=total, desc="loading", unit="B", unit_scale=True)
         self.bar.update(done - self.bar.n)
 
-    def loaded(self) -> None:
+    def loaded(self, who: str) -> None:
         """The model is there."""
         self.bar.close()
-        self.say(f"{self.total / 1e9:.2f} GB of weights loaded in {time.monotonic() - self.begin:.1f} s")
+        size = tqdm.format_sizeof(self.total, "B")
+        self.say(f"{size} of weights loaded{who} in {time.monotonic() - self.begin:.1f} s")
 
     def generating(self, total: int) -> tqdm:
         """A bar of `total` prompts, to be used in a `with`."""

@@ -42,12 +42,12 @@ def read_prompts(data: list[str], prompts: list[str], home: Path | None) -> list
 def _lines(file: Path) -> list[str]:
     try:
         lines = file.read_text(encoding="utf-8-sig").rstrip().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"prompt file {str(file)!r}: {getattr(error, 'strerror', None) or error}",
-            "a text file in UTF-8 with one prompt a line",
-            "check the path; a question that ends in .txt needs a space in it",
-        ) from None
+    except OSError as error:
+        raise ConfigError(f"prompt file {str(file)!r}: {error.strerror}", "a text file in UTF-8 with one prompt a line",
+                          "check the path; a question that ends in .txt needs a space in it") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"prompt file {str(file)!r}: {error}", "a text file in UTF-8 with one prompt a line",
+                          "save it in UTF-8") from None
     if lines == [""]:
         raise ConfigError(f"prompt file {str(file)!r} is empty", "one prompt a line", "write some")
     return lines
