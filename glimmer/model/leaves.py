@@ -35,8 +35,10 @@ class Experts(nn.Module):
         super().__init__()
         self.ops, self.packed = ops, None
 
-    def fill(self, experts: Iterable[Sequence[Weight]], dtype: torch.dtype, device: torch.device) -> None:
-        self.packed = self.ops.pack_experts(experts, dtype, device)
+    def fill(
+        self, experts: Iterable[Sequence[Weight]], count: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.packed = self.ops.pack_experts(experts, count, dtype, device)
 
 
 class RMSNorm(nn.Module):

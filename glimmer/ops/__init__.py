@@ -16,18 +16,23 @@ gets tensors and numbers, never a configuration; it writes over an input only if
     route         logits (T, E) float32, bias (E,) float32, rule -> ids (T, K) int64, scores (T, K) float32
     experts       x (T, H), ids, scores, gate_up, down (packed) -> (T, H) float32, a sum over K
     pack_linear   Weights whose rows follow each other, dtype, device -> packed
-    pack_experts  for each expert such Weights, dtype, device -> packed; takes one expert at a time
+    pack_experts  for each expert such Weights, their count, dtype, device -> packed; takes one expert at a time
 
 Not here: any choice made per call, and any knowledge of ranks. To bisect a wrong answer set GLIMMER_OPS=reference.
 """
 
 import importlib
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 from glimmer.errors import ConfigError
+
+log = logging.getLogger("glimmer")
 
 
 @dataclass(frozen=True)
@@ -64,18 +69,32 @@ class Ops:
 
 
 # Modules of glimmer.ops that serve each kind of device, best first; reference completes them all.
-BACKENDS: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": (), "npu": ()}
+BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("native",), "cuda": (), "npu": ()}
 
 
 def choose(device: str) -> Ops:
-    """The doors for a kind of device ("cpu", "cuda", "npu"). ConfigError: GLIMMER_OPS names no backend."""
+    """The doors for a kind of device ("cpu", "cuda", "npu"). ConfigError: GLIMMER_OPS names no backend that is here."""
     asked = os.environ.get("GLIMMER_OPS", "")
-    available = (*BACKENDS.get(device, ()), "reference")
+    modules = [m for m in map(_load, BACKENDS.get(device, ())) if m is not None] + [_load("reference")]
+    available = [m.__name__.rpartition(".")[2] for m in modules]
     if asked and asked not in available:
         raise ConfigError(
             f"GLIMMER_OPS={asked!r}", " or ".join(map(repr, available)), "unset GLIMMER_OPS, or set it to one of these"
         )
-    modules = [importlib.import_module(f"glimmer.ops.{name}") for name in available]
     if asked:
         modules = [m for m in modules if m.__name__.endswith((f".{asked}", ".reference"))]
     return Ops(**{f.name: next(getattr(m, f.name) for m in modules if hasattr(m, f.name)) for f in fields(Ops)})
+
+
+@lru_cache
+def _load(backend: str) -> ModuleType | None:
+    """The module, or None, said once, where what it stands on is not installed."""
+    try:
+        return importlib.import_module(f"glimmer.ops.{backend}")
+    except ImportError as error:
+        log.warning(
+            "slow: no %s operations (%s), the reference serves; with a C++ compiler, installing again builds them",
+            backend,
+            error,
+        )
+        return None

@@ -210,6 +210,8 @@ def pack_linear(parts: Sequence[Weight], dtype: torch.dtype, device: torch.devic
     return Weight.join(parts, dtype, device)
 
 
-def pack_experts(experts: Iterable[Sequence[Weight]], dtype: torch.dtype, device: torch.device) -> list[Weight]:
+def pack_experts(
+    experts: Iterable[Sequence[Weight]], count: int, dtype: torch.dtype, device: torch.device
+) -> list[Weight]:
     """A list: expert e's matrix at index e."""
     return [Weight.join(parts, dtype, device) for parts in experts]

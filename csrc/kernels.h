@@ -1,0 +1,85 @@
+// The innermost loops, one table of them for each instruction set; which table serves is chosen once, at run time.
+//
+// A panel is 32 columns of a packed matrix (32 rows of the weight as stored), its inner dimension k in order, so that
+// vector lanes are outputs and every output is one sum in ascending k, whatever the number of rows m beside it:
+//   f32   [k][32] float                  bf16  [k/2][32][2]        fp8   [k/2][32][2] one byte each
+//   int8  [k/4][32][4], code + 128       int4  for each group: [group/8][32][4], the low nibbles four k, the high
+//                                              nibbles the next four; then 32 scales and, if asymmetric, 32 zeros
+// k is padded with zeros (see padded). Products are exact or in float32, sums float32 (int32 within a group of int8, int4).
+// Not here: threads, and what becomes of the sums (linear.cpp, experts.cpp).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace glimmer {
+
+constexpr int PANEL = 32;   // columns
+constexpr int BEYOND = 16;  // rows of a that may be read beyond m; what they hold reaches no result
+
+enum class Kind : int { f32, bf16, fp8, int8, int4 };
+
+// The inner dimension as it lies in memory: whole AMX tiles, or the smallest unit of the loops. int4: whole groups.
+inline int padded(Kind kind, int k, int group = 32) {
+    int step = kind == Kind::f32 ? 1 : kind == Kind::int8 ? 64 : kind == Kind::int4 ? group : 32;
+    return (k + step - 1) / step * step;
+}
+
+// How a group of an int4 panel lies in memory.
+struct Groups {
+    int size;             // k in a group, a multiple of 32
+    bool wide;            // scales are float32, else bf16
+    bool zeros;           // asymmetric: a byte of zero point for each column
+    size_t codes() const { return (size_t)size / 2 * PANEL; }
+    size_t bytes() const { return codes() + PANEL * (wide ? 4 : 2) + (zeros ? PANEL : 0); }
+};
+
+struct Kernels {
+    const char* name;
+    int rows;  // a block of rows that fills the registers
+    // Around a thread's part in a region; null where nothing is to be done.
+    void (*enter)();
+    void (*leave)();
+    // c (m, 32) float = a (m rows, k, stride lda elements) times one panel. a is float, or bf16 for bf16 and fp8.
+    void (*f32)(const float* a, long lda, int m, const float* panel, int k, float* c);
+    void (*bf16)(const uint16_t* a, long lda, int m, const uint16_t* panel, int k, float* c);
+    void (*fp8)(const uint16_t* a, long lda, int m, const uint8_t* panel, int k, float* c);
+    // a int8; sums (m): the sum of each row of a. c: the integer product, as float.
+    void (*int8)(const int8_t* a, long lda, int m, const uint8_t* panel, int k, const int32_t* sums, float* c);
+    // a int8 with a scale and a sum for each group, (m, k / size).
+    void (*int4)(const int8_t* a, long lda, int m, const uint8_t* panel, int k, Groups groups, const float* scales,
+                 const int32_t* sums, float* c);
+    // Rows of float or bf16 -> what the loops above take, padded with zeros.
+    void (*load_bf16)(const uint16_t* x, int k, float* y);
+    void (*to_bf16)(const float* x, int k, uint16_t* y);                      // round to nearest even
+    void (*to_fp8)(const float* x, int k, uint16_t* y, float* scale);         // e4m3 values, held in bf16
+    void (*to_int8)(const float* x, int k, int group, int8_t* y, float* scales, int32_t* sums);  // group k: one scale
+    // What becomes of a row of 32 sums: y = c * scale * scales[j] + bias[j]; scales and bias may be null.
+    void (*finish)(const float* c, float scale, const float* scales, const float* bias, float* y);
+    // y = silu(gate) * up
+    void (*swiglu)(const float* gate, const float* up, int n, float* y);
+    // y += c * scale
+    void (*add)(const float* c, float scale, int n, float* y);
+    // The limits that a benchmark compares with. Nothing but dot products of registers, `rounds` times over; returns how
+    // many multiplications and additions that were.
+    double (*burn_bf16)(long rounds);
+    double (*burn_int8)(long rounds);
+    // Reads bytes (a multiple of 1024), and does as little as it can with them.
+    uint64_t (*read)(const char* from, size_t bytes);
+};
+
+// The table in use: the best one that this processor runs, until select names another.
+const Kernels& kernels();
+// The names this build and this processor can serve, best last, separated by spaces.
+const char* available();
+// Throws std::invalid_argument if `name` is not among available(). Not while a region runs.
+void select(const char* name);
+
+extern const Kernels portable;
+#if defined(__x86_64__)
+extern const Kernels avx2;
+extern const Kernels avx512;
+extern const Kernels amx;
+#endif
+
+}  // namespace glimmer

@@ -1,0 +1,9 @@
+// The loops in AVX-512 with BF16, VNNI and VBMI: Zen 4 and later, Sapphire Rapids and later.
+#define LANES 16
+#define ROWS 14
+#include "kernels.inc"
+
+namespace glimmer {
+const Kernels avx512 = {"avx512", ROWS, nullptr, nullptr, f32, bf16, fp8, int8, int4, load_bf16, to_bf16, to_fp8, to_int8,
+                        finish, swiglu, add, burn_bf16, burn_int8, read};
+}

@@ -1,0 +1,13 @@
+// The loops in whatever vectors every processor of the architecture has: SSE2, NEON.
+#define LANES 4
+#if defined(__aarch64__)
+#define ROWS 3  // 32 registers
+#else
+#define ROWS 1
+#endif
+#include "kernels.inc"
+
+namespace glimmer {
+const Kernels portable = {"portable", ROWS, nullptr, nullptr, f32, bf16, fp8, int8, int4, load_bf16, to_bf16, to_fp8, to_int8,
+                          finish, swiglu, add, burn_bf16, burn_int8, read};
+}

@@ -1,0 +1,196 @@
+#include "packed.h"
+
+#include <sys/mman.h>
+
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "pool.h"
+
+namespace glimmer {
+namespace {
+
+constexpr size_t HUGE = 2 << 20;
+
+size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
+
+// Transposes rows of `unit`-byte elements into a panel: element i of row r goes to slot (i, column of r).
+template <class T> void transpose(const char* codes, size_t stride, int rows, int column, int elements, T* panel) {
+    constexpr int BLOCK = 64 / sizeof(T);  // a cache line of each row at a time
+    for (int i = 0; i < elements; i += BLOCK) {
+        int end = i + BLOCK < elements ? i + BLOCK : elements;
+        for (int r = 0; r < rows; r++) {
+            const char* row = codes + r * stride;
+            for (int j = i; j < end; j++) {
+                T value;
+                std::memcpy(&value, row + j * sizeof(T), sizeof(T));
+                panel[j * PANEL + column + r] = value;
+            }
+        }
+    }
+}
+
+}  // namespace
+
+Packed::Packed(Kind kind, long count, int n, int k, int parts, int group, bool wide, bool zeros)
+    : kind(kind), count(count), n(n), k(k), parts(parts), groups{kind == Kind::int4 ? group : 32, wide, zeros} {
+    bool sound = count > 0 && n > 0 && k > 0 && parts > 0 && n % parts == 0 && groups.size > 0 && groups.size % 32 == 0;
+    if (!sound || n > 1 << 24 || k > 1 << 24 || groups.size > 1 << 24)
+        throw std::invalid_argument("no matrix of " + std::to_string(n) + " rows in " + std::to_string(parts) + " parts and " +
+                                    std::to_string(k) + " columns in groups of " + std::to_string(group));
+    size_t per_row = kind == Kind::fp8 || kind == Kind::int8 ? (size_t)count * panels() * PANEL * 4 : 0;
+    size_t codes = round_up((size_t)count * panels() * panel_bytes() + 8192, 64);  // loops fetch a little beyond the end
+    mapped = round_up(codes + per_row, 4096);
+    // Mapped by itself and aligned to huge pages, which save the walks that decoding would spend on small ones.
+    size_t room = mapped + HUGE;
+    void* base = mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED) throw std::bad_alloc();
+    char* begin = (char*)round_up((size_t)base, mapped >= HUGE ? HUGE : 4096);
+    char* end = begin + mapped;
+    if (begin > (char*)base) munmap(base, begin - (char*)base);
+    if (end < (char*)base + room) munmap(end, (char*)base + room - end);
+#if defined(MADV_HUGEPAGE)
+    if (mapped >= HUGE) madvise(begin, mapped, MADV_HUGEPAGE);  // a wish: without it everything works alike
+#endif
+    data = (uint8_t*)begin;
+    if (per_row) scales = (float*)(begin + codes);
+}
+
+Packed::~Packed() { munmap(data, mapped); }
+
+size_t Packed::panel_bytes() const {
+    size_t d = depth();
+    switch (kind) {
+        case Kind::f32: return d * PANEL * 4;
+        case Kind::bf16: return d * PANEL * 2;
+        case Kind::int4: return d / groups.size * groups.bytes();
+        default: return d * PANEL;
+    }
+}
+
+void Packed::fill(long e, int first, int rows, const void* codes, size_t stride, const float* row_scales,
+                  const uint8_t* zeros) {
+    if (e < 0 || e >= count || first < 0 || rows < 0 || first + rows > n) throw std::invalid_argument("rows out of range");
+    bool scaled = kind != Kind::f32 && kind != Kind::bf16;
+    if (scaled != (row_scales != nullptr) || (zeros != nullptr) != (kind == Kind::int4 && groups.zeros))
+        throw std::invalid_argument("scales or zeros missing, or not wanted");
+    const int width = n / parts;
+    const int per_row = (k + groups.size - 1) / groups.size;
+    for (int r = first, done; r < first + rows; r += done) {
+        int part = r / width, at = r % width, column = at % PANEL, p = at / PANEL * parts + part;
+        done = PANEL - column;
+        if (done > width - at) done = width - at;
+        if (done > first + rows - r) done = first + rows - r;
+        uint8_t* panel = data + (e * panels() + p) * panel_bytes();
+        const char* source = (const char*)codes + (r - first) * stride;
+        // Elements are moved in the units that stay together: 4 bytes are a float, two bf16, or four bytes of int8.
+        if (kind == Kind::f32) {
+            transpose(source, stride, done, column, k, (uint32_t*)panel);
+        } else if (kind == Kind::bf16 || kind == Kind::fp8) {
+            int pairs = k / 2;
+            if (kind == Kind::bf16) transpose(source, stride, done, column, pairs, (uint32_t*)panel);
+            else transpose(source, stride, done, column, pairs, (uint16_t*)panel);
+            if (k % 2) {
+                size_t unit = kind == Kind::bf16 ? 2 : 1;
+                for (int i = 0; i < done; i++)
+                    std::memcpy(panel + ((size_t)pairs * PANEL + column + i) * 2 * unit, source + i * stride + (k - 1) * unit, unit);
+            }
+        } else if (kind == Kind::int8) {
+            transpose(source, stride, done, column, k / 4, (uint32_t*)panel);
+            for (int i = 0; i < done; i++)
+                std::memcpy(panel + ((size_t)(k / 4) * PANEL + column + i) * 4, source + i * stride + k / 4 * 4, k % 4);
+            for (int q = 0; q < depth() / 4; q++)  // stored with 128 added; the padding is multiplied by zeros
+                for (int i = 0; i < done; i++) {
+                    uint32_t four;
+                    uint8_t* slot = panel + ((size_t)q * PANEL + column + i) * 4;
+                    std::memcpy(&four, slot, 4);
+                    four ^= 0x80808080u;
+                    std::memcpy(slot, &four, 4);
+                }
+        } else {
+            for (int i = 0; i < done; i++) {
+                const uint8_t* row = (const uint8_t*)source + i * stride;
+                for (int g = 0; g < per_row; g++) {
+                    uint8_t* out = panel + g * groups.bytes();
+                    int begin = g * groups.size, end = begin + groups.size < k ? begin + groups.size : k;
+                    for (int c = begin; c < end; c++) {
+                        int code = row[c / 2] >> (c % 2 * 4) & 15, l = (c - begin) / 8, t = (c - begin) % 8;
+                        out[(l * PANEL + column + i) * 4 + t % 4] |= (uint8_t)(code << (t / 4 * 4));
+                    }
+                    float s = row_scales[(size_t)(r - first + i) * per_row + g];
+                    uint8_t* to = out + groups.codes();
+                    uint32_t u;
+                    std::memcpy(&u, &s, 4);
+                    uint16_t half = (uint16_t)(u >> 16);
+                    if (!groups.wide && u & 0xffff) throw std::invalid_argument("a scale that is no bf16 number");
+                    if (groups.wide) std::memcpy(to + (column + i) * 4, &s, 4);
+                    else std::memcpy(to + (column + i) * 2, &half, 2);
+                    if (groups.zeros) to[PANEL * (groups.wide ? 4 : 2) + column + i] = zeros[(size_t)(r - first + i) * per_row + g];
+                }
+            }
+        }
+        if (scales)
+            for (int i = 0; i < done; i++) scales[(e * panels() + p) * PANEL + column + i] = row_scales[r - first + i];
+    }
+}
+
+Rows::Rows(const Packed& w, long m, int slot) {
+    size_t d = w.depth();
+    stride = w.kind == Kind::f32 ? d * 4 : w.kind == Kind::int8 || w.kind == Kind::int4 ? d : d * 2;
+    groups = w.kind == Kind::int4 ? (int)(d / w.groups.size) : 1;
+    values = (char*)scratch(slot, (m + BEYOND) * stride);
+    scales = (float*)scratch(slot + 1, (size_t)(m + BEYOND) * groups * 4);
+    sums = (int32_t*)scratch(slot + 2, (size_t)(m + BEYOND) * groups * 4);
+}
+
+void Rows::set(const Packed& w, long i, const float* x) {
+    const Kernels& ops = kernels();
+    char* y = values + i * stride;
+    switch (w.kind) {
+        case Kind::f32: std::memcpy(y, x, (size_t)w.k * 4); break;
+        case Kind::bf16: ops.to_bf16(x, w.k, (uint16_t*)y); break;
+        case Kind::fp8: ops.to_fp8(x, w.k, (uint16_t*)y, scales + i); break;
+        case Kind::int8: ops.to_int8(x, w.k, w.k, (int8_t*)y, scales + i, sums + i); break;
+        case Kind::int4: ops.to_int8(x, w.k, w.groups.size, (int8_t*)y, scales + i * groups, sums + i * groups); break;
+    }
+}
+
+void Rows::set(const Packed& w, long i, const uint16_t* x) {
+    char* y = values + i * stride;
+    if (w.kind == Kind::bf16) {
+        std::memcpy(y, x, (size_t)w.k * 2);
+        std::memset(y + (size_t)w.k * 2, 0, stride - (size_t)w.k * 2);
+        return;
+    }
+    if (w.kind == Kind::f32) return kernels().load_bf16(x, w.k, (float*)y);
+    constexpr int WIDE = 16384;
+    float wide[WIDE];
+    if (w.k > WIDE) throw std::length_error("an inner dimension above 16384");
+    kernels().load_bf16(x, w.k, wide);
+    set(w, i, wide);
+}
+
+void Rows::copy(long i, const Rows& from, long j) {
+    std::memcpy(values + i * stride, from.values + j * stride, stride);
+    std::memcpy(scales + i * groups, from.scales + j * groups, (size_t)groups * 4);
+    std::memcpy(sums + i * groups, from.sums + j * groups, (size_t)groups * 4);
+}
+
+void Rows::times(const Packed& w, long e, int p, long first, int m, float* c) const {
+    const Kernels& ops = kernels();
+    const char* a = values + first * stride;
+    const uint8_t* panel = w.panel(e, p);
+    int d = w.depth();
+    switch (w.kind) {
+        case Kind::f32: return ops.f32((const float*)a, d, m, (const float*)panel, w.k, c);
+        case Kind::bf16: return ops.bf16((const uint16_t*)a, d, m, (const uint16_t*)panel, w.k, c);
+        case Kind::fp8: return ops.fp8((const uint16_t*)a, d, m, panel, w.k, c);
+        case Kind::int8: return ops.int8((const int8_t*)a, d, m, panel, w.k, sums + first, c);
+        case Kind::int4:
+            return ops.int4((const int8_t*)a, d, m, panel, d, w.groups, scales + first * groups, sums + first * groups, c);
+    }
+}
+
+}  // namespace glimmer

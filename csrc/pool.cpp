@@ -1,0 +1,150 @@
+// Workers spin for a moment after each region, since the next one of the same step follows within microseconds, and then
+// sleep: waking a sleeping thread costs tens of microseconds, and an idle engine must cost no CPU.
+#include "pool.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+static inline void relax() { _mm_pause(); }
+#elif defined(__aarch64__)
+static inline void relax() { asm volatile("yield"); }
+#else
+static inline void relax() {}
+#endif
+
+namespace glimmer {
+namespace {
+
+constexpr auto SPIN = std::chrono::microseconds(3000);  // the longest gap between two regions of one step
+constexpr int SLOTS = 12;
+
+struct Pool {
+    std::recursive_mutex turn;
+    std::mutex mutex;
+    std::condition_variable wake;
+    std::vector<std::thread> workers;
+    std::atomic<unsigned long> epoch{0};
+    std::atomic<long> next{0};
+    std::atomic<int> busy{0};
+    std::atomic<bool> stop{false};
+    std::atomic<int> asleep{0};
+    const std::function<void(long)>* task = nullptr;
+    long n = 0;
+    int wanted = 1;
+    void* buffers[SLOTS] = {};
+    size_t sizes[SLOTS] = {};
+
+    void work() {
+        const Kernels& k = kernels();
+        if (k.enter) k.enter();
+        for (long i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) (*task)(i);
+        if (k.leave) k.leave();
+    }
+
+    void loop(unsigned long seen) {
+        while (true) {
+            auto until = std::chrono::steady_clock::now() + SPIN;
+            for (int round = 1; epoch.load(std::memory_order_acquire) == seen && !stop.load(); round++) {
+                relax();
+                if (round % 256 || std::chrono::steady_clock::now() < until) continue;
+                std::unique_lock<std::mutex> lock(mutex);
+                asleep++;
+                wake.wait(lock, [&] { return epoch.load() != seen || stop.load(); });
+                asleep--;
+            }
+            if (stop.load()) return;
+            seen = epoch.load(std::memory_order_acquire);
+            work();
+            busy.fetch_sub(1, std::memory_order_release);
+        }
+    }
+
+    void start() {
+        for (int i = (int)workers.size() + 1; i < wanted; i++) workers.emplace_back([this, e = epoch.load()] { loop(e); });
+    }
+
+    void join() {
+        {
+            std::lock_guard<std::mutex> lock(mutex);
+            stop = true;
+        }
+        wake.notify_all();
+        for (auto& worker : workers) worker.join();
+        workers.clear();
+        stop = false;
+    }
+};
+
+Pool* pool = new Pool;  // never destroyed: worker threads may outlive static destructors
+
+// A forked child has no workers and a lock in an unknown state: it starts afresh.
+void forked() {
+    int wanted = pool->wanted;
+    pool = new Pool;
+    pool->wanted = wanted;
+}
+
+const int registered = pthread_atfork(nullptr, nullptr, forked);
+
+}  // namespace
+
+void set_threads(int n) {
+    if (n < 1) throw std::invalid_argument("at least one thread");
+    std::lock_guard<std::recursive_mutex> turn(pool->turn);
+    if (n - 1 < (int)pool->workers.size()) pool->join();
+    pool->wanted = n;
+}
+
+int threads() { return pool->wanted; }
+
+void parallel(long n, const std::function<void(long)>& task) {
+    if (n <= 0) return;
+    std::lock_guard<std::recursive_mutex> turn(pool->turn);
+    Pool& p = *pool;
+    p.task = &task;
+    p.n = n;
+    p.next.store(0, std::memory_order_relaxed);
+    if (n == 1 || p.wanted == 1) return p.work();
+    p.start();
+    p.busy.store((int)p.workers.size(), std::memory_order_relaxed);
+    {
+        // Under the lock only where somebody sleeps: a worker on its way to sleep holds it, and looks again before it does.
+        p.epoch.fetch_add(1, std::memory_order_seq_cst);
+        if (p.asleep.load(std::memory_order_seq_cst)) {
+            std::lock_guard<std::mutex> lock(p.mutex);
+            p.wake.notify_all();
+        }
+    }
+    p.work();
+    while (p.busy.load(std::memory_order_acquire)) relax();
+}
+
+Turn::Turn() { pool->turn.lock(); }
+Turn::~Turn() { pool->turn.unlock(); }
+
+void* scratch(int slot, size_t bytes) {
+    Pool& p = *pool;
+    if (p.sizes[slot] < bytes) {
+        std::free(p.buffers[slot]);
+        size_t size = (bytes + bytes / 8 + 4095) / 4096 * 4096;
+        p.buffers[slot] = std::aligned_alloc(4096, size);
+        p.sizes[slot] = p.buffers[slot] ? size : 0;
+        if (!p.buffers[slot]) throw std::bad_alloc();
+    }
+    return p.buffers[slot];
+}
+
+}  // namespace glimmer
