@@ -546,7 +546,7 @@ def test_experts_fp8(case, doors, dtype, noise):
         each = [single(ops.swiglu(single(row[None], halves[e])), downs[e])[0].cpu().double() for e in its]
         expected = sum(w * part for w, part in zip(weights, each))
         # An input of the second matrix on the border of two codes may go either way: 1/16 of a few of 88 numbers.
-        assert (y - expected).norm() <= 0.03 * expected.norm()
+        assert (y - expected).norm() <= 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("case", CHOICES)
