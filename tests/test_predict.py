@@ -415,6 +415,7 @@ def test_defaults_of_the_checkpoint_are_weaker_than_keys(run, tmp_path, monkeypa
         (["--dtype", "float16", "x"], "dtype='float16'"),
         ([], "no prompt"),
         (["x", "--output", "/nowhere/rows.jsonl"], "/nowhere/rows.jsonl"),
+        (["x", "--output", "/"], "--output /: Is a directory"),
         (["x", "--max-model-len", "1000000"], "max_model_len=1000000"),
     ],
 )
@@ -482,10 +483,9 @@ def test_only_an_interrupted_generation_says_what_is_kept(run, monkeypatch, begu
 
 
 def test_ctrl_c_while_libraries_are_loading_is_no_traceback(tmp_path):
-    (tmp_path / "glimmer").mkdir()
-    (tmp_path / "glimmer/__init__.py").write_text("raise KeyboardInterrupt  # as if somebody had just typed it")
-    script = shutil.copy(ROOT / "run_mindformer.py", tmp_path)
-    done = subprocess.run([sys.executable, script, "hi"], capture_output=True, text=True, timeout=60)
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt  # as if somebody had just typed it")
+    script, env = shutil.copy(ROOT / "run_mindformer.py", tmp_path), os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script, "hi"], env=env, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 

@@ -78,7 +78,7 @@ class Rows:
         self.rows: dict[int, dict[str, Any]] = {}
         if path is None:
             return
-        if not resume and path.exists() and path.stat().st_size:
+        if not resume and path.is_file() and path.stat().st_size:
             raise ConfigError(f"--output {path} is there already", "a new file",
                               "add --resume to continue it, or choose another name")
         try:
