@@ -35,17 +35,6 @@ def layout(kind: str, inner: int, group: int | None) -> tuple[str, int | None]:
     return kind, GROUP if inner % group else group
 
 
-def nbytes(kind: str, out: int, inner: int, group: int | None = None, width: int = 2, zeros: bool = True) -> int:
-    """Bytes of a Weight of that kind; width: of a plain value."""
-    match kind:
-        case "plain":
-            return out * inner * width
-        case "int4":
-            return out * inner // 2 + out * -(-inner // group) * (4 + zeros)
-        case _:
-            return out * inner + 4 * out
-
-
 @dataclass(frozen=True)
 class Weight:
     """A matrix of `out` rows and `in` columns: y = x @ W.T.
@@ -72,6 +61,25 @@ class Weight:
         """(out, in) of the matrix, however many codes a byte holds."""
         out, inner = self.codes.shape
         return out, 2 * inner if self.kind == "int4" else inner
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(tensor.nbytes for tensor in (self.codes, self.scales, self.zeros) if tensor is not None)
+
+    @staticmethod
+    def outline(
+        kind: str, shape: tuple[int, int], group: int | None, zeros: bool = True, dtype: torch.dtype | None = None
+    ) -> "Weight":
+        """A Weight without values, on torch's meta device: what one would be like. dtype: of plain values."""
+        out, inner = shape
+        types = {"plain": dtype, "fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
+        empty = lambda width, dtype: torch.empty(out, width, dtype=dtype, device="meta")
+        codes = empty(inner // 2 if kind == "int4" else inner, types[kind])
+        if kind != "int4":
+            return Weight(kind, codes, None if kind == "plain" else empty(1, torch.float32))
+        groups = -(-inner // group)
+        return Weight(kind, codes, empty(groups, torch.float32), empty(groups, torch.uint8) if zeros else None, group)
 
     @staticmethod
     def join(parts: "Sequence[Weight]", dtype: torch.dtype, device: torch.device) -> "Weight":

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from glimmer import weight as module
-from glimmer.weight import Weight, layout, nbytes
+from glimmer.weight import Weight, layout
 
 
 def draw(*shape: int, heavy: bool = False) -> Tensor:
@@ -35,8 +35,10 @@ def test_layout(kind, inner, group, expected):
     assert layout(kind, inner, group) == expected
     made = Weight("plain", draw(3, inner)).quantize(kind, group)
     assert (made.kind, made.group, made.shape) == (*expected, (3, inner))
-    stored = sum(t.nbytes for t in (made.codes, made.scales, made.zeros) if t is not None)
-    assert stored == nbytes(made.kind, 3, inner, made.group)
+    blank = Weight.outline(made.kind, (3, inner), made.group)
+    assert blank.nbytes == made.nbytes == sum(t.nbytes for t in (made.codes, made.scales, made.zeros) if t is not None)
+    for ours, theirs in ((made.codes, blank.codes), (made.scales, blank.scales), (made.zeros, blank.zeros)):
+        assert ours is theirs is None or (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
 
 
 @pytest.mark.parametrize("heavy, limits", [(False, (0.009, 0.079, 0.097)), (True, (0.020, 0.096, 0.145))])

@@ -335,12 +335,12 @@ def encode(weight: Weight) -> dict[str, Tensor]:
     if weight.kind != "int4":
         return {"weight": weight.codes, "weight_scale": weight.scales}
     tensors = {
-        "weight_packed": packed.words(weight.nibbles()),
+        "weight_packed": packed.words(weight.codes),
         "weight_scale": weight.scales.bfloat16(),
         "weight_shape": torch.tensor(weight.shape),
     }
     if weight.zeros is not None:
-        tensors["weight_zero_point"] = packed.words(weight.zeros.T).T.contiguous()
+        tensors["weight_zero_point"] = packed.words(packed.pairs(weight.zeros.T)).T.contiguous()
     return tensors
 
 

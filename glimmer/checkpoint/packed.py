@@ -25,15 +25,15 @@ def nibbles(words: Tensor) -> Tensor:
     return torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
 
 
-def words(codes: Tensor) -> Tensor:
-    """The inverse: (..., n) uint8 in 0..15 -> (..., ceil(n / 8)) int32, the last word filled up with zeros."""
-    codes = F.pad(codes, (0, -codes.shape[-1] % 8))
-    return _rows(codes[..., 0::2] | codes[..., 1::2] << 4).view(torch.int32)
-
-
 def pairs(codes: Tensor) -> Tensor:
-    """(out, in) uint8 in 0..15 -> (out, in / 2) uint8 as in Weight."""
+    """(n, m) uint8 in 0..15 -> (n, ceil(m / 2)) uint8, two codes a byte as in Weight."""
+    codes = F.pad(codes, (0, codes.shape[1] % 2))
     return codes[:, 0::2] | codes[:, 1::2] << 4
+
+
+def words(pairs: Tensor) -> Tensor:
+    """(n, m) uint8, two codes a byte -> (n, ceil(m / 4)) int32, the last word filled up with zeros."""
+    return _rows(F.pad(pairs, (0, -pairs.shape[1] % 4))).view(torch.int32)
 
 
 def from_awq(packed: Tensor) -> Tensor:

@@ -9,9 +9,11 @@ eh_proj, become int8 (docs/numerics.md says why).
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from glimmer.checkpoint import formats
 from glimmer.checkpoint.files import Checkpoint
@@ -20,7 +22,7 @@ from glimmer.errors import CheckpointError, ConfigError
 from glimmer.model import names
 from glimmer.model.glm4_moe import Glm4Moe
 from glimmer.parallel import Group
-from glimmer.weight import GROUP, Weight, layout, nbytes
+from glimmer.weight import GROUP, Weight, layout
 
 SHOWN = 8  # names in an error message; the rest is counted
 MTP_ONLY = ("eh_proj.", "enorm.", "hnorm.", "embed_tokens.", "shared_head.")  # what an ordinary layer does not have
@@ -121,42 +123,61 @@ class Plan:
 
     def fill(self, model: Glm4Moe, device: torch.device, progress: Callable[[int], None] = lambda nbytes: None) -> None:
         """Read our cuts into `model`. progress is told the bytes of nbytes that each group of matrices makes up."""
-        # Thousands of small copies: a second thread gains a fifth on an idle machine, and on a busy one it waits at
-        # every one of them. Quantising an expert is work enough for a thread of its own.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as workers:
-                self._workers, self._width = workers, threads
-                self._fill(model, device, progress)
-        finally:
-            torch.set_num_threads(threads)
+        with _one_thread() as threads:
+            for entry in self.entries:
+                leaf, dtype = model.get_submodule(entry.leaf), torch.float32 if entry.exact else self.dtype
+                vectors = [formats.vector(self.checkpoint, name, cut) for name, _, cut in entry.vectors]
+                matrices = self._matrices(entry, threads, progress)
+                if not entry.groups:
+                    leaf.fill(vectors[0], dtype, device)
+                elif len(entry.groups) > 1 or ".experts." in entry.leaf:
+                    leaf.fill(matrices, len(entry.groups), dtype, device)
+                for weights in matrices:  # that nobody has taken: one group
+                    if entry.leaf.endswith("embed_tokens"):
+                        leaf.fill(weights[0].dequantize(dtype), dtype, device)
+                    else:
+                        leaf.fill(weights, torch.cat(vectors) if vectors else None, dtype, device)
+                self.checkpoint.release()
 
-    def _fill(self, model: Glm4Moe, device: torch.device, progress: Callable[[int], None]) -> None:
+    def tensors(self, progress: Callable[[int], None] = lambda nbytes: None) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of a checkpoint that holds what `fill` would make of this one, matrix by matrix."""
+        with _one_thread() as threads:
+            for entry in self.entries:
+                for weights, parts in zip(self._matrices(entry, threads, progress), entry.groups):
+                    for part, weight in zip(parts, weights):
+                        yield from ((f"{part.name}.{end}", tensor) for end, tensor in formats.encode(weight).items())
+                for name, _, cut in entry.vectors:
+                    yield name, formats.vector(self.checkpoint, name, cut)
+                self.checkpoint.release()
+
+    def outline(self) -> Iterator[tuple[str, Tensor]]:
+        """What `tensors` will give, without values (torch's meta device)."""
         for entry in self.entries:
-            leaf, dtype = model.get_submodule(entry.leaf), torch.float32 if entry.exact else self.dtype
-            vectors = [formats.vector(self.checkpoint, name, cut) for name, _, cut in entry.vectors]
-            if not entry.groups:
-                leaf.fill(vectors[0], dtype, device)
-            elif len(entry.groups) > 1 or ".experts." in entry.leaf:
-                leaf.fill(self._experts(entry, progress), len(entry.groups), dtype, device)
-            elif entry.leaf.endswith("embed_tokens"):
-                leaf.fill(self._weights(entry, entry.groups[0])[0].dequantize(dtype), dtype, device)
-            else:
-                weights = self._weights(entry, entry.groups[0])
-                leaf.fill(weights, torch.cat(vectors) if vectors else None, dtype, device)
-            self.checkpoint.release()
-            progress(0 if len(entry.groups) > 1 else sum(self._nbytes(entry, part) for g in entry.groups for part in g))
+            for part in (part for group in entry.groups for part in group):
+                dtype = self.checkpoint.dtype(formats.stored(self.checkpoint, part.name).tensors[0])
+                blank = formats.encode(self._outline(entry, part, dtype))
+                yield from ((f"{part.name}.{end}", tensor) for end, tensor in blank.items())
+            for name, _, cut in entry.vectors:
+                yield name, formats.vector(self.checkpoint, name, cut).to("meta")
 
-    def _experts(self, entry: names.Entry, progress: Callable[[int], None]) -> Iterator[list[Weight]]:
-        """One expert at a time, or, where codes must be made, one for each thread; then their pages are given back."""
-        copied = self._target(entry, entry.groups[0][0])[0] in ("plain", "fp8")
-        work, width = (map, 1) if copied else (self._workers.map, self._width)
-        for i in range(0, len(entry.groups), width):
-            some = entry.groups[i : i + width]
-            yield from work(partial(self._weights, entry), some)
-            self.checkpoint.release()
-            progress(sum(self._nbytes(entry, part) for parts in some for part in parts))
+    def kinds(self) -> dict[str, tuple[str, int | None]]:
+        """(kind, group) that each matrix of the checkpoint becomes, by name."""
+        parts = ((entry, part) for entry in self.entries for group in entry.groups for part in group)
+        return {part.name: self._target(entry, part) for entry, part in parts}
+
+    def _matrices(self, entry: names.Entry, threads: int, progress: Callable[[int], None]) -> Iterator[list[Weight]]:
+        """Group after group: one at a time, or, where codes must be made, one for each thread.
+
+        A group is taken to be done with, its pages are given back and its bytes reported, when the next is asked for.
+        """
+        quantised = entry.groups and self._target(entry, entry.groups[0][0])[0] not in ("plain", "fp8")
+        width = threads if quantised else 1
+        with ThreadPoolExecutor(width, initializer=lambda: torch.set_num_threads(1)) as workers:
+            work = map if width == 1 or len(entry.groups) == 1 else workers.map
+            for i in range(0, len(entry.groups), width):
+                yield from work(partial(self._weights, entry), entry.groups[i : i + width])
+                self.checkpoint.release()
+                progress(sum(self._nbytes(entry, part) for g in entry.groups[i : i + width] for part in g))
 
     def _weights(self, entry: names.Entry, parts: tuple[names.Part, ...]) -> list[Weight]:
         """Our cuts of matrices that are computed together, as they will be held."""
@@ -194,7 +215,25 @@ class Plan:
 
     def _nbytes(self, entry: names.Entry, part: names.Part) -> int:
         """Bytes of our cut once loaded."""
-        kind, group = self._target(entry, part)
-        width = 4 if entry.exact else self.dtype.itemsize
+        return self._outline(entry, part, torch.float32 if entry.exact else self.dtype).nbytes
+
+    def _outline(self, entry: names.Entry, part: names.Part, dtype: torch.dtype) -> Weight:
+        """The Weight that a part becomes, without values; dtype: if they are plain."""
         zeros = self._quantises(entry) or formats.stored(self.checkpoint, part.name).zeros
-        return nbytes(kind, *part.local_shape, group, width, zeros)
+        kind, group = self._target(entry, part)
+        return Weight.outline(kind, part.local_shape, group, zeros, dtype)
+
+
+@contextmanager
+def _one_thread() -> Iterator[int]:
+    """torch computes with one thread here; the number that it had before.
+
+    Loading is thousands of small copies: a second thread gains a fifth on an idle machine, and on a busy one it waits
+    at every one of them. Quantising an expert is work enough for a thread of its own.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
