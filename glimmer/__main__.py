@@ -1,11 +1,11 @@
-"""The command line: `glimmer predict | bench | doctor`. Each word has a file of its own; this one only finds it.
+"""The command line: `glimmer COMMAND`. Each command has a file of its own; this one only finds it.
 
 Errors that glimmer raises on purpose become three lines and an exit code here, never a traceback.
 """
 
 import sys
 
-from glimmer import __version__, bench, doctor, predict
+from glimmer import __version__, bench, doctor, predict, quantize
 from glimmer.errors import ConfigError, GlimmerError
 
 HELP = """\
@@ -16,6 +16,7 @@ Runs the GLM-4.5 family (GLM-4.5, 4.5-Air, 4.6, 4.7) from a Hugging Face directo
 commands
   predict   answer one prompt, several, or a file of them
   bench     measure loading, prefill and decode on this machine
+  quantize  write a checkpoint with int8 or int4 matrices
   doctor    what this machine has, and which operations will serve
 
 examples
@@ -27,7 +28,12 @@ examples
 Each command has its own --help. `glimmer --version` prints the version.
 """
 
-COMMANDS = {"predict": predict.main, "bench": bench.main, "doctor": doctor.main}
+COMMANDS = {
+    "predict": predict.main,
+    "bench": bench.main,
+    "quantize": quantize.main,
+    "doctor": doctor.main,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

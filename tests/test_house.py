@@ -16,7 +16,7 @@ FLOORS = (
     ("model",),
     ("engine",),
     ("llm", "testing"),
-    ("predict", "bench", "doctor", "launch", "__main__", "__init__"),
+    ("predict", "bench", "doctor", "quantize", "launch", "__main__", "__init__"),
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 

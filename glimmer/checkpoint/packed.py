@@ -33,7 +33,7 @@ def pairs(codes: Tensor) -> Tensor:
 
 def words(pairs: Tensor) -> Tensor:
     """(n, m) uint8, two codes a byte -> (n, ceil(m / 4)) int32, the last word filled up with zeros."""
-    return _rows(F.pad(pairs, (0, -pairs.shape[1] % 4))).view(torch.int32)
+    return F.pad(pairs, (0, -pairs.shape[1] % 4)).clone(memory_format=torch.contiguous_format).view(torch.int32)
 
 
 def from_awq(packed: Tensor) -> Tensor:

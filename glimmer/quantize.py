@@ -1,0 +1,147 @@
+"""`glimmer quantize MODEL OUT --quantization int8 | int4`: a checkpoint with int8 or int4 matrices, made once.
+
+OUT is a Hugging Face directory in the vocabulary of compressed-tensors; glimmer loads from it exactly what
+`--quantization` would have made of MODEL, without the work. It is written beside its place, file by file with the
+memory of a few matrices, and gets its name when it is complete: whatever stops the command leaves no OUT.
+Not here: how codes are chosen (weight.py), which matrix becomes what (model/load.py), how they are laid out
+(checkpoint/formats.py).
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from glimmer.checkpoint import formats
+from glimmer.checkpoint.files import DTYPES, INDEX, Checkpoint
+from glimmer.config import ModelConfig, check_quantization, read_json
+from glimmer.errors import CheckpointError, ConfigError
+from glimmer.model.load import Plan
+from glimmer.model.names import mtp_prefix
+from glimmer.parallel import Group
+
+SHARD = 4 << 30  # bytes of tensors in a file
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")  # not copied
+SLACK = 64 << 20  # bytes of disk for everything but weights
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def main(argv: list[str]) -> int:
+    """Write OUT; 0 when it is there."""
+    parser = argparse.ArgumentParser("glimmer quantize", description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", help="a Hugging Face directory in bf16, fp16, fp32 or FP8")
+    parser.add_argument("out", help="the directory to make; there must be none of that name")
+    parser.add_argument("--quantization", required=True, choices=("int8", "int4"))
+    parser.add_argument("--group-size", type=int, help="with int4: inputs that share a scale (32)")
+    args = parser.parse_args(argv)
+    check_quantization(args.quantization, args.group_size)
+    nbytes = quantize(Path(args.model), Path(args.out), args.quantization, args.group_size)
+    print(f"{args.out}: {tqdm.format_sizeof(nbytes, 'B')} of weights in {args.quantization}")
+    return 0
+
+
+def quantize(model: Path, out: Path, quantization: str, group_size: int | None) -> int:
+    """Write the directory `out`, all of it or nothing; returns the bytes of its tensors.
+
+    Raises ConfigError and CheckpointError: `out` exists or cannot be written, or `model` cannot be quantised.
+    """
+    config = ModelConfig.load(model)
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"{out} exists", "a directory that is yet to be made", "choose another name, or remove it")
+    partial = out.absolute().parent / f".{out.name}.{os.getpid()}.partial"
+    formats.check(config.quantization_config)
+    with Checkpoint(model) as checkpoint:
+        mtp = formats.holds(checkpoint, f"{mtp_prefix(config)}eh_proj")
+        plan = Plan(config, checkpoint, Group(), torch.bfloat16, mtp, quantization, group_size)
+        try:
+            partial.mkdir()
+            try:
+                nbytes = _write(plan, model, partial)
+                partial.rename(out)
+            except BaseException:
+                shutil.rmtree(partial)
+                raise
+        except OSError as error:
+            raise CheckpointError(
+                f"{error.filename or partial} cannot be written: {error.strerror or error}",
+                f"a place for {plan.nbytes / 1e9:.2f} GB beside {out}",
+                "free some space or choose another place; nothing was left behind",
+            ) from error
+    return nbytes
+
+
+def _check_space(directory: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < nbytes + SLACK:
+        raise CheckpointError(
+            f"{directory.parent} has {free / 1e9:.2f} GB free",
+            f"{(nbytes + SLACK) / 1e9:.2f} GB for the quantised weights",
+            "free some space or choose another place; nothing was left behind",
+        )
+
+
+def _write(plan: Plan, model: Path, directory: Path) -> int:
+    """Everything into `directory`; returns the bytes of the tensors. config.json, a checkpoint's mark, comes last."""
+    shards = _divide(plan.outline())
+    nbytes = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    _check_space(directory, nbytes)
+    files = {}
+    with (
+        tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False) as bar,
+        closing(plan.tensors(bar.update)) as tensors,
+    ):
+        for i, shard in enumerate(shards, start=1):
+            name = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+            _write_shard(directory / name, shard, tensors)
+            files |= dict.fromkeys(shard, name)
+    if len(shards) > 1:
+        _write_json(directory / INDEX, {"metadata": {"total_size": nbytes}, "weight_map": files})
+    for path in sorted(model.iterdir()):
+        ours = path.name in ("config.json", INDEX) or path.suffix in WEIGHTS
+        if path.is_file() and not ours and not path.name.startswith("."):
+            shutil.copyfile(path, directory / path.name)
+    config = read_json(model / "config.json", "the model's configuration")
+    _write_json(directory / "config.json", config | {"quantization_config": formats.describe(plan.kinds())})
+    return nbytes
+
+
+def _divide(tensors: Iterable[tuple[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Into files of at most SHARD bytes, or of one tensor."""
+    shards, left = [], 0
+    for name, tensor in tensors:
+        if not shards or tensor.nbytes > left:
+            shards.append({})
+            left = SHARD
+        shards[-1][name] = tensor
+        left -= tensor.nbytes
+    return shards
+
+
+def _write_shard(path: Path, shard: dict[str, Tensor], tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """One safetensors file with the next of `tensors`, which `shard` announces."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in shard.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, like in shard.items():
+            found, tensor = next(tensors)
+            assert (found, tensor.dtype, tensor.shape) == (name, like.dtype, like.shape), f"{found} in place of {name}"
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
