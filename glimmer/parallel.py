@@ -7,6 +7,7 @@ Objects travel as JSON, never as pickles. Not here: what is cut how (model/names
 """
 
 import json
+import math
 import os
 import socket
 import time
@@ -147,13 +148,19 @@ def connect(tensor_parallel_size: int, device: torch.device, backend: str, timeo
         )
     if size == 1:
         return Group(device=device)
-    timeout = float(os.environ.get("GLIMMER_JOIN_TIMEOUT", timeout))
+    timeout = _number("GLIMMER_JOIN_TIMEOUT", timeout, 0, 1e7)
+    local_size = int(_number("LOCAL_WORLD_SIZE", size, 1, size))
     address, port = _meeting()
     meeting = f"{address}:{port}"
     opens = rank == 0 and not _met_by_launcher()
     try:
-        store = dist.TCPStore(address, int(port), None, opens, timedelta(seconds=timeout), wait_for_workers=False)
-    except (RuntimeError, ValueError) as error:
+        store = dist.TCPStore(address, port, None, opens, timedelta(seconds=timeout), wait_for_workers=False)
+    except RuntimeError as error:
+        if opens:
+            raise ConfigError(
+                f"rank 0 on {socket.gethostname()} cannot open {meeting}: {_first_line(error)}",
+                "a free port of this machine", "choose another MASTER_PORT, on every machine",
+            ) from None
         raise EngineError(
             f"rank {rank} on {socket.gethostname()} cannot reach {meeting}: {_first_line(error)}",
             "the meeting point that rank 0 opens",
@@ -186,12 +193,27 @@ def connect(tensor_parallel_size: int, device: torch.device, backend: str, timeo
             "see whether another rank ended first; check the firewall, and the network interface if one is set"
             " (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, HCCL_SOCKET_IFNAME)",
         ) from None
-    return Group(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", size)), device, store)
+    return Group(rank, size, local_size, device, store)
 
 
-def _meeting() -> tuple[str, str]:
+def _number(name: str, default: float, least: float, most: float) -> float:
+    """A number from the environment; ConfigError if it is none, or out of bounds."""
+    text = os.environ.get(name, str(default))
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan  # within no bounds
+    if least <= value <= most:
+        return value
+    raise ConfigError(
+        f"{name}={text!r} in the environment", f"a number from {least:g} to {most:g}",
+        f"start the processes with torchrun, or unset {name}",
+    )
+
+
+def _meeting() -> tuple[str, int]:
     """Address and port of the store."""
-    return os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
+    return os.environ.get("MASTER_ADDR", "127.0.0.1"), int(_number("MASTER_PORT", 29500, 1, 65535))
 
 
 def _met_by_launcher() -> bool:
@@ -217,4 +239,4 @@ def _first_line(error: object) -> str:
 
 def local_rank() -> int:
     """Which accelerator of this machine is ours."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return int(_number("LOCAL_RANK", 0, 0, 2**16))

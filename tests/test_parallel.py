@@ -17,7 +17,7 @@ from torch.distributed import TCPStore
 from glimmer.config import ModelConfig
 from glimmer.errors import ConfigError, EngineError
 from glimmer.model.names import check_tensor_parallel, tensor_parallel_sizes
-from glimmer.parallel import Group, connect, share, world
+from glimmer.parallel import Group, connect, local_rank, share, world
 
 SCRIPT = str(Path(__file__).with_name("answer.py"))
 WIDE = {"num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 98, "moe_intermediate_size": 30,
@@ -148,6 +148,25 @@ def test_impossible_environment(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="0 <= RANK < WORLD_SIZE"):
         world()
+    monkeypatch.setenv("RANK", "1")
+    for name, value in (("LOCAL_WORLD_SIZE", "3"), ("MASTER_PORT", "a"), ("GLIMMER_JOIN_TIMEOUT", "nan")):
+        with monkeypatch.context() as changed, pytest.raises(ConfigError, match=f"{name}='{value}' in the environment"):
+            changed.setenv(name, value)
+            connect(2, torch.device("cpu"), "gloo")
+    monkeypatch.setenv("LOCAL_RANK", "-1")
+    with pytest.raises(ConfigError, match="LOCAL_RANK='-1'"):
+        local_rank()
+
+
+def test_a_busy_port_is_reported_as_such(monkeypatch):
+    """Without a launcher: rank 0 opens the meeting point itself."""
+    with socket.create_server(("", 0)) as server:
+        port = str(server.getsockname()[1])
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError, match=f"cannot open 127.0.0.1:{port}.*in use") as busy:
+            connect(2, torch.device("cpu"), "gloo")
+    assert busy.value.expected == "a free port of this machine"
 
 
 def test_sizes_that_do_not_divide_are_refused_with_those_that_do(model):
