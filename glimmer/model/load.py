@@ -211,7 +211,8 @@ class Plan:
                 "a checkpoint in bf16, fp16, fp32 or FP8, to be quantised while loading",
                 "leave quantization out: what is quantised on disk is used as it is",
             )
-        return layout("int8" if entry.leaf in FINE else self._asked[0], part.local_shape[1], self._asked[1])
+        kind, group = layout("int8" if entry.leaf in FINE else self._asked[0], part.shape[1], self._asked[1])
+        return layout(kind, part.local_shape[1], group)  # as the whole is laid out, where the cut allows it
 
     def _nbytes(self, entry: names.Entry, part: names.Part) -> int:
         """Bytes of our cut once loaded."""
