@@ -9,7 +9,9 @@ Objects travel as JSON, never as pickles. Not here: what is cut how (model/names
 import json
 import math
 import os
+import re
 import socket
+import textwrap
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -234,7 +236,9 @@ def _lost_meeting(rank: int, symptom: object) -> EngineError:
 
 
 def _first_line(error: object) -> str:
-    return str(error).splitlines()[0][:160]
+    """What a transport has said, without its place in the source, and not at any length."""
+    line = re.sub(r"^\[\S+\.(cc|cpp|h|hpp):\d+\] ", "", (str(error).splitlines() or [""])[0])
+    return textwrap.shorten(line, 160, placeholder=" ...")
 
 
 def local_rank() -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import HashStore, TCPStore
 
 from glimmer.config import ModelConfig
 from glimmer.errors import ConfigError, EngineError
@@ -127,6 +128,16 @@ def test_a_rank_never_says_that_it_lost_itself(meeting, monkeypatch):
     process.wait(30)
     lost = Group(rank=0, size=2, store=store).lost_peer("connection closed")
     assert f"rank 0 on {socket.gethostname()} lost the launcher on 127.0.0.1" in lost.found
+
+
+def test_a_lost_rank_is_named_with_what_was_felt():
+    store = HashStore()
+    for rank in (0, 1):
+        store.set(f"host/{rank}", f"node{rank}")
+    said = "[/somewhere/gloo/transport/tcp/pair.cc:537] Connection reset by peer. " + "long advice " * 20 + "\nframes"
+    lost = Group(rank=0, size=2, store=store).lost_peer(said)
+    assert re.fullmatch(r"rank 0 on \S+ lost rank 1 on node1 \(Connection reset by peer\. long .* \.\.\.\)", lost.found)
+    assert len(lost.found) < 250
 
 
 def test_ranks_that_meet_and_cannot_connect(model, tmp_path):
