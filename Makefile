@@ -11,7 +11,7 @@ BIN = .venv/bin
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
-	$(BIN)/glimmer predict "请介绍一下北京"
+	$(BIN)/glimmer demo $(MODEL)
 
 test: .venv/ready
 	$(BIN)/python -m pytest

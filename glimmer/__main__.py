@@ -5,7 +5,7 @@ Errors that glimmer raises on purpose become three lines and an exit code here, 
 
 import sys
 
-from glimmer import __version__, bench, doctor, predict, quantize
+from glimmer import __version__, bench, doctor, predict, quantize, showcase
 from glimmer.errors import ConfigError, GlimmerError
 
 HELP = """\
@@ -15,6 +15,7 @@ Runs the GLM-4.5 family (GLM-4.5, 4.5-Air, 4.6, 4.7) from a Hugging Face directo
 
 commands
   predict   answer one prompt, several, or a file of them
+  demo      a city, a sum and a tool call, with their speed
   bench     measure loading, prefill and decode on this machine
   quantize  write a checkpoint with int8 or int4 matrices
   doctor    what this machine has, and which operations will serve
@@ -30,6 +31,7 @@ Each command has its own --help. `glimmer --version` prints the version.
 
 COMMANDS = {
     "predict": predict.main,
+    "demo": showcase.main,
     "bench": bench.main,
     "quantize": quantize.main,
     "doctor": doctor.main,

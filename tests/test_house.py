@@ -16,7 +16,7 @@ FLOORS = (
     ("model",),
     ("engine",),
     ("llm", "testing"),
-    ("predict", "bench", "doctor", "quantize", "launch", "__main__", "__init__"),
+    ("predict", "bench", "showcase", "doctor", "quantize", "launch", "__main__", "__init__"),
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 
@@ -34,6 +34,7 @@ FORBIDDEN = {
     "llm": ("argparse", "http"),
     "predict": ("glimmer.model", "glimmer.ops", "glimmer.checkpoint", "glimmer.engine", "torch"),
     "bench": ("glimmer.model", "glimmer.ops", "glimmer.checkpoint", "glimmer.engine", "torch"),
+    "showcase": ("glimmer.model", "glimmer.ops", "glimmer.checkpoint", "glimmer.engine", "torch"),
 }
 
 

@@ -1,0 +1,27 @@
+"""`glimmer demo`: three answers of the demo model with their speed, in words that anybody can check."""
+
+import re
+
+from glimmer import showcase
+from glimmer.__main__ import main
+
+
+def test_three_answers_and_their_speed(capsys):
+    assert main(["demo"]) == 0
+    city, total, call = capsys.readouterr().out.split("## ")[1:]
+    assert showcase.CITY in city and "中国的首都" in city
+    assert re.search(r"<think>.*7\+6=13.*</think>\n.*933", total)
+    assert "<tool_call>get_weather\n" in call
+    for part in (city, total, call):
+        tokens, speed = re.search(r"\((\d+) tokens in [\d.]+ s: (\d+) tokens/s\)", part).groups()
+        assert int(tokens) > 10 and int(speed) > 0
+
+
+def test_any_checkpoint_will_do(checkpoint, capsys):
+    assert main(["demo", str(checkpoint()), "--dtype", "float32", "--max-tokens", "3"]) == 0
+    assert capsys.readouterr().out.count("(3 tokens in ") == 3
+
+
+def test_a_missing_checkpoint_is_an_error_in_words(tmp_path, capsys):
+    assert main(["demo", str(tmp_path / "none")]) == 2
+    assert "Traceback" not in capsys.readouterr().err
