@@ -405,11 +405,14 @@ def test_an_exception_in_a_callback_leaves_nothing_running(llm):
     assert not llm._engine.busy
 
 
-def test_on_load_counts_bytes(checkpoint):
+@pytest.mark.parametrize("stored", [{}, {"dtype": "float32"}, {"fp8": True}], ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_on_load_counts_bytes_of_memory(stored, dtype, checkpoint):
     calls = []
-    LLM(str(checkpoint()), on_load=lambda done, total: calls.append((done, total)), max_model_len=64)
+    LLM(str(checkpoint(**stored)), dtype=dtype, on_load=lambda *call: calls.append(call), max_model_len=64)
     done, totals = zip(*calls)
     assert list(done) == sorted(done) and set(totals) == {done[-1]} and done[0] < done[-1]
+    assert 0.9 * totals[0] < done[-2] < totals[0], "neither done long before the end nor in one leap to it"
 
 
 # ---- piece by piece ------------------------------------------------------------------------------------------------
