@@ -159,6 +159,24 @@ def test_what_rank_0_has_said_is_not_said_again(house, start):
     assert "rank 1 on " in err and "see what rank 0 said above: it is the same" in err and "    | " not in err
 
 
+@pytest.mark.parametrize("node", [0, 1])
+def test_ctrl_c_on_one_machine_is_heard_on_the_other(node, house, start):
+    """Both are this machine; each has a log directory of its own."""
+    script(house, "print('up', flush=True)\ntry: time.sleep(100)\nexcept KeyboardInterrupt: sys.exit(130)\n")
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        port = str(door.getsockname()[1])
+    rest = lambda n: ("2", "1", "127.0.0.1", port, str(n), f"logs{n}", "False", "60")
+    both = [start(launcher("worker.py", *rest(n))) for n in (0, 1)]
+    logs = [house / f"logs{n}/worker_{n}.log" for n in (0, 1)]
+    until(lambda: all(log.exists() and log.read_text() == "up\n" for log in logs))
+    both[node].send_signal(signal.SIGINT)
+    results = [ended(job, timeout=20) for job in both]
+    assert results[node][0] == 130 and "ended by SIGINT; no process is left" in results[node][2]
+    code, _, err = results[1 - node]
+    assert code == 1 and f"the launcher on {socket.gethostname()} was ended by SIGINT" in err
+    assert processes_in(house) == []
+
+
 def test_a_busy_port_is_reported_at_once(start):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
