@@ -91,6 +91,10 @@ def test_a_text_arrives_as_it_is(text):
     assert given_ == {"predict_data": [text], "stop": text} and prompts == [text]
 
 
+def test_words_with_one_dash_are_prompts_unless_they_look_like_an_option():
+    assert keys.read_command_line(["-x", "-1", "-", "--", "-model"]) == ({}, ["-x", "-1", "-", "-model"])
+
+
 def test_texts_with_equals_and_braces_pass_a_file_unchanged():
     asked = plan("--config", str(YAML), "--predict_data=${a.b} = $c", "x=1", "--system=--${d}", "--chat", running=8)
     assert asked.data == ["${a.b} = $c"] and asked.prompts == ["x=1"] and asked.system == "--${d}"
@@ -111,6 +115,8 @@ def test_texts_with_equals_and_braces_pass_a_file_unchanged():
         (["--context.max_device_memory", "0GB"], ["max_memory_bytes=0"]),
         (["--device_target", "TPU"], ["Ascend, GPU or CPU"]),
         (["--model"], ["--model has no value", "a path"]),
+        (["-model", "/a"], ["'-model'", "--model, with two dashes"]),
+        (["-max-tokens=3"], ["--max-tokens=3, with two dashes"]),
         (["--run_mode", "finetune"], ["'predict'", "does not train"]),
         (["--parallel_config.data_parallel", "2"], ["raise predict_batch_size"]),
         (["--parallel_config.pipeline_stage", "2"], ["set it to 1"]),

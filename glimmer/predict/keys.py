@@ -234,6 +234,9 @@ def read_command_line(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
         if word == "--":
             return given, prompts + words
         if not word.startswith("--"):
+            if word.startswith("-") and kind_of(word[1:].partition("=")[0].replace("-", "_")) is not None:
+                raise ConfigError(f"{word!r}", f"-{word}, with two dashes",
+                                  "correct it; a prompt of that kind is written after a lone --")
             prompts.append(word)
             continue
         name, equals, value = word[2:].partition("=")
