@@ -67,7 +67,7 @@ class Runner:
                 nonlocal done
                 done += nbytes
                 if on_load is not None:
-                    on_load(min(done, plan.nbytes), plan.nbytes)
+                    on_load(done, plan.nbytes)
 
             with torch.inference_mode():
                 plan.fill(self.model, device, progress)
