@@ -40,26 +40,34 @@ struct Kernels {
     // Around a thread's part in a region; null where nothing is to be done.
     void (*enter)();
     void (*leave)();
-    // c (m, 32) float = a (m rows, k, stride lda elements) times one panel. a is float, or bf16 for bf16 and fp8.
-    void (*f32)(const float* a, long lda, int m, const float* panel, int k, float* c);
-    void (*bf16)(const uint16_t* a, long lda, int m, const uint16_t* panel, int k, float* c);
-    void (*fp8)(const uint16_t* a, long lda, int m, const uint8_t* panel, int k, float* c);
+    // c (m, 32) float = a (m rows, k, stride lda elements) times one panel. a is float, or bf16 for bf16 and fp8. c has room
+    // for m rounded up to `rows`; what lies beyond m is anything. next: what this thread reads after the panel, to be
+    // fetched in advance; null if that is not known.
+    void (*f32)(const float* a, long lda, int m, const float* panel, int k, float* c, const void* next);
+    void (*bf16)(const uint16_t* a, long lda, int m, const uint16_t* panel, int k, float* c, const void* next);
+    void (*fp8)(const uint16_t* a, long lda, int m, const uint8_t* panel, int k, float* c, const void* next);
     // a int8; sums (m): the sum of each row of a. c: the integer product, as float.
-    void (*int8)(const int8_t* a, long lda, int m, const uint8_t* panel, int k, const int32_t* sums, float* c);
+    void (*int8)(const int8_t* a, long lda, int m, const uint8_t* panel, int k, const int32_t* sums, float* c,
+                 const void* next);
     // a int8 with a scale and a sum for each group, (m, k / size).
     void (*int4)(const int8_t* a, long lda, int m, const uint8_t* panel, int k, Groups groups, const float* scales,
-                 const int32_t* sums, float* c);
+                 const int32_t* sums, float* c, const void* next);
     // Rows of float or bf16 -> what the loops above take, padded with zeros.
     void (*load_bf16)(const uint16_t* x, int k, float* y);
     void (*to_bf16)(const float* x, int k, uint16_t* y);                      // round to nearest even
     void (*to_fp8)(const float* x, int k, uint16_t* y, float* scale);         // e4m3 values, held in bf16
     void (*to_int8)(const float* x, int k, int group, int8_t* y, float* scales, int32_t* sums);  // group k: one scale
-    // What becomes of a row of 32 sums: y = c * scale * scales[j] + bias[j]; scales and bias may be null.
-    void (*finish)(const float* c, float scale, const float* scales, const float* bias, float* y);
     // y = silu(gate) * up
     void (*swiglu)(const float* gate, const float* up, int n, float* y);
-    // y += c * scale
-    void (*add)(const float* c, float scale, int n, float* y);
+    // What becomes of sums c (m, 32), of which n columns count. Each is first multiplied by its row's and its column's scale,
+    // where there are any (rows, columns may be null). finish: + bias (n, may be null) -> y, rows `stride` elements apart.
+    // gated: silu(gate) * up -> y alike. add: each row times weights[i] is added to row tokens[i] of y.
+    void (*finish)(const float* c, int m, int n, const float* rows, const float* columns, const float* bias, void* y,
+                   size_t stride, bool bf16);
+    void (*gated)(const float* gate, const float* up, int m, int n, const float* rows, const float* gate_columns,
+                  const float* up_columns, void* y, size_t stride, bool bf16);
+    void (*add)(const float* c, int m, int n, const float* rows, const float* columns, const float* weights,
+                const long* tokens, float* y, size_t stride);
     // The limits that a benchmark compares with. Nothing but dot products of registers, `rounds` times over; returns how
     // many multiplications and additions that were.
     double (*burn_bf16)(long rounds);

@@ -9,29 +9,34 @@
 namespace glimmer {
 namespace {
 
+constexpr int MOST_ROWS = 128;  // of a block
+constexpr int FEW_TASKS = 4;  // for each thread, so that none waits long for the last
+
 // Rows that one task multiplies by a panel before it turns to the next: they stay in the second-level cache.
-int block_rows(const Packed& w, size_t stride) {
+int block_rows(size_t stride) {
     int step = kernels().rows;
     long most = (512 << 10) / (long)stride / step * step;
-    return (int)(most < step ? step : most > 128 ? 128 / step * step : most);
-    (void)w;
+    return (int)(most < step ? step : most > MOST_ROWS ? MOST_ROWS / step * step : most);
+}
+
+// Row i from row j of x.
+void set_row(Rows& rows, const Packed& w, long i, Values x, long j) {
+    if (x.bf16) rows.set(w, i, (const uint16_t*)x.data + j * w.k);
+    else rows.set(w, i, (const float*)x.data + j * w.k);
 }
 
 void fill_rows(Rows& rows, const Packed& w, Values x, long m) {
     constexpr long FEW = 16;  // rows a task
     parallel((m + FEW - 1) / FEW, [&](long task) {
-        for (long i = task * FEW; i < m && i < (task + 1) * FEW; i++) {
-            if (x.bf16) rows.set(w, i, (const uint16_t*)x.data + i * w.k);
-            else rows.set(w, i, (const float*)x.data + i * w.k);
-        }
+        for (long i = task * FEW; i < m && i < (task + 1) * FEW; i++) set_row(rows, w, i, x, i);
     });
 }
 
-// Panels a task: one while there are few rows, since then a panel is read once; more where rows are read again for each.
-int panels_per_task(long m, int panels, int step) {
-    int wide = m < 64 ? 1 : 4;
-    while (wide > 1 && panels / step / wide < 4 * threads()) wide /= 2;
-    return wide;
+// Panels a task, as many as leave every thread a few tasks: neighbours in memory are read in one stream, and rows are
+// read once for all of them.
+int panels_per_task(long tasks, int most) {
+    long wide = tasks / (FEW_TASKS * threads());
+    return (int)(wide < 1 ? 1 : wide > most ? most : wide);
 }
 
 }  // namespace
@@ -41,32 +46,42 @@ void linear(Values x, long rows, const Packed& w, const float* bias, Values y) {
     Turn turn;
     Rows a(w, rows, 0);
     fill_rows(a, w, x, rows);
-    const int block = block_rows(w, a.stride), wide = panels_per_task(rows, w.panels(), 1);
+    const int block = block_rows(a.stride), wide = panels_per_task(w.panels(), 8);
     const long blocks = (rows + block - 1) / block, stripes = (w.panels() + wide - 1) / wide;
     parallel(blocks * stripes, [&](long task) {
-        alignas(64) float c[128 * PANEL], out[PANEL];
+        alignas(64) float c[MOST_ROWS * PANEL];
         long first = task / stripes * block;
         int m = (int)(rows - first < block ? rows - first : block);
         int begin = (int)(task % stripes) * wide, end = begin + wide < w.panels() ? begin + wide : w.panels();
         for (int p = begin; p < end; p++) {
             int column = p * PANEL, n = w.n - column < PANEL ? w.n - column : PANEL;
-            alignas(64) float b[PANEL] = {};
-            if (bias) std::memcpy(b, bias + column, (size_t)n * 4);
-            a.times(w, 0, p, first, m, c);
-            for (int i = 0; i < m; i++) {
-                kernels().finish(c + i * PANEL, a.scale(w, first + i), w.panel_scales(0, p), bias ? b : nullptr, out);
-                size_t at = (first + i) * (size_t)w.n + column;
-                if (!y.bf16) {
-                    std::memcpy((float*)y.data + at, out, (size_t)n * 4);
-                } else {
-                    alignas(64) uint16_t narrow[PANEL];
-                    kernels().to_bf16(out, PANEL, narrow);
-                    std::memcpy((uint16_t*)y.data + at, narrow, (size_t)n * 2);
-                }
-            }
+            size_t at = first * (size_t)w.n + column;
+            a.times(w, 0, p, first, m, c, p + 1 < end ? w.panel(0, p + 1) : nullptr);
+            kernels().finish(c, m, n, a.row_scales(w, first), w.panel_scales(0, p), bias ? bias + column : nullptr,
+                             y.bf16 ? (void*)((uint16_t*)y.data + at) : (float*)y.data + at, w.n, y.bf16);
         }
     });
 }
+
+namespace {
+
+// Columns 32j.. of silu(gate) * up for rows first..first+m, to where the second product reads them: into h itself where it
+// wants floats, else to `wide` (rows, M), since what is quantised by the row waits until the row is whole.
+void gate_and_up(const Rows& a, const Packed& w, long e, int j, long first, int m, const void* next, Rows& h,
+                 const Packed& down, float* wide) {
+    alignas(64) float gate[MOST_ROWS * PANEL], up[MOST_ROWS * PANEL];
+    const int M = down.k, column = j * PANEL, n = M - column < PANEL ? M - column : PANEL;
+    a.times(w, e, 2 * j, first, m, gate, w.panel(e, 2 * j + 1));
+    a.times(w, e, 2 * j + 1, first, m, up, next);
+    const bool bf16 = down.kind == Kind::bf16;
+    char* row = h.values + first * h.stride;
+    void* to = bf16 ? (void*)((uint16_t*)row + column) : (wide ? wide + first * M : (float*)row) + column;
+    // In bf16 all 32 columns: those beyond M are zeros, as the padding must be.
+    kernels().gated(gate, up, m, bf16 ? PANEL : n, a.row_scales(w, first), w.panel_scales(e, 2 * j),
+                    w.panel_scales(e, 2 * j + 1), to, bf16 ? h.stride / 2 : wide ? M : h.stride / 4, bf16);
+}
+
+}  // namespace
 
 void experts(Values x, long rows, const int64_t* ids, const float* scores, int top_k, const Packed& gate_up,
              const Packed& down, float* y) {
@@ -94,42 +109,30 @@ void experts(Values x, long rows, const int64_t* ids, const float* scores, int t
     }
     Turn turn;
     Rows each(gate_up, rows, 0), a(gate_up, pairs, 3), h(down, pairs, 6);
-    fill_rows(each, gate_up, x, rows);
+    const bool quantised = gate_up.kind != Kind::f32 && gate_up.kind != Kind::bf16;  // once a token, not once a pair
+    if (quantised) fill_rows(each, gate_up, x, rows);
     constexpr long FEW = 16;
     parallel((pairs + FEW - 1) / FEW, [&](long task) {
-        for (long i = task * FEW; i < pairs && i < (task + 1) * FEW; i++) a.copy(i, each, token[i]);
+        for (long i = task * FEW; i < pairs && i < (task + 1) * FEW; i++) {
+            if (quantised) a.copy(i, each, token[i]);
+            else set_row(a, gate_up, i, x, token[i]);
+        }
     });
 
-    // Gate and up in one pass. What is to be quantised by the row waits in float32 until the row is whole.
     const int M = down.k, H = down.n, halves = gate_up.panels() / 2;
     const bool direct = down.kind == Kind::f32 || down.kind == Kind::bf16;
     float* wide = direct ? nullptr : (float*)scratch(9, (size_t)pairs * M * 4);
-    const int block = block_rows(gate_up, a.stride) / 2;
-    parallel((long)used.size() * halves, [&](long task) {
-        alignas(64) float gate[64 * PANEL], up[64 * PANEL], out[PANEL];
-        const long e = used[task / halves];
-        const int j = (int)(task % halves), column = j * PANEL, n = M - column < PANEL ? M - column : PANEL;
-        const Kernels& ops = kernels();
-        for (long first = starts[e]; first < starts[e + 1]; first += block) {
-            int m = (int)(starts[e + 1] - first < block ? starts[e + 1] - first : block);
-            a.times(gate_up, e, 2 * j, first, m, gate);
-            a.times(gate_up, e, 2 * j + 1, first, m, up);
-            for (int i = 0; i < m; i++) {
-                float* g = gate + i * PANEL;
-                float* u = up + i * PANEL;
-                if (gate_up.panel_scales(e, 2 * j)) {
-                    ops.finish(g, a.scale(gate_up, first + i), gate_up.panel_scales(e, 2 * j), nullptr, g);
-                    ops.finish(u, a.scale(gate_up, first + i), gate_up.panel_scales(e, 2 * j + 1), nullptr, u);
-                }
-                ops.swiglu(g, u, PANEL, out);
-                if (down.kind == Kind::bf16) {
-                    alignas(64) uint16_t narrow[PANEL];
-                    ops.to_bf16(out, PANEL, narrow);  // columns beyond n are zeros, and so is the padding
-                    std::memcpy(h.values + (first + i) * h.stride + column * 2, narrow, PANEL * 2);
-                } else {
-                    float* to = direct ? (float*)(h.values + (first + i) * h.stride) : wide + (first + i) * M;
-                    std::memcpy(to + column, out, (size_t)n * 4);
-                }
+    const int block = block_rows(a.stride);
+    const long all = (long)used.size() * halves, run = panels_per_task(all, halves);
+    parallel((all + run - 1) / run, [&](long task) {
+        const long end = (task + 1) * run < all ? (task + 1) * run : all;
+        for (long i = task * run; i < end; i++) {
+            const long e = used[i / halves], beyond = i + 1 < end ? used[(i + 1) / halves] : -1;
+            const int j = (int)(i % halves);
+            const uint8_t* next = beyond < 0 ? nullptr : gate_up.panel(beyond, (int)((i + 1) % halves) * 2);
+            for (long first = starts[e]; first < starts[e + 1]; first += block) {
+                int m = (int)(starts[e + 1] - first < block ? starts[e + 1] - first : block);
+                gate_and_up(a, gate_up, e, j, first, m, next, h, down, wide);
             }
         }
     });
@@ -139,29 +142,25 @@ void experts(Values x, long rows, const int64_t* ids, const float* scores, int t
         });
 
     // Each task owns columns of the result and walks the experts in order: nothing is shared, and every sum has one order.
-    const int step = panels_per_task(rows, down.panels(), 1);
-    const int down_block = block_rows(down, h.stride);
+    const int step = panels_per_task(down.panels(), 8), down_block = block_rows(h.stride);
     parallel((down.panels() + step - 1) / step, [&](long task) {
-        alignas(64) float c[128 * PANEL];
+        alignas(64) float c[MOST_ROWS * PANEL];
         const int begin = (int)task * step, end = begin + step < down.panels() ? begin + step : down.panels();
-        const Kernels& ops = kernels();
-        for (long t = 0; t < rows; t++) {
-            int stop = end * PANEL < H ? end * PANEL : H;
-            std::memset(y + t * H + begin * PANEL, 0, (size_t)(stop - begin * PANEL) * 4);
-        }
-        for (long e : used)
+        const int from = begin * PANEL, to = end * PANEL < H ? end * PANEL : H;
+        for (long t = 0; t < rows; t++) std::memset(y + t * H + from, 0, (size_t)(to - from) * 4);
+        for (size_t u = 0; u < used.size(); u++) {
+            const long e = used[u];
             for (long first = starts[e]; first < starts[e + 1]; first += down_block) {
                 int m = (int)(starts[e + 1] - first < down_block ? starts[e + 1] - first : down_block);
                 for (int p = begin; p < end; p++) {
                     int column = p * PANEL, n = H - column < PANEL ? H - column : PANEL;
-                    h.times(down, e, p, first, m, c);
-                    for (int i = 0; i < m; i++) {
-                        float* row = c + i * PANEL;
-                        if (down.panel_scales(e, p)) ops.finish(row, h.scale(down, first + i), down.panel_scales(e, p), nullptr, row);
-                        ops.add(row, score[first + i], n, y + token[first + i] * H + column);
-                    }
+                    const void* next = p + 1 < end ? down.panel(e, p + 1) : u + 1 < used.size() ? down.panel(used[u + 1], begin) : nullptr;
+                    h.times(down, e, p, first, m, c, next);
+                    kernels().add(c, m, n, h.row_scales(down, first), down.panel_scales(e, p), &score[first], &token[first],
+                                  y + column, H);
                 }
             }
+        }
     });
 }
 

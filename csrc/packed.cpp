@@ -178,18 +178,19 @@ void Rows::copy(long i, const Rows& from, long j) {
     std::memcpy(sums + i * groups, from.sums + j * groups, (size_t)groups * 4);
 }
 
-void Rows::times(const Packed& w, long e, int p, long first, int m, float* c) const {
+void Rows::times(const Packed& w, long e, int p, long first, int m, float* c, const void* next) const {
     const Kernels& ops = kernels();
     const char* a = values + first * stride;
     const uint8_t* panel = w.panel(e, p);
     int d = w.depth();
     switch (w.kind) {
-        case Kind::f32: return ops.f32((const float*)a, d, m, (const float*)panel, w.k, c);
-        case Kind::bf16: return ops.bf16((const uint16_t*)a, d, m, (const uint16_t*)panel, w.k, c);
-        case Kind::fp8: return ops.fp8((const uint16_t*)a, d, m, panel, w.k, c);
-        case Kind::int8: return ops.int8((const int8_t*)a, d, m, panel, w.k, sums + first, c);
+        case Kind::f32: return ops.f32((const float*)a, d, m, (const float*)panel, w.k, c, next);
+        case Kind::bf16: return ops.bf16((const uint16_t*)a, d, m, (const uint16_t*)panel, w.k, c, next);
+        case Kind::fp8: return ops.fp8((const uint16_t*)a, d, m, panel, w.k, c, next);
+        case Kind::int8: return ops.int8((const int8_t*)a, d, m, panel, w.k, sums + first, c, next);
         case Kind::int4:
-            return ops.int4((const int8_t*)a, d, m, panel, d, w.groups, scales + first * groups, sums + first * groups, c);
+            return ops.int4((const int8_t*)a, d, m, panel, d, w.groups, scales + first * groups, sums + first * groups, c,
+                            next);
     }
 }
 

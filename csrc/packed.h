@@ -53,11 +53,11 @@ struct Rows {
     void set(const Packed& w, long i, const float* x);
     void set(const Packed& w, long i, const uint16_t* x);  // bf16
     void copy(long i, const Rows& from, long j);
-    // c (m, 32) = rows first..first+m times panel p of matrix e, scales of columns not yet applied.
-    void times(const Packed& w, long e, int p, long first, int m, float* c) const;
-    // What a sum must be multiplied by, besides its column's scale.
-    float scale(const Packed& w, long i) const {
-        return w.kind == Kind::fp8 || w.kind == Kind::int8 ? scales[i] : 1.f;
+    // c (m, 32) = rows first..first+m times panel p of matrix e, scales of columns not yet applied; c and next as in kernels.h.
+    void times(const Packed& w, long e, int p, long first, int m, float* c, const void* next) const;
+    // What the sums of row i and its followers must be multiplied by, besides their columns' scales; null: nothing.
+    const float* row_scales(const Packed& w, long i) const {
+        return w.kind == Kind::fp8 || w.kind == Kind::int8 ? scales + i : nullptr;
     }
 };
 
