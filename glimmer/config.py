@@ -267,6 +267,7 @@ class EngineConfig:
     kv_cache_memory_bytes       memory for the KV cache of each rank; None: what is left, on a CPU at most 4 GiB
     enable_prefix_caching       reuse the KV blocks of equal prompt beginnings
     skip_tokenizer_init         need no tokenizer.json: prompts are token ids, answers have no text
+    threads                     CPU threads of each process; None: its part of the CPUs that it may use
     quantization                "int8" or "int4": quantise matrices while loading; None: as they are stored
     group_size                  with int4: columns that share a scale, a multiple of 32; None: 32
     """
@@ -285,6 +286,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     enable_prefix_caching: bool = True
     skip_tokenizer_init: bool = False
+    threads: int | None = None
     quantization: str | None = None
     group_size: int | None = None
 
@@ -292,7 +294,7 @@ class EngineConfig:
         check_quantization(self.quantization, self.group_size)
         for key in ("tensor_parallel_size", "block_size", "max_num_seqs", "max_num_batched_tokens"):
             _check_count(key, getattr(self, key), ConfigError)
-        for key in ("max_model_len", "max_memory_bytes", "kv_cache_memory_bytes"):
+        for key in ("max_model_len", "max_memory_bytes", "kv_cache_memory_bytes", "threads"):
             if getattr(self, key) is not None:
                 _check_count(key, getattr(self, key), ConfigError)
         if self.dtype not in ("auto", "bfloat16", "float32"):

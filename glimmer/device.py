@@ -15,6 +15,7 @@ import torch
 
 from glimmer.errors import ConfigError
 
+TORCH_THREADS = torch.get_num_threads()  # as torch found it: by affinity, or OMP_NUM_THREADS
 COLLECTIVES = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 
@@ -54,10 +55,20 @@ def resolve(name: str, index: int) -> torch.device:
     return torch.device(kind, index)
 
 
-def share_cores(device: torch.device, processes: int) -> None:
-    """Give each of the `processes` that compute on this machine's CPU its part of the cores: no fighting for them."""
-    if device.type == "cpu" and processes > 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+def share_cores(device: torch.device, processes: int, asked: int | None = None) -> int:
+    """Threads for this one of the `processes` that compute on this machine: what was asked for, or its part of the CPUs
+    that they may use (affinity, the control group's quota, OMP_NUM_THREADS where it is alone). torch is told at once.
+    """
+    threads = TORCH_THREADS if processes == 1 else len(os.sched_getaffinity(0)) // processes
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        threads = min(threads, math.ceil(int(quota) / int(period) / processes))
+    except (OSError, ValueError):  # no control group, or "max"
+        pass
+    threads = asked or max(1, threads)
+    if device.type == "cpu":
+        torch.set_num_threads(threads)
+    return threads
 
 
 def residual_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

@@ -94,7 +94,6 @@ class LLM:
             )
         device = devices.resolve(self.config.device, parallel.local_rank())
         self.group = parallel.connect(self.config.tensor_parallel_size, device, devices.COLLECTIVES[device.type])
-        devices.share_cores(device, self.group.local_size)
         self._runner = Runner(self.config, self.model_config, self.group, device, on_load)
         self._engine = Engine(self.config, self._runner, self.group, vocab_size, choosable)
         self._open: dict[str, _Answer] = {}

@@ -52,7 +52,7 @@ class Runner:
         self.device = device
         dtype = resolve_dtype(config.dtype, model_config.dtype)
         formats.check(model_config.quantization_config)  # first: another format's files may not even open
-        doors = ops.choose(device.type)
+        doors = ops.choose(device.type, devices.share_cores(device, group.local_size, config.threads))
         log.info("operations: %s", _served(doors.table()))
         with Checkpoint(config.model) as checkpoint:
             plan = Plan(
@@ -71,6 +71,8 @@ class Runner:
 
             with torch.inference_mode():
                 plan.fill(self.model, device, progress)
+        if doors.own_threads:
+            torch.set_num_threads(1)  # what is left to torch is too small to be shared
         if on_load is not None:
             on_load(plan.nbytes, plan.nbytes)
         self.cache = Cache(

@@ -63,6 +63,11 @@ class Ops:
     pack_linear: Callable[..., Any]
     pack_experts: Callable[..., Any]
 
+    @property
+    def own_threads(self) -> bool:
+        """Whether a door has a thread pool of its own, with which torch's would compete for the cores."""
+        return any(backend == "native" for _, backend in self.table())
+
     def table(self) -> list[tuple[str, str]]:
         """(door, backend) for each door: what `glimmer doctor` and the start-up log print."""
         return [(f.name, getattr(self, f.name).__module__.rpartition(".")[2]) for f in fields(self)]
@@ -72,8 +77,11 @@ class Ops:
 BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("native",), "cuda": (), "npu": ()}
 
 
-def choose(device: str) -> Ops:
-    """The doors for a kind of device ("cpu", "cuda", "npu"). ConfigError: GLIMMER_OPS names no backend that is here."""
+def choose(device: str, threads: int = 1) -> Ops:
+    """The doors for a kind of device ("cpu", "cuda", "npu"); threads: for those that have a pool of their own.
+
+    Raises ConfigError when GLIMMER_OPS names no backend that is here.
+    """
     asked = os.environ.get("GLIMMER_OPS", "")
     modules = [m for m in map(_load, BACKENDS.get(device, ())) if m is not None] + [_load("reference")]
     available = [m.__name__.rpartition(".")[2] for m in modules]
@@ -83,6 +91,9 @@ def choose(device: str) -> Ops:
         )
     if asked:
         modules = [m for m in modules if m.__name__.endswith((f".{asked}", ".reference"))]
+    for module in modules:
+        if hasattr(module, "set_threads"):
+            module.set_threads(threads)
     return Ops(**{f.name: next(getattr(m, f.name) for m in modules if hasattr(m, f.name)) for f in fields(Ops)})
 
 

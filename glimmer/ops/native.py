@@ -13,6 +13,7 @@ from torch import Tensor
 from glimmer import _native
 from glimmer.weight import Weight
 
+set_threads = _native.set_threads
 FLOATS = (torch.float32, torch.bfloat16)
 
 
