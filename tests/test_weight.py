@@ -106,6 +106,18 @@ def test_blocks_of_rows_and_joined_parts_are_what_the_whole_would_be(kind, group
     assert torch.equal(joined.dequantize(), whole.dequantize())
 
 
+@pytest.mark.parametrize("group", [32, 128])
+def test_a_group_is_quantised_alone(group):
+    """The same codes and scales to the last bit, whichever other rows and groups are quantised beside it."""
+    values = draw(61, 12 * group)
+    whole = Weight("plain", values).quantize("int4", group)
+    for rows, first, last in ((1, 0, 12), (2, 3, 4), (7, 5, 12), (33, 1, 8), (61, 11, 12)):
+        part = Weight("plain", values[-rows:, first * group : last * group]).quantize("int4", group)
+        assert torch.equal(part.scales, whole.scales[-rows:, first:last])
+        assert torch.equal(part.zeros, whole.zeros[-rows:, first:last])
+        assert torch.equal(part.codes, whole.codes[-rows:, first * group // 2 : last * group // 2])
+
+
 def test_scales_of_int4_fit_in_bfloat16():
     scales = Weight("plain", draw(64, 256)).quantize("int4", 32).scales
     assert torch.equal(scales, scales.bfloat16().float())
