@@ -1,7 +1,8 @@
 """Every door of every backend on this machine against its definition, written out here once more in plain torch.
 
 A definition is one function, evaluated twice: in float64 it is the truth, in the door's own dtype it shows what plain
-torch makes of it. A door passes if its error is at most twice plain torch's, plus one rounding of its result.
+torch makes of it. A door passes if its error is at most twice plain torch's, plus two roundings of its result: how
+plain torch rounds differs from processor to processor, and on some it is lucky.
 """
 
 import itertools
@@ -57,7 +58,7 @@ def assert_close(found: Tensor, definition, *inputs) -> None:
     truth = definition(*double(list(inputs)))
     plain = definition(*inputs)
     error = (found.cpu().double() - truth).abs().max()
-    allowed = 2 * (plain.double() - truth).abs().max() + torch.finfo(found.dtype).eps * truth.abs().max()
+    allowed = 2 * (plain.double() - truth).abs().max() + 2 * torch.finfo(found.dtype).eps * truth.abs().max()
     assert found.isfinite().all() and error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
 
 
