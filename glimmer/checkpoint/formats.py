@@ -27,7 +27,7 @@ from torch import Tensor
 from glimmer.checkpoint import packed
 from glimmer.checkpoint.files import Checkpoint
 from glimmer.errors import CheckpointError, ConfigError
-from glimmer.weight import GROUP, Weight
+from glimmer.weight import GROUP, MIDDLE, Weight
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 ACCEPTED = (
@@ -120,9 +120,15 @@ def _check_packed(where: str, weights: dict[str, Any]) -> None:
     _want_one(f"{where}.actorder", weights.get("actorder"), (None, "static", "weight"))
 
 
-def gptq_v2(quantization_config: Mapping[str, Any] | None) -> bool:
-    """Whether GPTQ's zeros are stored as they are, and not less one."""
-    return (quantization_config or {}).get("checkpoint_format") == "gptq_v2"
+def gptq_zeros(quantization_config: Mapping[str, Any] | None) -> str:
+    """What GPTQ's qzeros hold: zeros "less one" (its first version), "plain" (its second), or nothing but the "middle".
+
+    Symmetric checkpoints are told from their values: some call themselves the first version and are the second.
+    """
+    said = quantization_config or {}
+    if said.get("sym") is True:
+        return "middle"
+    return "plain" if said.get("checkpoint_format") == "gptq_v2" else "less one"
 
 
 def holds(checkpoint: Checkpoint, module: str) -> bool:
@@ -238,15 +244,16 @@ def read(
     module: str,
     rows: tuple[int, int] | None = None,
     cols: tuple[int, int] | None = None,
-    gptq_v2: bool = False,
+    gptq_zeros: str = "less one",
 ) -> Weight:
     """Rows start:stop and columns start:stop (None: all) of the matrix of `module`.
 
     A plain matrix's values, and codes that lie on disk as Weight has them, are a read-only view into the file; scales
-    are float32 copies. gptq_v2: GPTQ's zeros are stored as they are; else, as its first version does, less one.
+    are float32 copies. gptq_zeros: as the function of that name says.
 
     Raises CheckpointError as `stored` does, when a scale is no positive, finite number (int4: not finite), when g_idx
-    gives a column to another group than its place does, and when columns are cut within a group.
+    gives a column to another group than its place does, when columns are cut within a group, and when zeros are not
+    in the middle where config.json says that all are.
     """
     matrix = stored(checkpoint, module)
     name = matrix.tensors[0]
@@ -278,7 +285,11 @@ def read(
             codes = packed.from_gptq(checkpoint.tensor(name, (start // 8, -(-stop // 8)), (first, last)))
             codes = codes[:, start % 8 // 2 :][:, : (stop - start) // 2]
             zeros = packed.nibbles(zeros).T[ours]
-            zeros = zeros if gptq_v2 else (zeros + 1) & 15
+            if gptq_zeros == "middle":
+                _check_middle(checkpoint, matrix.tensors[2], zeros)
+                zeros = None
+            elif gptq_zeros == "less one":
+                zeros = (zeros + 1) & 15
     scales = scales.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     _check_scales(checkpoint, matrix.tensors[1], scales, scales.isfinite(), rows)
     return Weight("int4", codes, scales, None if zeros is None else zeros.contiguous(), matrix.group)
@@ -308,6 +319,16 @@ def _check_order(checkpoint: Checkpoint, matrix: Matrix) -> None:
             f"{checkpoint.file(order)} has a {order} that reorders its columns (desc_act, activation order)",
             "columns of a group side by side",
             "use a checkpoint quantised without activation order (desc_act: false)",
+        )
+
+
+def _check_middle(checkpoint: Checkpoint, name: str, zeros: Tensor) -> None:
+    """Zeros of a symmetric GPTQ matrix: all are 8, kept as such or less one."""
+    if not ((zeros == MIDDLE).all() or (zeros == MIDDLE - 1).all()):
+        raise CheckpointError(
+            f"{checkpoint.file(name)} has zeros from {zeros.min()} to {zeros.max()} in {name}, and config.json says sym",
+            f"{MIDDLE - 1} or {MIDDLE} everywhere, which symmetric GPTQ checkpoints have",
+            "set sym to false in quantization_config if the checkpoint is asymmetric, or download it again",
         )
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from glimmer.checkpoint.files import Checkpoint
-from glimmer.checkpoint.formats import check, describe, encode, read, stored
+from glimmer.checkpoint.formats import check, describe, encode, gptq_zeros, read, stored
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.weight import Weight
 
@@ -92,7 +92,7 @@ def test_every_layout_holds_its_values(layout, out, inner, group, tmp_path):
     found = stored(checkpoint, "m")
     assert found[:2] == ("int4", (out, inner)) and found.group == group and found.zeros
     assert set(found.tensors) == checkpoint.names()
-    weight = read(checkpoint, "m", gptq_v2=layout == "gptq v2")
+    weight = read(checkpoint, "m", gptq_zeros="plain" if layout == "gptq v2" else "less one")
     assert (weight.kind, weight.shape, weight.group) == ("int4", (out, inner), group)
     assert (weight.codes.dtype, weight.scales.dtype, weight.zeros.dtype) == (torch.uint8, torch.float32, torch.uint8)
     assert torch.equal(weight.zeros.long(), zeros) and torch.equal(weight.nibbles().long(), codes)
@@ -132,7 +132,7 @@ def test_slices(sliced, layout, rows, first, width):
     """Any rows; columns from the border of a group to any even one."""
     checkpoint, whole = sliced[layout]
     cols = (32 * first, min(32 * first + 2 * width, 320))
-    found = read(checkpoint, "m", tuple(rows), cols, gptq_v2=layout == "gptq v2")
+    found = read(checkpoint, "m", tuple(rows), cols, gptq_zeros="plain" if layout == "gptq v2" else "less one")
     assert found.shape == (rows[1] - rows[0], cols[1] - cols[0])
     assert torch.equal(found.dequantize(), whole[slice(*rows), slice(*cols)])
 
@@ -142,7 +142,7 @@ def test_slices(sliced, layout, rows, first, width):
 def test_slices_within_one_group_may_begin_anywhere(layout, cols, tmp_path):
     codes, zeros, scales = draw(8, 88, 88)
     checkpoint = write(tmp_path, LAYOUTS[layout](codes, zeros, scales))
-    found = read(checkpoint, "m", None, cols, gptq_v2=layout == "gptq v2")
+    found = read(checkpoint, "m", None, cols, gptq_zeros="plain" if layout == "gptq v2" else "less one")
     assert torch.equal(found.dequantize(), values(codes, zeros, scales, 88)[:, slice(*cols)])
 
 
@@ -155,6 +155,30 @@ def test_cuts_within_groups_are_refused(layout, cols, tmp_path):
         read(checkpoint, "m", None, cols)
     assert f"columns {cols[0]}:{cols[1]} of m" in caught.value.found and "groups of 32" in caught.value.found
     assert "tensor_parallel_size" in caught.value.todo
+
+
+@pytest.mark.parametrize("less", [0, 1], ids=["v2", "v1"])
+@pytest.mark.parametrize("format", ["gptq", "gptq_v2", None])
+def test_symmetric_gptq_is_told_from_its_zeros(format, less, tmp_path):
+    """Whatever version it calls itself, 7 and 8 both stand for the middle; anything else is no symmetric matrix."""
+    codes, zeros, scales = draw(16, 64, 32)
+    middle = torch.full_like(zeros, 8)
+    said = gptq_zeros({"quant_method": "gptq", "sym": True, "checkpoint_format": format})
+    checkpoint = write(tmp_path, gptq(codes, middle, scales, less))
+    weight = read(checkpoint, "m", (8, 16), gptq_zeros=said)
+    assert weight.zeros is None
+    assert torch.equal(weight.dequantize(), values(codes, middle, scales, 32)[8:])
+    (tmp_path / "other").mkdir()
+    with pytest.raises(CheckpointError, match="says sym"):
+        read(write(tmp_path / "other", gptq(codes, zeros, scales, less)), "m", gptq_zeros=said)
+
+
+@pytest.mark.parametrize("config, expected", [
+    (None, "less one"), ({}, "less one"), ({"sym": False}, "less one"), ({"checkpoint_format": "gptq"}, "less one"),
+    ({"sym": False, "checkpoint_format": "gptq_v2"}, "plain"),
+])
+def test_what_gptq_says_of_its_zeros(config, expected):
+    assert gptq_zeros(config) == expected
 
 
 def test_reordered_columns_are_refused(tmp_path):

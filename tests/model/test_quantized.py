@@ -83,6 +83,7 @@ FORMATS: dict[str, tuple[Callable, dict]] = {
         "group_0": {"targets": ["Linear"], "weights": PACKED | {"symmetric": True}}}}),
     "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}),
     "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}),
+    "gptq symmetric": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}),
     "gptq v2": (lambda *args: gptq(*args, less=0), {"quant_method": "gptq", "bits": 4, "group_size": 32,
                                                     "desc_act": False, "checkpoint_format": "gptq_v2"}),
 }  # fmt: skip
@@ -112,7 +113,7 @@ def twins(checkpoint, tmp_path):
             if tensor not in linears:
                 coded[tensor] = plain[tensor] = values
                 continue
-            codes, zeros, scales = nearest(values, middle=name == "symmetric")
+            codes, zeros, scales = nearest(values, middle="symmetric" in name)
             spread = lambda each: each.float().repeat_interleave(32, 1)
             plain[tensor] = (codes - spread(zeros)) * spread(scales)
             module = tensor.removesuffix("weight")
