@@ -142,7 +142,10 @@ void experts(Values x, long rows, const int64_t* ids, const float* scores, int t
         });
 
     // Each task owns columns of the result and walks the experts in order: nothing is shared, and every sum has one order.
-    const int step = panels_per_task(down.panels(), 8), down_block = block_rows(h.stride);
+    // Where experts have many rows, one task a thread: each reads all of h.
+    const bool many = pairs > MOST_ROWS / 2 * (long)used.size();
+    const int step = many ? (down.panels() + threads() - 1) / threads() : panels_per_task(down.panels(), 8);
+    const int down_block = block_rows(h.stride);
     parallel((down.panels() + step - 1) / step, [&](long task) {
         alignas(64) float c[MOST_ROWS * PANEL];
         const int begin = (int)task * step, end = begin + step < down.panels() ? begin + step : down.panels();

@@ -139,6 +139,8 @@ void Packed::fill(long e, int first, int rows, const void* codes, size_t stride,
 Rows::Rows(const Packed& w, long m, int slot) {
     size_t d = w.depth();
     stride = w.kind == Kind::f32 ? d * 4 : w.kind == Kind::int8 || w.kind == Kind::int4 ? d : d * 2;
+    // An odd number of cache lines: rows a power of two apart would crowd into a few sets of the cache.
+    if (stride >= 512) stride = (stride + 63) / 64 * 64, stride += stride / 64 % 2 ? 0 : 64;
     groups = w.kind == Kind::int4 ? (int)(d / w.groups.size) : 1;
     values = (char*)scratch(slot, (m + BEYOND) * stride);
     scales = (float*)scratch(slot + 1, (size_t)(m + BEYOND) * groups * 4);
@@ -184,12 +186,12 @@ void Rows::times(const Packed& w, long e, int p, long first, int m, float* c, co
     const uint8_t* panel = w.panel(e, p);
     int d = w.depth();
     switch (w.kind) {
-        case Kind::f32: return ops.f32((const float*)a, d, m, (const float*)panel, w.k, c, next);
-        case Kind::bf16: return ops.bf16((const uint16_t*)a, d, m, (const uint16_t*)panel, w.k, c, next);
-        case Kind::fp8: return ops.fp8((const uint16_t*)a, d, m, panel, w.k, c, next);
-        case Kind::int8: return ops.int8((const int8_t*)a, d, m, panel, w.k, sums + first, c, next);
+        case Kind::f32: return ops.f32((const float*)a, stride / 4, m, (const float*)panel, w.k, c, next);
+        case Kind::bf16: return ops.bf16((const uint16_t*)a, stride / 2, m, (const uint16_t*)panel, w.k, c, next);
+        case Kind::fp8: return ops.fp8((const uint16_t*)a, stride / 2, m, panel, w.k, c, next);
+        case Kind::int8: return ops.int8((const int8_t*)a, stride, m, panel, w.k, sums + first, c, next);
         case Kind::int4:
-            return ops.int4((const int8_t*)a, d, m, panel, d, w.groups, scales + first * groups, sums + first * groups, c,
+            return ops.int4((const int8_t*)a, stride, m, panel, d, w.groups, scales + first * groups, sums + first * groups, c,
                             next);
     }
 }
