@@ -73,13 +73,18 @@ class Weight:
         return sum(tensor.nbytes for tensor in (self.codes, self.scales, self.zeros) if tensor is not None)
 
     @staticmethod
-    def outline(
-        kind: str, shape: tuple[int, int], group: int | None, zeros: bool = True, dtype: torch.dtype | None = None
+    def empty(
+        kind: str,
+        shape: tuple[int, int],
+        group: int | None = None,
+        zeros: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "meta",
     ) -> "Weight":
-        """A Weight without values, on torch's meta device: what one would be like. dtype: of plain values."""
+        """A Weight without values; on torch's meta device, only what one would be like. dtype: of plain values."""
         out, inner = shape
         types = {"plain": dtype, "fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
-        empty = lambda width, dtype: torch.empty(out, width, dtype=dtype, device="meta")
+        empty = lambda width, dtype: torch.empty(out, width, dtype=dtype, device=device)
         codes = empty(inner // 2 if kind == "int4" else inner, types[kind])
         if kind != "int4":
             return Weight(kind, codes, None if kind == "plain" else empty(1, torch.float32))
@@ -131,11 +136,16 @@ class Weight:
         """
         assert self.kind in ("plain", "fp8"), f"{self.kind} is quantised already"
         (out, inner), (kind, group) = self.shape, layout(kind, self.shape[1], group)
-        rows = max(1, BLOCK // inner)
-        scales = self.scales.split(rows) if self.scales is not None else [None] * -(-out // rows)
-        blocks = (Weight(self.kind, c, s).dequantize() for c, s in zip(self.codes.split(rows), scales))
-        done = [_to_int8(block) if kind == "int8" else _to_int4(block, group) for block in blocks]
-        return Weight(kind, *(torch.cat(each) for each in zip(*done)), group=group)
+        made = Weight.empty(kind, self.shape, group, device=self.codes.device)
+        step = max(1, BLOCK // inner)
+        for row in range(0, out, step):
+            rows = slice(row, row + step)
+            block = Weight(self.kind, self.codes[rows], None if self.scales is None else self.scales[rows]).dequantize()
+            if kind == "int8":
+                made.codes[rows], made.scales[rows] = _to_int8(block)
+            else:
+                made.codes[rows], made.scales[rows], made.zeros[rows] = _to_int4(block, group)
+        return made
 
     def nibbles(self) -> Tensor:
         """(out, in) uint8 in 0..15: the codes of an int4 weight, one a byte."""

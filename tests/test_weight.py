@@ -35,7 +35,7 @@ def test_layout(kind, inner, group, expected):
     assert layout(kind, inner, group) == expected
     made = Weight("plain", draw(3, inner)).quantize(kind, group)
     assert (made.kind, made.group, made.shape) == (*expected, (3, inner))
-    blank = Weight.outline(made.kind, (3, inner), made.group)
+    blank = Weight.empty(made.kind, (3, inner), made.group)
     assert blank.nbytes == made.nbytes == sum(t.nbytes for t in (made.codes, made.scales, made.zeros) if t is not None)
     for ours, theirs in ((made.codes, blank.codes), (made.scales, blank.scales), (made.zeros, blank.zeros)):
         assert ours is theirs is None or (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)

@@ -326,7 +326,7 @@ def _check_middle(checkpoint: Checkpoint, name: str, zeros: Tensor) -> None:
     """Zeros of a symmetric GPTQ matrix: all are 8, kept as such or less one."""
     if not ((zeros == MIDDLE).all() or (zeros == MIDDLE - 1).all()):
         raise CheckpointError(
-            f"{checkpoint.file(name)} has zeros from {zeros.min()} to {zeros.max()} in {name}, and config.json says sym",
+            f"{checkpoint.file(name)} has zeros from {zeros.min()} to {zeros.max()} in {name}; config.json says sym",
             f"{MIDDLE - 1} or {MIDDLE} everywhere, which symmetric GPTQ checkpoints have",
             "set sym to false in quantization_config if the checkpoint is asymmetric, or download it again",
         )

@@ -222,7 +222,7 @@ class Plan:
         """The Weight that a part becomes, without values; dtype: if they are plain."""
         zeros = self._quantises(entry) or formats.stored(self.checkpoint, part.name).zeros
         kind, group = self._target(entry, part)
-        return Weight.outline(kind, part.local_shape, group, zeros, dtype)
+        return Weight.empty(kind, part.local_shape, group, zeros, dtype)
 
 
 @contextmanager

@@ -323,8 +323,9 @@ def kib(key):
     return next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key))
 
 directory, dtype, group = sys.argv[1], getattr(torch, sys.argv[2]), Group(rank=1, size=4)
+quantization = sys.argv[3] or None
 config, checkpoint, doors = ModelConfig.load(directory), Checkpoint(directory), ops.choose("cpu")
-plan = Plan(config, checkpoint, group, dtype)
+plan = Plan(config, checkpoint, group, dtype, quantization=quantization)
 model = Glm4Moe(config, group, doors, torch.float32, plan.mtp)
 before = kib("VmHWM")
 plan.fill(model, torch.device("cpu"))
@@ -333,13 +334,16 @@ print(before, kib("VmHWM"), plan.nbytes)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
-@pytest.mark.parametrize("dtype, mtp", [("bfloat16", "full"), ("float32", None)])
-def test_peak_memory_is_the_share_and_one_tensor(dtype, mtp, tmp_path):
+@pytest.mark.parametrize("dtype, mtp, quantization", [
+    ("bfloat16", "full", ""), ("float32", None, ""), ("bfloat16", None, "int8"), ("bfloat16", None, "int4"),
+])
+def test_peak_memory_is_the_share_and_one_tensor(dtype, mtp, quantization, tmp_path):
     config = GLM_45 | {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "num_hidden_layers": 4,
                        "n_routed_experts": 16, "moe_intermediate_size": 1024, "intermediate_size": 4096,
                        "vocab_size": 20_000, "first_k_dense_replace": 1}
     empty_checkpoint(tmp_path, config, mtp=mtp)
-    child = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path), dtype], capture_output=True, text=True)
+    command = [sys.executable, "-c", CHILD, str(tmp_path), dtype, quantization]
+    child = subprocess.run(command, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     before, peak, share = map(int, child.stdout.split())
     with Checkpoint(tmp_path) as checkpoint:

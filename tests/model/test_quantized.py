@@ -271,5 +271,5 @@ def test_formats_that_differ_within_one_product_are_refused(twins):
     assert f"{name}: plain" in caught.value.found and "int4 in groups of 32" in caught.value.found
 
 
-def test_weight_outline_is_all_there_is():
-    assert Weight.outline("fp8", (3, 8), None).nbytes == 3 * 8 + 3 * 4
+def test_an_empty_weight_is_all_there_is():
+    assert Weight.empty("fp8", (3, 8)).nbytes == 3 * 8 + 3 * 4
