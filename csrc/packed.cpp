@@ -6,6 +6,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "pool.h"
 
@@ -18,11 +19,12 @@ size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
 
 // Transposes rows of `unit`-byte elements into a panel: element i of row r goes to slot (i, column of r).
 template <class T> void transpose(const char* codes, size_t stride, int rows, int column, int elements, T* panel) {
-    constexpr int BLOCK = 64 / sizeof(T);  // a cache line of each row at a time
-    for (int i = 0; i < elements; i += BLOCK) {
+    constexpr int BLOCK = 128 / sizeof(T);  // so much of each row at a time, and the next asked for: as many streams as
+    for (int i = 0; i < elements; i += BLOCK) {  // there are rows are more than the processor sees by itself
         int end = i + BLOCK < elements ? i + BLOCK : elements;
         for (int r = 0; r < rows; r++) {
             const char* row = codes + r * stride;
+            __builtin_prefetch(row + (i + BLOCK) * sizeof(T)), __builtin_prefetch(row + (i + BLOCK) * sizeof(T) + 64);
             for (int j = i; j < end; j++) {
                 T value;
                 std::memcpy(&value, row + j * sizeof(T), sizeof(T));
@@ -55,6 +57,11 @@ Packed::Packed(Kind kind, long count, int n, int k, int parts, int group, bool w
     if (mapped >= HUGE) madvise(begin, mapped, MADV_HUGEPAGE);  // a wish: without it everything works alike
 #endif
     data = (uint8_t*)begin;
+    // The kernel clears pages as they are first touched, and that by all threads: filling would do it one after the other.
+    parallel((long)((mapped + HUGE - 1) / HUGE), [&](long i) {
+        size_t end = (i + 1) * HUGE < mapped ? (i + 1) * HUGE : mapped;
+        for (size_t at = i * HUGE; at < end; at += 4096) *(volatile uint8_t*)(begin + at) = 0;
+    });
     if (per_row) scales = (float*)(begin + codes);
 }
 
@@ -78,11 +85,25 @@ void Packed::fill(long e, int first, int rows, const void* codes, size_t stride,
         throw std::invalid_argument("scales or zeros missing, or not wanted");
     const int width = n / parts;
     const int per_row = (k + groups.size - 1) / groups.size;
-    for (int r = first, done; r < first + rows; r += done) {
-        int part = r / width, at = r % width, column = at % PANEL, p = at / PANEL * parts + part;
-        done = PANEL - column;
+    if (kind == Kind::int4 && !groups.wide)
+        for (size_t i = 0; i < (size_t)rows * per_row; i++) {
+            uint32_t u;
+            std::memcpy(&u, row_scales + i, 4);
+            if (u & 0xffff) throw std::invalid_argument("a scale that is no bf16 number");
+        }
+    struct Piece {
+        int row, rows;  // of one panel
+    };
+    std::vector<Piece> pieces;
+    for (int r = first; r < first + rows; r += pieces.back().rows) {
+        int at = r % width, done = PANEL - at % PANEL;
         if (done > width - at) done = width - at;
         if (done > first + rows - r) done = first + rows - r;
+        pieces.push_back({r, done});
+    }
+    parallel((long)pieces.size(), [&](long piece) {
+        const int r = pieces[piece].row, done = pieces[piece].rows;
+        const int part = r / width, at = r % width, column = at % PANEL, p = at / PANEL * parts + part;
         uint8_t* panel = data + (e * panels() + p) * panel_bytes();
         const char* source = (const char*)codes + (r - first) * stride;
         // Elements are moved in the units that stay together: 4 bytes are a float, two bf16, or four bytes of int8.
@@ -124,7 +145,6 @@ void Packed::fill(long e, int first, int rows, const void* codes, size_t stride,
                     uint32_t u;
                     std::memcpy(&u, &s, 4);
                     uint16_t half = (uint16_t)(u >> 16);
-                    if (!groups.wide && u & 0xffff) throw std::invalid_argument("a scale that is no bf16 number");
                     if (groups.wide) std::memcpy(to + (column + i) * 4, &s, 4);
                     else std::memcpy(to + (column + i) * 2, &half, 2);
                     if (groups.zeros) to[PANEL * (groups.wide ? 4 : 2) + column + i] = zeros[(size_t)(r - first + i) * per_row + g];
@@ -133,7 +153,7 @@ void Packed::fill(long e, int first, int rows, const void* codes, size_t stride,
         }
         if (scales)
             for (int i = 0; i < done; i++) scales[(e * panels() + p) * PANEL + column + i] = row_scales[r - first + i];
-    }
+    });
 }
 
 Rows::Rows(const Packed& w, long m, int slot) {
