@@ -172,7 +172,7 @@ def make_room(
             f" {gib(activations)} for a step's activations, {gib(cache)} for the KV cache;"
             f" {gib(free)} free for it, of which {gib(usable)} may be used ({limit})",
             "room for all three; nothing has been loaded",
-            "free some memory, share the model among more processes (tensor_parallel_size), use the FP8 checkpoint,"
+            "free some memory, share the model among more processes (tensor_parallel_size), quantise it (quantization),"
             f" lower max_model_len or max_num_batched_tokens, or raise {limit.partition('=')[0]}",
         )
     if config.kv_cache_memory_bytes is not None:
