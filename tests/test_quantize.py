@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from glimmer import LLM, SamplingParams, quantize
 from glimmer.__main__ import main
 from glimmer.checkpoint.files import INDEX, Checkpoint
-from glimmer.config import ModelConfig
+from glimmer.config import EngineConfig, ModelConfig
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.model.load import Plan
 from glimmer.parallel import Group
@@ -102,6 +102,19 @@ def test_config_says_what_was_done(checkpoint, tmp_path):
     said = after.pop("quantization_config")
     assert after == before and said["quant_method"] == "compressed-tensors" and said["format"] == "int-quantized"
     assert said["ignore"] == ["model.embed_tokens", r"re:^model\.layers\.\d+\.mlp\.gate$"]
+
+
+@pytest.mark.parametrize("settings, found", [
+    (dict(quantization="fp4"), "quantization='fp4'"), (dict(quantization=8), "quantization=8"),
+    (dict(quantization="int4", group_size=48), "group_size=48"), (dict(quantization="int4", group_size=0), "group_size=0"),
+    (dict(quantization="int4", group_size=True), "group_size=True"), (dict(group_size=32), "quantization=None"),
+    (dict(quantization="int8", group_size=32), "quantization='int8'"),
+])  # fmt: skip
+def test_settings_are_checked(settings, found):
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig(model="m", **settings)
+    assert found in caught.value.found
+    EngineConfig(model="m", quantization="int4", group_size=96)
 
 
 # ---- what is refused, and what is left behind ----------------------------------------------------------------------
