@@ -106,7 +106,8 @@ def test_config_says_what_was_done(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("settings, found", [
     (dict(quantization="fp4"), "quantization='fp4'"), (dict(quantization=8), "quantization=8"),
-    (dict(quantization="int4", group_size=48), "group_size=48"), (dict(quantization="int4", group_size=0), "group_size=0"),
+    (dict(quantization="int4", group_size=48), "group_size=48"),
+    (dict(quantization="int4", group_size=0), "group_size=0"),
     (dict(quantization="int4", group_size=True), "group_size=True"), (dict(group_size=32), "quantization=None"),
     (dict(quantization="int8", group_size=32), "quantization='int8'"),
 ])  # fmt: skip
