@@ -100,7 +100,7 @@ void fp8_tiles(const uint16_t* a, long lda, int m, const uint8_t* panel, int k, 
 
 constexpr int FEW = 4;  // up to so many rows vectors are as quick as tiles, and need no sixteen
 
-void int8_tiles(const int8_t* a, long lda, int m, const uint8_t* panel, int k, const int32_t* sums, float* c,
+void int8_tiles(const int8_t* a, long lda, int m, const uint8_t* panel, int k, const float* sums, float* c,
                 const void* next) {
     if (m <= FEW) return int8(a, lda, m, panel, k, sums, c, next);
     const int all = padded(Kind::int8, k) / 64;
@@ -113,7 +113,7 @@ void int8_tiles(const int8_t* a, long lda, int m, const uint8_t* panel, int k, c
     for (int r = 0; r < m; r++)
         for (int v = 0; v < NV; v++) {
             float* p = c + r * PANEL + v * LANES;
-            store(p, to_float(load<vi>(p) - splat(128 * sums[r])));
+            store(p, to_float(load<vi>(p) - splat(128 * (int32_t)sums[r])));
         }
 }
 

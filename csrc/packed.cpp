@@ -39,7 +39,7 @@ template <class T> void transpose(const char* codes, size_t stride, int rows, in
 Packed::Packed(Kind kind, long count, int n, int k, int parts, int group, bool wide, bool zeros)
     : kind(kind), count(count), n(n), k(k), parts(parts), groups{kind == Kind::int4 ? group : 32, wide, zeros} {
     bool sound = count > 0 && n > 0 && k > 0 && parts > 0 && n % parts == 0 && groups.size > 0 && groups.size % 32 == 0;
-    if (!sound || n > 1 << 24 || k > 1 << 24 || groups.size > 1 << 24)
+    if (!sound || n > 1 << 24 || k > 1 << 17 || groups.size > 1 << 17)  // 2^17: a row of int8 sums to less than 2^24
         throw std::invalid_argument("no matrix of " + std::to_string(n) + " rows in " + std::to_string(parts) + " parts and " +
                                     std::to_string(k) + " columns in groups of " + std::to_string(group));
     size_t per_row = kind == Kind::fp8 || kind == Kind::int8 ? (size_t)count * panels() * PANEL * 4 : 0;
@@ -164,7 +164,7 @@ Rows::Rows(const Packed& w, long m, int slot) {
     groups = w.kind == Kind::int4 ? (int)(d / w.groups.size) : 1;
     values = (char*)scratch(slot, (m + BEYOND) * stride);
     scales = (float*)scratch(slot + 1, (size_t)(m + BEYOND) * groups * 4);
-    sums = (int32_t*)scratch(slot + 2, (size_t)(m + BEYOND) * groups * 4);
+    sums = (float*)scratch(slot + 2, (size_t)(m + BEYOND) * groups * 4);
 }
 
 void Rows::set(const Packed& w, long i, const float* x) {

@@ -43,7 +43,7 @@ private:
 struct Rows {
     char* values;
     float* scales;
-    int32_t* sums;
+    float* sums;
     size_t stride;  // bytes
     int groups;     // scales and sums a row
 
