@@ -35,7 +35,7 @@ double seconds() {
 
 // Bytes a second that all threads together read from `bytes` of memory; the best of a few rounds.
 double read_bandwidth(size_t bytes) {
-    constexpr size_t PIECE = 1 << 18;
+    constexpr size_t PIECE = 1 << 17;
     Packed buffer(Kind::fp8, 1, (int)(bytes / PIECE), (int)PIECE, 1, 32, false, false);
     const uint8_t* data = buffer.panel(0, 0);
     const long pieces = (long)(bytes / PIECE);

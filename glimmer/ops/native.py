@@ -14,6 +14,7 @@ from glimmer import _native
 from glimmer.weight import Weight
 
 set_threads = _native.set_threads
+STRETCH = 4 << 20  # bytes of a plain matrix that are converted at once
 FLOATS = (torch.float32, torch.bfloat16)
 
 
@@ -86,12 +87,18 @@ def _empty(parts: Sequence[Weight], dtype: torch.dtype, count: int, pieces: int)
 def _fill(packed: _native.Packed, e: int, parts: Sequence[Weight], dtype: torch.dtype) -> None:
     row = 0
     for part in parts:
-        codes = part.codes.to(dtype) if part.kind == "plain" else part.codes
-        if codes.stride(1) != 1:
-            codes = codes.contiguous()
-        scales = None if part.scales is None else part.scales.contiguous()
-        zeros = part.centers().to(torch.uint8).contiguous() if packed.zeros else None
-        address = lambda tensor: 0 if tensor is None else tensor.data_ptr()
-        stride = codes.stride(0) * codes.itemsize
-        packed.fill(e, row, part.shape[0], codes.data_ptr(), stride, address(scales), address(zeros))
-        row += part.shape[0]
+        # A stretch of rows at a time: where values change their type, so little is held twice.
+        step = max(1, STRETCH // (part.shape[1] * dtype.itemsize)) if part.kind == "plain" else part.shape[0]
+        for first in range(0, part.shape[0], step):
+            codes = part.codes[first : first + step]
+            codes = codes.to(dtype) if part.kind == "plain" else codes
+            codes = codes if codes.stride(1) == 1 else codes.contiguous()
+            scales = None if part.scales is None else part.scales.contiguous()
+            zeros = part.centers().to(torch.uint8).contiguous() if packed.zeros else None
+            stride = codes.stride(0) * codes.itemsize
+            packed.fill(e, row, len(codes), codes.data_ptr(), stride, _address(scales), _address(zeros))
+            row += len(codes)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
