@@ -2,12 +2,15 @@
 // native.py has checked; sizes are checked again wherever a pointer is made from them.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <chrono>
 #include <cstring>
 
+#include "attention.h"
 #include "linear.h"
 #include "pool.h"
+#include "small.h"
 
 namespace nb = nanobind;
 using namespace glimmer;
@@ -109,6 +112,68 @@ NB_MODULE(_native, m) {
         [](uintptr_t x, bool x_bf16, long rows, uintptr_t ids, uintptr_t scores, int top_k, const Packed& gate_up,
            const Packed& down, uintptr_t y) {
             experts({at<void>(x), x_bf16}, rows, at<int64_t>(ids), at<float>(scores), top_k, gate_up, down, at<float>(y));
+        },
+        Free());
+
+    m.def(
+        "embed",
+        [](uintptr_t tokens, long count, uintptr_t table, bool narrow, long rows, long n, long first, uintptr_t y) {
+            embed(at<int64_t>(tokens), count, {at<void>(table), narrow}, rows, n, first, {at<void>(y), narrow});
+        },
+        Free());
+    m.def(
+        "rms_norm",
+        [](uintptr_t x, bool x_bf16, long rows, long heads, long n, long stride, uintptr_t weight, bool y_bf16, float eps,
+           uintptr_t y) {
+            rms_norm({at<void>(x), x_bf16}, rows, heads, n, stride, {at<void>(weight), y_bf16}, eps, {at<void>(y), y_bf16});
+        },
+        Free());
+    m.def(
+        "add_rms_norm",
+        [](uintptr_t x, bool x_bf16, uintptr_t residual, bool kept_bf16, long rows, long n, uintptr_t weight, bool y_bf16,
+           float eps, uintptr_t total, uintptr_t y) {
+            add_rms_norm({at<void>(x), x_bf16}, {at<void>(residual), kept_bf16}, rows, n, {at<void>(weight), y_bf16}, eps,
+                         {at<void>(total), kept_bf16}, {at<void>(y), y_bf16});
+        },
+        Free());
+    m.def(
+        "swiglu",
+        [](uintptr_t x, bool narrow, long rows, long n, uintptr_t y) {
+            swiglu({at<void>(x), narrow}, rows, n, {at<void>(y), narrow});
+        },
+        Free());
+    m.def(
+        "rope",
+        [](uintptr_t q, long q_heads, long q_stride, uintptr_t k, long k_heads, long k_stride, bool narrow, long rows,
+           long width, uintptr_t cos, uintptr_t sin, long half) {
+            rope({{at<void>(q), narrow}, q_heads, q_stride}, {{at<void>(k), narrow}, k_heads, k_stride}, rows, width,
+                 at<float>(cos), at<float>(sin), half);
+        },
+        Free());
+    m.def(
+        "route",
+        [](uintptr_t logits, uintptr_t bias, long rows, long experts, int top_k, int groups, int kept_groups, bool normed,
+           float factor, uintptr_t ids, uintptr_t scores) {
+            route(at<float>(logits), at<float>(bias), rows, experts, {top_k, groups, kept_groups, normed, factor},
+                  at<int64_t>(ids), at<float>(scores));
+        },
+        Free());
+    m.def(
+        "store_kv",
+        [](uintptr_t k, long k_stride, uintptr_t v, long v_stride, bool narrow, long rows, uintptr_t slots, uintptr_t keys,
+           uintptr_t values, long blocks, int block_size, int heads, int width) {
+            store_kv({at<void>(k), narrow}, k_stride, {at<void>(v), narrow}, v_stride, at<int64_t>(slots), rows,
+                     {{at<void>(keys), narrow}, {at<void>(values), narrow}, blocks, block_size, heads, width});
+        },
+        Free());
+    m.def(
+        "attention",
+        [](uintptr_t q, long stride, int q_heads, bool narrow, uintptr_t keys, uintptr_t values, long blocks, int block_size,
+           int heads, int width, uintptr_t table, long columns, const std::vector<long>& starts,
+           const std::vector<long>& lengths, float scale, uintptr_t y) {
+            attention({at<void>(q), narrow}, stride, q_heads,
+                      {{at<void>(keys), narrow}, {at<void>(values), narrow}, blocks, block_size, heads, width},
+                      at<int64_t>(table), columns, starts, lengths, scale, {at<void>(y), narrow});
         },
         Free());
 }

@@ -6,7 +6,7 @@
 //   int8  [k/4][32][4], code + 128       int4  for each group: [group/8][32][4], the low nibbles four k, the high
 //                                              nibbles the next four; then 32 scales and, if asymmetric, 32 zeros
 // k is padded with zeros (see padded). Products are exact or in float32, sums float32 (int32 within a group of int8, int4).
-// Not here: threads, and what becomes of the sums (linear.cpp, experts.cpp).
+// Not here: threads, and what becomes of the sums (linear.cpp).
 #pragma once
 
 #include <cstddef>
@@ -16,6 +16,15 @@ namespace glimmer {
 
 constexpr int PANEL = 32;   // columns
 constexpr int BEYOND = 16;  // rows of a that may be read beyond m; what they hold reaches no result
+
+// Numbers in memory: bf16 or float32.
+struct Values {
+    void* data;
+    bool bf16;
+};
+
+struct AttentionLoops;  // attention.h
+struct SmallLoops;      // small.h
 
 enum class Kind : int { f32, bf16, fp8, int8, int4 };
 
@@ -74,6 +83,8 @@ struct Kernels {
     double (*burn_int8)(long rounds);
     // Reads bytes (a multiple of 1024), and does as little as it can with them.
     uint64_t (*read)(const char* from, size_t bytes);
+    const AttentionLoops& attention;
+    const SmallLoops& small;
 };
 
 // The table in use: the best one that this processor runs, until select names another.

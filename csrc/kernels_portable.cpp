@@ -9,5 +9,6 @@
 
 namespace glimmer {
 const Kernels portable = {"portable", ROWS, nullptr, nullptr, f32, bf16, fp8, int8, int4, load_bf16, to_bf16, to_fp8, to_int8,
-                          swiglu, finish, gated, add, burn_bf16, burn_int8, read};
+                          swiglu, finish, gated, add, burn_bf16, burn_int8, read,
+                          attention_by_vectors, small_loops};
 }

@@ -5,13 +5,7 @@
 
 namespace glimmer {
 
-// Rows of numbers in memory, contiguous: bf16 or float32.
-struct Values {
-    void* data;
-    bool bf16;
-};
-
-// y (rows, n) = x (rows, k) @ w.T + bias; bias (n) float32 or null. y may have another type than x.
+// All rows are contiguous. y (rows, n) = x (rows, k) @ w.T + bias; bias (n) float32 or null. y may have another type than x.
 void linear(Values x, long rows, const Packed& w, const float* bias, Values y);
 
 // y (rows, H) float32 = sum over j of scores[:, j] * down(swiglu(gate_up(x))) of expert ids[:, j], in the order of the

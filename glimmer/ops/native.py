@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from glimmer import _native
+from glimmer.batch import Batch
+from glimmer.ops import RouteRule, reference
 from glimmer.weight import Weight
 
 set_threads = _native.set_threads
@@ -23,6 +25,140 @@ def _input(x: Tensor, width: int) -> Tensor:
     if x.ndim != 2 or x.shape[1] != width or x.dtype not in FLOATS or x.device.type != "cpu":
         raise ValueError(f"{tuple(x.shape)} {x.dtype} on {x.device}, where (T, {width}) float32 or bfloat16 is wanted")
     return x.contiguous()
+
+
+def _refuse(door: str, *tensors: Tensor) -> None:
+    """Raises ValueError: what a door was given is not what the table in ops/__init__.py says."""
+    found = ", ".join(f"{t.dtype} {tuple(t.shape)} strides {t.stride()} on {t.device}" for t in tensors)
+    raise ValueError(f"{door} of {found}")
+
+
+def _heads(x: Tensor) -> Tensor:
+    """x (T, h, D) with the heads of a row side by side; rows may lie further apart, as those of q in qkv."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def embed(tokens: Tensor, table: Tensor, first: int) -> Tensor:
+    """Rows of the table for tokens first..first+len(table), zeros for the others."""
+    if tokens.dtype != torch.int64 or table.dtype not in FLOATS or not table.is_contiguous():
+        _refuse("embed", tokens, table)
+    tokens, (rows, n) = tokens.contiguous(), table.shape
+    narrow, y = table.dtype == torch.bfloat16, table.new_empty(len(tokens), n)
+    _native.embed(tokens.data_ptr(), len(tokens), table.data_ptr(), narrow, rows, n, first, y.data_ptr())
+    return y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """(..., N) -> (..., N) contiguous, in weight's dtype."""
+    n = x.shape[-1]
+    if weight.shape != (n,) or x.dtype not in FLOATS or weight.dtype not in FLOATS or weight.stride(0) != 1:
+        _refuse("rms_norm", x, weight)
+    y = torch.empty(x.shape, dtype=weight.dtype)
+    if x.ndim == 3:
+        x = _heads(x)
+        rows, heads, stride = len(x), x.shape[1], x.stride(0)
+    else:
+        x = x.contiguous()
+        rows, heads, stride = y.numel() // n, 1, n
+    narrow, result = x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16
+    _native.rms_norm(x.data_ptr(), narrow, rows, heads, n, stride, weight.data_ptr(), result, eps, y.data_ptr())
+    return y
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(normed in weight's dtype, residual + x in residual's)."""
+    rows, n = x.shape
+    floats = x.dtype in FLOATS and residual.dtype in FLOATS and weight.dtype in FLOATS
+    if not floats or residual.shape != (rows, n) or weight.shape != (n,) or weight.stride(0) != 1:
+        _refuse("add_rms_norm", x, residual, weight)
+    x, residual = x.contiguous(), residual.contiguous()
+    total, y = torch.empty_like(residual), torch.empty((rows, n), dtype=weight.dtype)
+    narrow, kept, result = (t.dtype == torch.bfloat16 for t in (x, residual, weight))
+    _native.add_rms_norm(
+        x.data_ptr(), narrow, residual.data_ptr(), kept, rows, n, weight.data_ptr(), result, eps, total.data_ptr(),
+        y.data_ptr(),
+    )
+    return y, total
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """(T, 2M), gate then up -> (T, M) silu(gate) * up."""
+    rows, both = x.shape
+    if x.dtype not in FLOATS or both % 2:
+        _refuse("swiglu", x)
+    x, y = x.contiguous(), x.new_empty(rows, both // 2)
+    _native.swiglu(x.data_ptr(), x.dtype == torch.bfloat16, rows, both // 2, y.data_ptr())
+    return y
+
+
+def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turns pairs (i, i+R/2) of the first R dimensions of q (T, h, D) and k (T, g, D) in place."""
+    (rows, heads, width), (others, kv_heads, _), half = q.shape, k.shape, cos.shape[1]
+    fits = rows == others == len(cos) and k.shape[2] == width >= 2 * half and cos.shape == sin.shape
+    types = q.dtype == k.dtype and q.dtype in FLOATS and cos.dtype == sin.dtype == torch.float32
+    if not fits or not types or _heads(q) is not q or _heads(k) is not k:
+        _refuse("rope_", q, k, cos, sin)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    _native.rope(
+        q.data_ptr(), heads, q.stride(0), k.data_ptr(), kv_heads, k.stride(0), q.dtype == torch.bfloat16, rows, width,
+        cos.data_ptr(), sin.data_ptr(), half,
+    )
+
+
+def route(logits: Tensor, bias: Tensor, rule: RouteRule) -> tuple[Tensor, Tensor]:
+    """ids, scores (T, K), the best first, of equals the one with the lowest number."""
+    rows, experts = logits.shape
+    if logits.dtype != torch.float32 or bias.dtype != torch.float32 or bias.shape != (experts,):
+        _refuse("route", logits, bias)
+    logits, bias = logits.contiguous(), bias.contiguous()
+    ids, scores = torch.empty((rows, rule.top_k), dtype=torch.int64), torch.empty(rows, rule.top_k)
+    _native.route(
+        logits.data_ptr(), bias.data_ptr(), rows, experts, rule.top_k, rule.n_group, rule.topk_group,
+        rule.norm_topk_prob, rule.routed_scaling_factor, ids.data_ptr(), scores.data_ptr(),
+    )
+    return ids, scores
+
+
+def _in_strips(keys: Tensor) -> bool:
+    """Whether the cache is laid out for the extension, which csrc/attention.h describes; else as the reference does."""
+    return keys.shape[1] % 16 == 0 and keys.shape[3] % 2 == 0
+
+
+def store_kv_(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    """Write k, v (T, g, D) into their slots of a cache (blocks, block_size, g, D), for `attention` alone to read."""
+    if not _in_strips(keys):
+        return reference.store_kv_(k, v, keys, values, slots)
+    blocks, size, heads, width = keys.shape
+    k, v, slots = _heads(k), _heads(v), slots.contiguous()
+    fits = k.shape == v.shape == (len(slots), heads, width) and slots.dtype == torch.int64
+    if not fits or not k.dtype == v.dtype == keys.dtype or not _sound(keys, values):
+        _refuse("store_kv_", k, v, keys, values, slots)
+    _native.store_kv(
+        k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), k.dtype == torch.bfloat16, len(slots), slots.data_ptr(),
+        keys.data_ptr(), values.data_ptr(), blocks, size, heads, width,
+    )
+
+
+def attention(q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float) -> Tensor:
+    """q (T, h, D) -> (T, h*D): each row over the keys of its own sequence up to its own position."""
+    if not _in_strips(keys):
+        return reference.attention(q, keys, values, batch, scale)
+    (rows, q_heads, width), (blocks, size, heads, _) = q.shape, keys.shape
+    q, table = _heads(q), batch.blocks.contiguous()
+    fits = width == keys.shape[3] and rows == batch.starts[-1] and len(table) == len(batch.lengths)
+    if not fits or q.dtype != keys.dtype or table.dtype != torch.int64 or not _sound(keys, values):
+        _refuse("attention", q, keys, values, table)
+    y = q.new_empty(rows, q_heads * width)
+    _native.attention(
+        q.data_ptr(), q.stride(0), q_heads, q.dtype == torch.bfloat16, keys.data_ptr(), values.data_ptr(), blocks,
+        size, heads, width, table.data_ptr(), table.shape[1], batch.starts, batch.lengths, scale, y.data_ptr(),
+    )
+    return y
+
+
+def _sound(keys: Tensor, values: Tensor) -> bool:
+    same = keys.shape == values.shape and keys.dtype == values.dtype and keys.dtype in FLOATS
+    return same and keys.is_contiguous() and values.is_contiguous()
 
 
 def linear(x: Tensor, packed: _native.Packed, bias: Tensor | None) -> Tensor:

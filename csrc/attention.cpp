@@ -1,0 +1,160 @@
+#include "attention.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+
+#include "pool.h"
+
+namespace glimmer {
+namespace {
+
+constexpr int MOST_ROWS = 128;  // of a task
+constexpr int FEW_TASKS = 4;    // for each thread: below that, splits are tasks of their own
+
+// Memory of one thread, kept between tasks, 64-byte aligned.
+char* own(size_t bytes) {
+    thread_local std::unique_ptr<char, decltype(&std::free)> memory(nullptr, &std::free);
+    thread_local size_t size = 0;
+    if (size < bytes) {
+        bytes = (bytes + 4095) / 4096 * 4096;
+        memory.reset((char*)std::aligned_alloc(4096, bytes));
+        size = memory ? bytes : 0;
+        if (!memory) throw std::bad_alloc();
+    }
+    return memory.get();
+}
+
+void check(const Paged& cache) {
+    if (cache.keys.bf16 != cache.values.bf16 || cache.block_size < 1 || cache.block_size % STRIP || cache.heads < 1 ||
+        cache.width < 2 || cache.width % 2)
+        throw std::invalid_argument("a cache that is not laid out in strips");
+}
+
+template <class T> void store_row(const T* k, const T* v, T* keys, T* values, int lane, int width) {
+    constexpr int PAIR = sizeof(T) == 2 ? 2 : 1;
+    for (int d = 0; d < width; d++) keys[(d / PAIR * STRIP + lane) * PAIR + d % PAIR] = k[d];
+    for (int d = 0; d < width; d++) values[(lane / PAIR * width + d) * PAIR + lane % PAIR] = v[d];
+}
+
+}  // namespace
+
+void store_kv(Values k, long k_stride, Values v, long v_stride, const int64_t* slots, long rows, const Paged& cache) {
+    check(cache);
+    for (long t = 0; t < rows; t++)
+        if (slots[t] < 0 || slots[t] >= cache.blocks * cache.block_size) throw std::invalid_argument("no such slot");
+    constexpr long FEW = 32;  // rows a task
+    auto task = [&](long i) {
+        for (long t = i * FEW; t < rows && t < (i + 1) * FEW; t++)
+            for (int h = 0; h < cache.heads; h++) {
+                const int lane = (int)(slots[t] % STRIP), from = h * cache.width;
+                const size_t to = cache.strip(slots[t] - lane, h);
+                if (cache.keys.bf16)
+                    store_row((uint16_t*)k.data + t * k_stride + from, (uint16_t*)v.data + t * v_stride + from,
+                              (uint16_t*)cache.keys.data + to, (uint16_t*)cache.values.data + to, lane, cache.width);
+                else
+                    store_row((float*)k.data + t * k_stride + from, (float*)v.data + t * v_stride + from,
+                              (float*)cache.keys.data + to, (float*)cache.values.data + to, lane, cache.width);
+            }
+    };
+    if (rows <= FEW) return task(0);
+    parallel((rows + FEW - 1) / FEW, task);
+}
+
+namespace {
+
+// Query rows that share their keys: all heads of one key head, for some positions of one sequence.
+struct Task {
+    int sequence, head, positions, splits;
+    long row, position;  // the first of them in the batch, in its sequence
+};
+
+}  // namespace
+
+void attention(Values q, long stride, int heads, const Paged& cache, const int64_t* table, long columns,
+               const std::vector<long>& starts, const std::vector<long>& lengths, float scale, Values y) {
+    check(cache);
+    const int D = cache.width, size = cache.block_size;
+    if (heads < 1 || heads % cache.heads || starts.size() != lengths.size() + 1 || starts[0] != 0)
+        throw std::invalid_argument("heads or sequences that do not fit together");
+    const int share = heads / cache.heads, most = share < MOST_ROWS ? MOST_ROWS / share : 1, M = most * share;
+    std::vector<Task> tasks;
+    long longest = 0;
+    for (size_t s = 0; s < lengths.size(); s++) {
+        const long n = starts[s + 1] - starts[s], length = lengths[s], past = length - n;
+        if (n < 1 || past < 0 || length > columns * size) throw std::invalid_argument("rows that have no place in their sequence");
+        for (long b = 0; b * size < length; b++)
+            if (table[s * columns + b] < 0 || table[s * columns + b] >= cache.blocks)
+                throw std::invalid_argument("no such block");
+        longest = length > longest ? length : longest;
+        for (long at = (n - 1) / most * most; at >= 0; at -= most)  // the longest first
+            for (int h = 0; h < cache.heads; h++) {
+                const int positions = (int)(n - at < most ? n - at : most);
+                const int splits = (int)((past + at + positions + SPLIT - 1) / SPLIT);
+                tasks.push_back({(int)s, h, positions, splits, starts[s] + at, past + at});
+            }
+    }
+
+    const AttentionLoops& ops = kernels().attention;
+    const size_t element = cache.keys.bf16 ? 2 : 4, row = tiles(D) * element, state = State::size(M, D);
+    // One thread's memory: a task's queries, its state, that of a later split, what the loops need, what each row sees.
+    const size_t queries_size = tiles(M) * row, size_of_state = state * 4, work_size = ops.work(M, D);
+    auto memory = [&] { return own(queries_size + 2 * size_of_state + work_size + M * sizeof(long)); };
+    auto own_state = [&] { return State::at((float*)(memory() + queries_size), M, D); };
+    // Splits begin..end of a task, merged.
+    auto attend = [&](const Task& task, int begin, int end, State into) {
+        const int m = task.positions * share;
+        char *queries = memory(), *work = queries + queries_size + 2 * size_of_state;
+        const State part = State::at((float*)(queries + queries_size + size_of_state), M, D);
+        long* seen = (long*)(work + work_size);
+        for (int i = 0; i < m; i++) {
+            const long t = task.row + i / share;
+            const Values from = {(char*)q.data + (t * stride + (task.head * share + i % share) * (long)D) * element, q.bf16};
+            std::memcpy(queries + i * row, from.data, D * element);
+            std::memset(queries + i * row + D * element, 0, row - D * element);
+            seen[i] = task.position + i / share + 1;
+        }
+        const Sequence keys = {cache, table + task.sequence * columns, task.head};
+        for (int split = begin; split < end; split++) {
+            const long first = (long)split * SPLIT, last = first + SPLIT < seen[m - 1] ? first + SPLIT : seen[m - 1];
+            ops.attend(keys, queries, m, seen, first, last, scale, split > begin ? part : into, work);
+            if (split > begin) ops.merge(into, part, m, D);
+        }
+    };
+    auto finish = [&](const Task& task, State done) {
+        for (int i = 0; i < task.positions * share; i++) {
+            const long to = (task.row + i / share) * heads + task.head * share + i % share;
+            ops.finish(done, i, D, {(char*)y.data + to * D * (y.bf16 ? 2 : 4), y.bf16});
+        }
+    };
+
+    if (longest <= SPLIT || (long)tasks.size() >= FEW_TASKS * threads()) {
+        parallel((long)tasks.size(), [&](long i) {
+            attend(tasks[i], 0, tasks[i].splits, own_state());
+            finish(tasks[i], own_state());
+        });
+        return;
+    }
+    // Few rows with many keys: every split by itself, then their merger in the same order as above.
+    std::vector<std::pair<int, int>> parts;
+    for (size_t i = 0; i < tasks.size(); i++)
+        for (int split = 0; split < tasks[i].splits; split++) parts.push_back({(int)i, split});
+    Turn turn;
+    float* states = (float*)scratch(0, parts.size() * state * 4);
+    parallel((long)parts.size(), [&](long i) {
+        const auto [task, split] = parts[i];
+        attend(tasks[task], split, split + 1, State::at(states + i * state, M, D));
+    });
+    std::vector<long> firsts;
+    for (size_t i = 0; i < parts.size(); i++)
+        if (parts[i].second == 0) firsts.push_back((long)i);
+    parallel((long)tasks.size(), [&](long i) {
+        const State all = State::at(states + firsts[i] * state, M, D);
+        for (int split = 1; split < tasks[i].splits; split++)
+            ops.merge(all, State::at(states + (firsts[i] + split) * state, M, D), tasks[i].positions * share, D);
+        finish(tasks[i], all);
+    });
+}
+
+}  // namespace glimmer

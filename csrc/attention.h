@@ -1,0 +1,78 @@
+// Attention over the paged cache. Each block of the cache, (block_size, g, D) in size, is laid out for the kernels: a head's
+// keys (values) lie together, in strips of 16 slots, so that vector lanes are keys in the first product, columns in the second:
+//   keys    bf16 [D/2][16][2]   float32 [D][16]
+//   values  bf16 [8][D][2]      float32 [16][D]
+// A row's keys are taken in ascending order, in blocks and splits that begin at fixed positions: its result depends on nothing
+// but its own query and keys. Not here: the loops (attention.inc), which block is whose (glimmer/engine).
+#pragma once
+
+#include <vector>
+
+#include "kernels.h"
+
+namespace glimmer {
+
+constexpr int STRIP = 16;    // slots
+constexpr int KEYS = 128;    // whose scores exist at once
+constexpr int SPLIT = 2048;  // keys that are summed up apart: work for one thread
+constexpr int TILE = 32;     // rows, columns and depth are padded to multiples of it
+
+[[gnu::always_inline]] inline int tiles(int n) { return (n + TILE - 1) / TILE * TILE; }
+
+// One layer's cache.
+struct Paged {
+    Values keys, values;  // of the same type
+    long blocks;          // that there are
+    int block_size;       // a multiple of STRIP
+    int heads, width;     // g, and D: even
+    // Of one head's slots from `slot` on, a multiple of STRIP.
+    [[gnu::always_inline]] size_t strip(long slot, int head) const {
+        return (size_t)(slot / block_size * heads + head) * block_size * width + (size_t)(slot % block_size) * width;
+    }
+};
+
+// The keys of one sequence: those of position p in slot table[p / block_size] * block_size + p % block_size.
+struct Sequence {
+    const Paged& cache;
+    const int64_t* table;
+    int head;
+    [[gnu::always_inline]] size_t strip(long position) const {
+        const int size = cache.block_size;
+        return cache.strip(table[position / size] * size + position % size, head);
+    }
+};
+
+// What some keys make of m rows: attention is sum / total once all keys are in.
+struct State {
+    float* sum;    // (tiles(m), tiles(D)) of e^(score - most) * value
+    float* total;  // (m) of e^(score - most)
+    float* most;   // (m) the largest score
+    [[gnu::always_inline]] static size_t size(int m, int width) { return (size_t)tiles(m) * (tiles(width) + 2); }  // floats
+    static State at(float* memory, int m, int width) {
+        float* total = memory + (size_t)tiles(m) * tiles(width);
+        return {memory, total, total + tiles(m)};
+    }
+};
+
+struct AttentionLoops {
+    // Rows of q (m, tiles(D)), in the cache's type, padded with zeros, over keys first..last; row i sees the keys below
+    // seen[i], ascending. work: work(m, D) bytes of anything.
+    void (*attend)(const Sequence& keys, const void* q, int m, const long* seen, long first, long last, float scale,
+                   State state, char* work);
+    size_t (*work)(int m, int width);
+    // The keys of `state` and later ones.
+    void (*merge)(State state, State later, int m, int width);
+    // y (D) = row i
+    void (*finish)(State state, int i, int width, Values y);
+};
+
+// k, v (rows, g, D), rows a stride apart, into their slots. Throws std::invalid_argument for a slot that does not exist.
+void store_kv(Values k, long k_stride, Values v, long v_stride, const int64_t* slots, long rows, const Paged& cache);
+
+// y (rows, heads * D) of q (rows, heads, D), rows a stride apart. The rows of sequence s are starts[s]..starts[s+1], the last
+// of lengths[s] positions; its blocks are row s of `table` (sequences, columns). Head i reads key head i / (heads / g).
+// Throws std::invalid_argument if these do not fit together.
+void attention(Values q, long stride, int heads, const Paged& cache, const int64_t* table, long columns,
+               const std::vector<long>& starts, const std::vector<long>& lengths, float scale, Values y);
+
+}  // namespace glimmer

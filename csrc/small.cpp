@@ -1,0 +1,129 @@
+#include "small.h"
+
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <vector>
+
+#include "pool.h"
+
+namespace glimmer {
+namespace {
+
+constexpr long ALONE = 1 << 15;  // numbers that one thread is done with before a second would have begun
+constexpr long TASK = 1 << 13;
+
+// f(i) for each row, `width` numbers of work each.
+template <class F> void over(long rows, long width, F f) {
+    if (rows * width < ALONE) {
+        for (long i = 0; i < rows; i++) f(i);
+        return;
+    }
+    const long each = TASK / width + 1;
+    parallel((rows + each - 1) / each, [&](long task) {
+        for (long i = task * each; i < rows && i < (task + 1) * each; i++) f(i);
+    });
+}
+
+}  // namespace
+
+void embed(const int64_t* tokens, long count, Values table, long rows, long n, long first, Values y) {
+    const size_t bytes = (size_t)n * (table.bf16 ? 2 : 4);
+    over(count, n, [&](long t) {
+        const int64_t row = tokens[t] - first;
+        char* out = (char*)y.data + t * bytes;
+        if (row >= 0 && row < rows) std::memcpy(out, (const char*)table.data + row * bytes, bytes);
+        else std::memset(out, 0, bytes);
+    });
+}
+
+void rms_norm(Values x, long rows, long heads, long n, long stride, Values weight, float eps, Values y) {
+    const SmallLoops& ops = kernels().small;
+    over(rows, heads * n, [&](long t) {
+        for (long h = 0; h < heads; h++) ops.rms_norm(x + t * stride + h * n, n, weight, eps, y + (t * heads + h) * n);
+    });
+}
+
+void add_rms_norm(Values x, Values residual, long rows, long n, Values weight, float eps, Values total, Values y) {
+    const SmallLoops& ops = kernels().small;
+    over(rows, n, [&](long t) {
+        ops.add(x + t * n, residual + t * n, n, total + t * n);
+        ops.rms_norm(total + t * n, n, weight, eps, y + t * n);
+    });
+}
+
+void swiglu(Values x, long rows, long n, Values y) {
+    const SmallLoops& ops = kernels().small;
+    over(rows, 2 * n, [&](long t) { ops.swiglu(x + t * 2 * n, n, y + t * n); });
+}
+
+void rope(Heads q, Heads k, long rows, long width, const float* cos, const float* sin, long half) {
+    const SmallLoops& ops = kernels().small;
+    over(rows, (q.count + k.count) * 2 * half, [&](long t) {
+        for (const Heads& x : {q, k})
+            for (long h = 0; h < x.count; h++) ops.rope(x.data + t * x.stride + h * width, cos + t * half, sin + t * half, half);
+    });
+}
+
+namespace {
+
+// The indices of the `wanted` best of n choices, best first.
+void best_of(const float* choice, long n, int wanted, long* best) {
+    int found = 0;
+    for (long i = 0; i < n; i++) {
+        if (found == wanted && !(choice[i] > choice[best[found - 1]])) continue;
+        int at = found < wanted ? found++ : wanted - 1;
+        for (; at > 0 && choice[i] > choice[best[at - 1]]; at--) best[at] = best[at - 1];
+        best[at] = i;
+    }
+}
+
+void route_one(const float* logits, const float* bias, long experts, const Rule& rule, int64_t* ids, float* out) {
+    thread_local std::vector<float> numbers;
+    thread_local std::vector<long> places;
+    numbers.resize(2 * experts + rule.groups);
+    places.resize(rule.top_k + rule.groups);
+    float *scores = numbers.data(), *choice = scores + experts, *of_group = choice + experts;
+    long *best = places.data(), *kept = best + rule.top_k;
+    kernels().small.sigmoid(logits, experts, scores);
+    for (long e = 0; e < experts; e++) {
+        choice[e] = scores[e] + bias[e];
+        if (choice[e] != choice[e]) choice[e] = INFINITY;  // or it would compare with nothing
+    }
+    if (rule.groups > 1) {
+        const long size = experts / rule.groups;
+        for (int g = 0; g < rule.groups; g++) {
+            long two[2];
+            best_of(choice + g * size, size, 2, two);
+            of_group[g] = choice[g * size + two[0]] + choice[g * size + two[1]];
+        }
+        best_of(of_group, rule.groups, rule.kept_groups, kept);
+        for (int g = 0; g < rule.groups; g++) {
+            bool stays = false;
+            for (int i = 0; i < rule.kept_groups; i++) stays |= kept[i] == g;
+            for (long e = g * size; !stays && e < (g + 1) * size; e++) choice[e] = -INFINITY;
+        }
+    }
+    best_of(choice, experts, rule.top_k, best);
+    float sum = rule.normed ? 1e-20f : 1.f;
+    for (int j = 0; rule.normed && j < rule.top_k; j++) sum += scores[best[j]];
+    for (int j = 0; j < rule.top_k; j++) {
+        ids[j] = best[j];
+        out[j] = scores[best[j]] / sum * rule.factor;
+    }
+}
+
+}  // namespace
+
+void route(const float* logits, const float* bias, long rows, long experts, const Rule& rule, int64_t* ids, float* scores) {
+    const bool grouped = rule.groups > 1;
+    if (rule.top_k < 1 || rule.top_k > experts || rule.groups < 1 ||
+        (grouped && (experts % rule.groups || experts / rule.groups < 2 || rule.kept_groups < 1 ||
+                     rule.kept_groups > rule.groups)))
+        throw std::invalid_argument("a rule that does not fit the experts");
+    over(rows, 8 * experts, [&](long t) {
+        route_one(logits + t * experts, bias, experts, rule, ids + t * rule.top_k, scores + t * rule.top_k);
+    });
+}
+
+}  // namespace glimmer

@@ -1,0 +1,56 @@
+// The doors that read and write each number once: embedding, norms, rotary, SwiGLU, routing. Not here: matrices, attention.
+#pragma once
+
+#include "kernels.h"
+
+namespace glimmer {
+
+// How a token chooses experts; as RouteRule in glimmer/ops/__init__.py.
+struct Rule {
+    int top_k, groups, kept_groups;
+    bool normed;  // the chosen scores are divided by their sum
+    float factor;
+};
+
+// All float32 inside. y may be x, but not overlap it otherwise.
+struct SmallLoops {
+    // y (n) = x (n) / sqrt(mean(x²) + eps) * weight (n)
+    void (*rms_norm)(Values x, long n, Values weight, float eps, Values y);
+    // total (n) = residual (n) + x (n)
+    void (*add)(Values x, Values residual, long n, Values total);
+    // y (n) = silu(x[:n]) * x[n:]
+    void (*swiglu)(Values x, long n, Values y);
+    // Turns pairs (i, i + half) of x by the angles of cos, sin (half).
+    void (*rope)(Values x, const float* cos, const float* sin, long half);
+    // scores (n) = 1 / (1 + e^-x)
+    void (*sigmoid)(const float* x, long n, float* scores);
+};
+
+// The element of x that lies n further on.
+[[gnu::always_inline]] inline Values operator+(Values x, long n) { return {(char*)x.data + n * (x.bf16 ? 2 : 4), x.bf16}; }
+
+// y (count, n) = rows of table (rows, n) for tokens first..first+rows; zeros for other tokens. Both of one type.
+void embed(const int64_t* tokens, long count, Values table, long rows, long n, long first, Values y);
+
+// y (rows, heads, n), contiguous, of x whose rows lie `stride` elements apart and whose heads follow each other.
+void rms_norm(Values x, long rows, long heads, long n, long stride, Values weight, float eps, Values y);
+
+// total (rows, n) = residual + x, rounded to total's type; y = the norm of what was kept. All contiguous.
+void add_rms_norm(Values x, Values residual, long rows, long n, Values weight, float eps, Values total, Values y);
+
+// y (rows, n) of x (rows, 2n).
+void swiglu(Values x, long rows, long n, Values y);
+
+// Turns the first 2 * half of each head of q and k (rows, heads, width), whose rows lie a stride apart, by cos, sin (rows,
+// half).
+struct Heads {
+    Values data;
+    long count, stride;
+};
+void rope(Heads q, Heads k, long rows, long width, const float* cos, const float* sin, long half);
+
+// ids, scores (rows, top_k), the best first, equals in ascending order; a NaN counts as best and comes out as NaN. Throws
+// std::invalid_argument if the rule does not fit the experts.
+void route(const float* logits, const float* bias, long rows, long experts, const Rule& rule, int64_t* ids, float* scores);
+
+}  // namespace glimmer

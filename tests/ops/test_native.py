@@ -1,0 +1,269 @@
+"""What the kernels of the CPU promise beyond the contract of the doors, with each instruction set here: a row has the
+same bits whatever is beside it, and what is broken stays where it is. Whether results are right: test_doors.py.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from glimmer.batch import Batch
+from glimmer.ops import RouteRule
+from glimmer.weight import Weight
+
+native = pytest.importorskip("glimmer.ops.native", reason="the extension is not built")
+_native = native._native
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True, params=_native.available().split())
+def instructions(request):
+    best = _native.isa()
+    _native.select(request.param)
+    yield request.param
+    _native.select(best)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def noise():
+    generator = torch.Generator().manual_seed(7)
+    return lambda *shape, dtype=torch.float32: torch.randn(*shape, generator=generator).to(dtype)
+
+
+@pytest.fixture
+def threads():
+    """threads(n): so many until the test is over."""
+    before = _native.threads()
+    yield native.set_threads
+    native.set_threads(before)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, NaN included."""
+    width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(a.view(width), b.view(width))
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------
+
+
+class Sequences:
+    """Sequences of some lengths in one cache, and a query for every position of each: row p of queries[s]."""
+
+    def __init__(self, noise, dtype: torch.dtype, lengths: list[int], heads: tuple[int, int], width: int, size=16):
+        self.lengths, self.size, (h, g) = lengths, size, heads
+        needed = [-(-n // size) for n in lengths]
+        order = torch.randperm(sum(needed), generator=torch.Generator().manual_seed(1)).tolist()
+        self.blocks = [[order.pop() for _ in range(n)] for n in needed]
+        self.cache = [torch.full((sum(needed), size, g, width), torch.nan, dtype=dtype) for _ in range(2)]
+        self.queries = [noise(n, h, width, dtype=dtype) for n in lengths]
+        self.kv = [noise(2, n, g, width, dtype=dtype) for n in lengths]
+        for s, (k, v) in enumerate(self.kv):
+            self.store(s, k, v)
+
+    def store(self, s: int, k: Tensor, v: Tensor) -> None:
+        slots = [self.blocks[s][p // self.size] * self.size + p % self.size for p in range(len(k))]
+        native.store_kv_(k, v, *self.cache, torch.tensor(slots))
+
+    def attend(self, *chunks: tuple[int, int, int]) -> list[Tensor]:
+        """One call for chunks (sequence, first position, last + 1): the rows of each."""
+        widest = max(map(len, self.blocks))
+        table = torch.tensor([self.blocks[s] + [0] * (widest - len(self.blocks[s])) for s, _, _ in chunks])
+        starts = [0]
+        for _, a, b in chunks:
+            starts.append(starts[-1] + b - a)
+        nothing = torch.zeros(0, dtype=torch.int64)
+        lengths = tuple(b for _, _, b in chunks)
+        batch = Batch(nothing, nothing, nothing, table, nothing, tuple(starts), lengths)
+        q = torch.cat([self.queries[s][a:b] for s, a, b in chunks])
+        return list(native.attention(q, *self.cache, batch, q.shape[2] ** -0.5).split([b - a for _, a, b in chunks]))
+
+
+@pytest.mark.parametrize("heads, width", [((24, 2), 128), ((96, 8), 64), ((3, 1), 16), ((4, 4), 44)], ids=str)
+def test_a_row_of_attention_is_the_same_alone_in_a_batch_and_in_a_chunk(heads, width, dtype, noise, threads):
+    lengths = [1, 2, 15, 16, 17, 31, 33, 64, 127, 128, 129, 150, 200, 255, 257, 300] * 2
+    some = Sequences(noise, dtype, lengths, heads, width)
+    threads(2)
+    whole = some.attend(*((s, 0, n) for s, n in enumerate(lengths)))
+    threads(1)
+    ends = some.attend(*((s, n - 1, n) for s, n in enumerate(lengths)))  # a batch of 32 that decodes
+    assert all(same(end, rows[-1:]) for end, rows in zip(ends, whole))
+    for s in (0, 4, 9, 15):
+        n = lengths[s]
+        assert same(torch.cat([some.attend((s, a, min(a + 7, n)))[0] for a in range(0, n, 7)]), whole[s])
+        for p in {0, n // 3, n - 1}:
+            assert same(some.attend((s, p, p + 1))[0], whole[s][p : p + 1])
+
+
+def test_a_row_of_attention_over_many_keys_is_the_same_however_they_are_divided(dtype, noise, threads):
+    """Alone, its splits are tasks of their own; beside others, one thread does them all."""
+    some = Sequences(noise, dtype, [5000, 2100, 2049, 2048], (6, 2), 64)
+    last = [(s, n - 1, n) for s, n in enumerate(some.lengths)]
+    found = []
+    for n in (1, 2, 3):
+        threads(n)
+        found.append([some.attend(chunk)[0] for chunk in last])
+        found.append(some.attend(*last))
+        found.append([some.attend((s, n - 40, n))[0][-1:] for s, n in enumerate(some.lengths)])
+        found.append([rows[-1:] for rows in some.attend(*((s, n - 900, n) for s, n in enumerate(some.lengths)))])
+    for rows in found[1:]:
+        assert all(same(a, b) for a, b in zip(rows, found[0]))
+
+
+def test_what_is_broken_in_one_sequence_stays_there(dtype, noise):
+    some = Sequences(noise, dtype, [40, 150, 33], (4, 2), 32)
+    before = some.attend((0, 0, 40), (1, 0, 150), (2, 0, 33))
+    some.queries[0][7, 3, 0] = torch.nan
+    after = some.attend((0, 0, 40), (1, 0, 150), (2, 0, 33))
+    assert after[0][7, 3 * 32 :].isnan().all() and same(after[0][7, : 3 * 32], before[0][7, : 3 * 32])
+    for s, rows in enumerate(before):
+        keep = [r for r in range(len(rows)) if (s, r) != (0, 7)]
+        assert same(after[s][keep], rows[keep])
+
+    before = after
+    for bad in (torch.nan, torch.inf):
+        k, v = some.kv[1].clone()
+        k[130, 1, 5] = torch.nan
+        v[131, 1, :] = bad
+        some.store(1, k, v)
+        after = some.attend((0, 0, 40), (1, 0, 150), (2, 0, 33))
+        assert same(after[0], before[0]) and same(after[2], before[2])
+        assert same(after[1][:130], before[1][:130]), "what came before saw nothing of it"
+        assert after[1][130:, 2 * 32 :].isnan().all() and same(after[1][130:, : 2 * 32], before[1][130:, : 2 * 32])
+    k, v = some.kv[1].clone()
+    v[100, 0, 3] = torch.inf
+    some.store(1, k, v)
+    after = some.attend((1, 0, 150))[0]
+    assert same(after[:100], before[1][:100]) and not after[100:, 3].isfinite().any()
+    assert same(after[100:, 4:32], before[1][100:, 4:32])
+
+
+def test_attention_over_blocks_of_any_size(dtype, noise):
+    """Sizes that are no multiple of a strip are the reference's. All of them agree."""
+    found = [Sequences(noise, dtype, [100], (4, 2), 32, size) for size in (16, 48, 7)]
+    for other in found[1:]:
+        other.queries = found[0].queries
+        other.store(0, *found[0].kv[0])
+    first, second, third = (some.attend((0, 60, 100))[0] for some in found)
+    assert same(first, second)
+    torch.testing.assert_close(first, third, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=0)
+
+
+# ---- the others ----------------------------------------------------------------------------------------------------
+
+
+def doors_of_rows(noise, dtype: torch.dtype) -> dict:
+    """name -> door(x (T, 512)) for every door that maps rows to rows."""
+
+    def packed(kind: str, out: int, inner: int) -> Weight:
+        codes, scales = noise(out, inner), noise(out, 1).abs()
+        match kind:
+            case "plain":
+                return Weight("plain", codes.to(dtype))
+            case "fp8":
+                return Weight("fp8", (codes * 100).clamp(-448, 448).to(torch.float8_e4m3fn), scales)
+            case "int8":
+                return Weight("int8", (codes * 50).clamp(-127, 127).to(torch.int8), scales)
+        nibbles = (codes[:, : inner // 2] * 1e4).long().remainder(256).to(torch.uint8)
+        return Weight("int4", nibbles, noise(out, inner // 32).abs(), None, 32)
+
+    rule = RouteRule(8, 1, 1, True, 1.0)
+    weight, bias = noise(512, dtype=dtype), noise(64)
+    residual = noise(1, 512)
+    doors = {
+        "rms_norm": lambda x: native.rms_norm(x, weight, 1e-5),
+        "rms_norm of heads": lambda x: native.rms_norm(x.view(len(x), 8, 64)[:, 1:6], weight[:64], 1e-5),
+        "add_rms_norm": lambda x: torch.cat(native.add_rms_norm(x, residual.expand(len(x), -1), weight, 1e-5), 1),
+        "swiglu": native.swiglu,
+        "route": lambda x: torch.cat(native.route(x[:, :64].float(), bias, rule), 1),
+    }
+    for kind in ("plain", "fp8", "int8", "int4"):
+        one = native.pack_linear([packed(kind, 100, 512)], dtype, CPU)
+        gate_up = native.pack_experts(([packed(kind, 96, 512), packed(kind, 96, 512)] for _ in range(8)), 8, dtype, CPU)
+        down = native.pack_experts(([packed(kind, 512, 96)] for _ in range(8)), 8, dtype, CPU)
+        doors[f"linear {kind}"] = lambda x, one=one: native.linear(x, one, bias.new_ones(100))
+
+        def mix(x: Tensor, gate_up=gate_up, down=down) -> Tensor:
+            ids = x[:, :8].float().argsort(1)[:, :3]
+            return native.experts(x, ids, x[:, :3].float(), gate_up, down)
+
+        doors[f"experts {kind}"] = mix
+    return doors
+
+
+def test_rows_are_the_same_alone_and_among_others(dtype, noise, threads):
+    x = noise(300, 512, dtype=dtype)
+    for name, door in doors_of_rows(noise, dtype).items():
+        threads(2)
+        whole = door(x)
+        threads(1)
+        for a, b in ((0, 1), (7, 8), (299, 300), (3, 9), (0, 32), (100, 143)):
+            assert same(door(x[a:b]), whole[a:b]), f"{name}: rows {a}..{b}"
+
+
+def test_broken_rows_stay_alone(dtype, noise):
+    x = noise(40, 512, dtype=dtype)
+    broken = x.clone()
+    broken[11, 5], broken[12, 8] = torch.nan, torch.inf
+    rest = [r for r in range(40) if r not in (11, 12)]
+    for name, door in doors_of_rows(noise, dtype).items():
+        before, after = door(x), door(broken)
+        assert same(before[rest], after[rest]), name
+        if name not in ("route", "rms_norm of heads"):
+            assert not after[11].isfinite().all(), name
+
+
+def test_routing_with_broken_logits_chooses_experts_that_exist():
+    for groups in (1, 4):
+        logits = torch.full((3, 16), torch.nan)
+        logits[1, :] = -torch.inf
+        logits[2, ::2] = 0
+        ids, scores = native.route(logits, torch.zeros(16), RouteRule(4, groups, min(groups, 2), True, 2.0))
+        assert ((ids >= 0) & (ids < 16)).all() and all(len(set(row)) == 4 for row in ids.tolist())
+        assert scores[0].isnan().all() and scores[1].max() < 1e-15 and scores[2].isnan().all()
+
+
+def test_of_equal_choices_the_first_are_taken():
+    ids, _ = native.route(torch.zeros(1, 16), torch.zeros(16), RouteRule(4, 4, 2, True, 1.0))
+    assert ids.tolist() == [[0, 1, 2, 3]]
+
+
+def test_what_does_not_fit_is_refused(noise):
+    x, cache = noise(3, 2, 32), noise(2, 2, 16, 2, 32)
+    one = torch.zeros(1, 1, dtype=torch.int64)
+    batch = lambda table, starts=(0, 3), lengths=(5,): Batch(one, one, one, table, one, starts, lengths)
+    rule = RouteRule(4, 1, 1, True, 1.0)
+    refused = [
+        lambda: native.rms_norm(x, noise(31), 1e-5),
+        lambda: native.rms_norm(x.double(), noise(32), 1e-5),
+        lambda: native.add_rms_norm(x[0], noise(3, 32), noise(32), 1e-5),
+        lambda: native.swiglu(noise(3, 5)),
+        lambda: native.embed(one[0].int(), noise(4, 4), 0),
+        lambda: native.rope_(x, x[:2], noise(3, 4), noise(3, 4)),
+        lambda: native.rope_(x, x, noise(3, 17), noise(3, 17)),
+        lambda: native.rope_(x.mT, x.mT, noise(3, 1), noise(3, 1)),
+        lambda: native.route(noise(3, 8), noise(9), rule),
+        lambda: native.route(noise(3, 3), noise(3), rule),
+        lambda: native.route(noise(3, 16), noise(16), RouteRule(4, 3, 1, True, 1.0)),
+        lambda: native.store_kv_(x, x, *cache, torch.tensor([0, 1, 32])),
+        lambda: native.store_kv_(x, x, *cache, torch.tensor([0, 1, -1])),
+        lambda: native.store_kv_(x, x[:2], *cache, torch.tensor([0, 1, 2])),
+        lambda: native.store_kv_(x.bfloat16(), x.bfloat16(), *cache, torch.tensor([0, 1, 2])),
+        lambda: native.attention(x, *cache, batch(one - 1), 1.0),
+        lambda: native.attention(x, *cache, batch(one + 2), 1.0),
+        lambda: native.attention(x, *cache, batch(one, lengths=(2,)), 1.0),
+        lambda: native.attention(x, *cache, batch(one, lengths=(17,)), 1.0),
+        lambda: native.attention(x, *cache, batch(one, starts=(0, 2)), 1.0),
+        lambda: native.attention(x, *cache, batch(one, starts=(0, 1, 3)), 1.0),
+        lambda: native.attention(noise(3, 3, 32), *cache, batch(one), 1.0),
+        lambda: native.attention(x.bfloat16(), *cache, batch(one), 1.0),
+        lambda: native.attention(x, cache[0], cache[1].mT, batch(one), 1.0),
+    ]
+    for i, call in enumerate(refused):
+        with pytest.raises(ValueError):
+            call()
+            pytest.fail(f"number {i} was accepted")
