@@ -88,6 +88,10 @@ NB_MODULE(_native, m) {
              [](Packed* self, const std::string& kind, long count, int n, int k, int parts, int group, bool wide, bool zeros) {
                  new (self) Packed(kind_named(kind), count, n, k, parts, group, wide, zeros);
              })
+        .def_prop_ro("kind",
+                     [](const Packed& p) {
+                         return p.kind == Kind::fp8 ? "fp8" : p.kind == Kind::int8 ? "int8" : p.kind == Kind::int4 ? "int4" : "plain";
+                     })
         .def_ro("count", &Packed::count)
         .def_ro("n", &Packed::n)
         .def_ro("k", &Packed::k)

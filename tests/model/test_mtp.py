@@ -116,9 +116,9 @@ def test_copies_are_used_where_they_are(checkpoint, reference, tmp_path):
     main = Drafter(directory)
     main.model.mtp.embed_tokens, main.model.mtp.head = None, None
     main.model.embed_tokens.table = main.model.embed_tokens.table.flip(0)
-    main.model.lm_head.packed = ops.choose("cpu").pack_linear(
-        [Weight("plain", main.model.lm_head.packed.codes.flip(0))], torch.float32, CPU
-    )
+    with Checkpoint(directory) as opened:
+        head = opened.tensor("lm_head.weight").float().flip(0)
+    main.model.lm_head.packed = ops.choose("cpu").pack_linear([Weight("plain", head)], torch.float32, CPU)
     drafter = Drafter(source)
     with torch.inference_mode():
         batch = drafter.batch(TOKENS[:-1])
