@@ -1,5 +1,7 @@
 #include "linear.h"
 
+#include <unistd.h>
+
 #include <cstring>
 #include <stdexcept>
 #include <vector>
@@ -9,13 +11,22 @@
 namespace glimmer {
 namespace {
 
-constexpr int MOST_ROWS = 128;  // of a block
+constexpr int MOST_ROWS = 512;  // of a block
 constexpr int FEW_TASKS = 4;  // for each thread, so that none waits long for the last
+
+// Half of a core's second-level cache, in bytes; 512 KB where the system does not say.
+long half_cache() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    static const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (size > 0) return size / 2;
+#endif
+    return 512 << 10;
+}
 
 // Rows that one task multiplies by a panel before it turns to the next: they stay in the second-level cache.
 int block_rows(size_t stride) {
     int step = kernels().rows;
-    long most = (512 << 10) / (long)stride / step * step;
+    long most = half_cache() / (long)stride / step * step;
     return (int)(most < step ? step : most > MOST_ROWS ? MOST_ROWS / step * step : most);
 }
 
@@ -143,7 +154,7 @@ void experts(Values x, long rows, const int64_t* ids, const float* scores, int t
 
     // Each task owns columns of the result and walks the experts in order: nothing is shared, and every sum has one order.
     // Where experts have many rows, one task a thread: each reads all of h.
-    const bool many = pairs > MOST_ROWS / 2 * (long)used.size();
+    const bool many = pairs > 64 * (long)used.size();
     const int step = many ? (down.panels() + threads() - 1) / threads() : panels_per_task(down.panels(), 8);
     const int down_block = block_rows(h.stride);
     parallel((down.panels() + step - 1) / step, [&](long task) {
