@@ -100,10 +100,10 @@ def test_another_architecture(refused, directory):
 
 
 @pytest.mark.parametrize("config, word", [
-    ({"quant_method": "awq", "bits": 4, "group_size": 128}, "'awq'"),
-    ({"quant_method": "gptq", "bits": 4}, "'gptq'"),
+    ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "exllama"}, "'exllama'"),
+    ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "bits = 3"),
     ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "'fp8'"),
-    ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "'pack-quantized'"),
+    ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "'marlin-24'"),
     ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "'nvfp4-pack-quantized'"),
     ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "'modelopt'"),
     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "'bitsandbytes'"),
