@@ -3,9 +3,11 @@
 #include <sys/mman.h>
 
 #include <cstring>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "pool.h"
@@ -14,8 +16,49 @@ namespace glimmer {
 namespace {
 
 constexpr size_t HUGE = 2 << 20;
+constexpr size_t CHUNK = 32 << 20;
 
 size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
+
+}  // namespace
+
+// Memory of several matrices, in huge pages where the system gives them: walking the tables of small pages would cost a
+// decoding step more than a tenth of its time. Given back when the last of its matrices is gone.
+struct Chunk {
+    char* base;
+    size_t size, used = 0;
+
+    explicit Chunk(size_t bytes) : size(round_up(bytes, HUGE)) {
+        const size_t room = size + HUGE;
+        char* all = (char*)mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (all == MAP_FAILED) throw std::bad_alloc();
+        base = (char*)round_up((size_t)all, HUGE);
+        if (base > all) munmap(all, base - all);
+        if (base + size < all + room) munmap(base + size, all + room - base - size);
+#if defined(MADV_HUGEPAGE)
+        madvise(base, size, MADV_HUGEPAGE);  // a wish: without it everything works alike
+#endif
+    }
+    ~Chunk() { munmap(base, size); }
+};
+
+namespace {
+
+// `bytes` of zeros, at a multiple of 64.
+std::pair<std::shared_ptr<Chunk>, uint8_t*> take(size_t bytes) {
+    static std::mutex mutex;
+    static std::weak_ptr<Chunk> open;
+    std::lock_guard<std::mutex> lock(mutex);
+    bytes = round_up(bytes, 64);
+    std::shared_ptr<Chunk> chunk = open.lock();
+    if (!chunk || chunk->size - chunk->used < bytes) {
+        chunk = std::make_shared<Chunk>(bytes < CHUNK ? CHUNK : bytes);
+        open = chunk;
+    }
+    char* begin = chunk->base + chunk->used;
+    chunk->used += bytes;
+    return {chunk, (uint8_t*)begin};
+}
 
 // Transposes rows of `unit`-byte elements into a panel: element i of row r goes to slot (i, column of r).
 template <class T> void transpose(const char* codes, size_t stride, int rows, int column, int elements, T* panel) {
@@ -43,29 +86,17 @@ Packed::Packed(Kind kind, long count, int n, int k, int parts, int group, bool w
         throw std::invalid_argument("no matrix of " + std::to_string(n) + " rows in " + std::to_string(parts) + " parts and " +
                                     std::to_string(k) + " columns in groups of " + std::to_string(group));
     size_t per_row = kind == Kind::fp8 || kind == Kind::int8 ? (size_t)count * panels() * PANEL * 4 : 0;
-    size_t codes = round_up((size_t)count * panels() * panel_bytes() + 8192, 64);  // loops fetch a little beyond the end
-    mapped = round_up(codes + per_row, 4096);
-    // Mapped by itself and aligned to huge pages, which save the walks that decoding would spend on small ones.
-    size_t room = mapped + HUGE;
-    void* base = mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (base == MAP_FAILED) throw std::bad_alloc();
-    char* begin = (char*)round_up((size_t)base, mapped >= HUGE ? HUGE : 4096);
-    char* end = begin + mapped;
-    if (begin > (char*)base) munmap(base, begin - (char*)base);
-    if (end < (char*)base + room) munmap(end, (char*)base + room - end);
-#if defined(MADV_HUGEPAGE)
-    if (mapped >= HUGE) madvise(begin, mapped, MADV_HUGEPAGE);  // a wish: without it everything works alike
-#endif
-    data = (uint8_t*)begin;
+    size_t codes = round_up((size_t)count * panels() * panel_bytes() + 4096, 64);  // loops fetch a little beyond the end
+    taken = codes + per_row;
+    std::tie(chunk, data) = take(taken);
+    if (per_row) scales = (float*)(data + codes);
     // The kernel clears pages as they are first touched, and that by all threads: filling would do it one after the other.
-    parallel((long)((mapped + HUGE - 1) / HUGE), [&](long i) {
-        size_t end = (i + 1) * HUGE < mapped ? (i + 1) * HUGE : mapped;
-        for (size_t at = i * HUGE; at < end; at += 4096) *(volatile uint8_t*)(begin + at) = 0;
+    parallel((long)(taken / HUGE + 2), [&](long i) {
+        const size_t page = round_up((size_t)data + 1, HUGE) - HUGE + i * HUGE, end = (size_t)data + taken;
+        for (size_t at = page < (size_t)data ? (size_t)data : page; at < page + HUGE && at < end; at += 4096)
+            *(volatile uint8_t*)at = 0;
     });
-    if (per_row) scales = (float*)(begin + codes);
 }
-
-Packed::~Packed() { munmap(data, mapped); }
 
 size_t Packed::panel_bytes() const {
     size_t d = depth();

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 #include "kernels.h"
 
@@ -18,7 +19,6 @@ struct Packed {
 
     // Throws std::invalid_argument for impossible sizes, std::bad_alloc.
     Packed(Kind kind, long count, int n, int k, int parts, int group, bool wide, bool zeros);
-    ~Packed();
     Packed(const Packed&) = delete;
     Packed& operator=(const Packed&) = delete;
 
@@ -29,14 +29,15 @@ struct Packed {
     int depth() const { return padded(kind, k, groups.size); }  // k as it lies in memory
     int panels() const { return (n / parts + PANEL - 1) / PANEL * parts; }
     size_t panel_bytes() const;
-    size_t bytes() const { return mapped; }
+    size_t bytes() const { return taken; }
     const uint8_t* panel(long e, int p) const { return data + (e * panels() + p) * panel_bytes(); }
     const float* panel_scales(long e, int p) const { return scales ? scales + (e * panels() + p) * PANEL : nullptr; }
 
 private:
+    std::shared_ptr<struct Chunk> chunk;
     uint8_t* data = nullptr;
     float* scales = nullptr;
-    size_t mapped = 0;
+    size_t taken = 0;
 };
 
 // m rows as a kind wants them: values (m + BEYOND, depth) and, for the quantised kinds, scales and sums.
