@@ -350,6 +350,6 @@ def test_peak_memory_is_the_share_and_one_tensor(dtype, mtp, quantization, tmp_p
         size = sum(checkpoint.nbytes(name) for name in checkpoint.names())
         largest = max(checkpoint.nbytes(name) for name in checkpoint.names())
     assert size > 400 << 20 and share < (250 << 20)
-    rounding = 16 << 20  # a stretch that changes its type on the way, and packed matrices in huge pages
+    rounding = 24 << 20  # a stretch that changes its type on the way, and packed matrices in huge pages
     most = share + largest + rounding
     assert share < (peak - before) << 10 <= most, f"{peak - before} KiB more for a share of {share >> 10}"
