@@ -115,6 +115,12 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     return torch.from_numpy(numpy.zeros(math.prod(shape) * dtype.itemsize, numpy.uint8)).view(dtype).view(shape)
 
 
+def finish(device: torch.device) -> None:
+    """Wait until the device has done what it was told; a CPU always has."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
+
+
 def peak_memory(device: torch.device) -> int:
     """The most bytes that this process has held on the device (on a CPU: resident)."""
     if device.type != "cpu":

@@ -18,6 +18,7 @@ from glimmer import device as devices
 from glimmer import parallel
 from glimmer.config import EngineConfig, ModelConfig, SamplingParams, generation_defaults
 from glimmer.engine.engine import Engine
+from glimmer.engine.profile import Profile
 from glimmer.engine.runner import Runner
 from glimmer.engine.sequence import FinishReason, Logprob, Output, Request
 from glimmer.errors import CheckpointError, ConfigError, EngineError, GlimmerError, RequestError
@@ -129,6 +130,19 @@ class LLM:
     def peak_memory(self) -> int:
         """The most bytes that this process has held on its device."""
         return devices.peak_memory(self._runner.device)
+
+    def limits(self) -> dict[str, float] | None:
+        """What this machine can do at best, measured now: see Ops.limits."""
+        return self._runner.ops.limits()
+
+    @property
+    def kernels(self) -> str | None:
+        """The instruction set of the native operations, or None: see Ops.kernels."""
+        return self._runner.ops.kernels
+
+    def profile(self) -> Profile:
+        """`with llm.profile() as profile:` where the time of the steps in between goes: see engine/profile.py."""
+        return Profile(self._engine)
 
     def close(self) -> None:
         """Leave the group of processes in good order."""

@@ -52,7 +52,7 @@ class Runner:
         self.device = device
         dtype = resolve_dtype(config.dtype, model_config.dtype)
         formats.check(model_config.quantization_config)  # first: another format's files may not even open
-        doors = ops.choose(device.type, devices.share_cores(device, group.local_size, config.threads))
+        self.ops = doors = ops.choose(device.type, devices.share_cores(device, group.local_size, config.threads))
         log.info("operations: %s", _served(doors.table()))
         with Checkpoint(config.model) as checkpoint:
             plan = Plan(

@@ -68,6 +68,18 @@ class Ops:
         """Whether a door has a thread pool of its own, with which torch's would compete for the cores."""
         return any(backend == "native" for _, backend in self.table())
 
+    @property
+    def kernels(self) -> str | None:
+        """Which instruction set the native doors use, and of which others it was chosen; None: there are no such."""
+        return _load("native").kernels() if self.own_threads else None
+
+    def limits(self) -> dict[str, float] | None:
+        """What this machine can do at best, measured now by all threads of the native doors; None: there are none.
+
+        "read": bytes a second; "bfloat16", "int8": multiplications and additions a second in dot products of these.
+        """
+        return _load("native").limits() if self.own_threads else None
+
     def table(self) -> list[tuple[str, str]]:
         """(door, backend) for each door: what `glimmer doctor` and the start-up log print."""
         return [(f.name, getattr(self, f.name).__module__.rpartition(".")[2]) for f in fields(self)]

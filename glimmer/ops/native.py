@@ -5,7 +5,11 @@ one sum in one order. Packed matrices live in the extension's own memory, in the
 Not here: any arithmetic. Where the extension is not installed this module does not import, and `ops.choose` says so.
 """
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -234,6 +238,18 @@ def _fill(packed: _native.Packed, e: int, parts: Sequence[Weight], dtype: torch.
             stride = codes.stride(0) * codes.itemsize
             packed.fill(e, row, len(codes), codes.data_ptr(), stride, _address(scales), _address(zeros))
             row += len(codes)
+
+
+def kernels() -> str:
+    """The instruction set in use, and all that this build and this processor could use."""
+    return f"{_native.isa()} (of {', '.join(_native.available().split())})"
+
+
+def limits() -> dict[str, float]:
+    """See Ops.limits. In a process of its own: what it reads shall not count as memory of this one."""
+    program = Path(__file__).with_name("limits.py")
+    command = [sys.executable, "-P", program, _native.__file__, _native.isa(), str(_native.threads())]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def _address(tensor: Tensor | None) -> int:

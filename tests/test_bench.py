@@ -1,0 +1,70 @@
+"""`glimmer bench` on a tiny checkpoint: every figure that was asked for, and what stands beside it."""
+
+import json
+
+import pytest
+
+from glimmer import bench
+from glimmer.ops import choose
+
+
+@pytest.fixture
+def run(checkpoint, capsys):
+    """run(*options) -> (table, the figures of its last line)."""
+
+    def command(*options: str) -> tuple[str, dict]:
+        assert bench.main([str(checkpoint()), "--device", "cpu", "--steps", "2", "--repeat", "1", *options]) == 0
+        table, _, line = capsys.readouterr().out.strip().rpartition("\n")
+        return table, json.loads(line)
+
+    return command
+
+
+def test_every_figure_with_its_share_of_the_limits(run):
+    table, figures = run("--prefill", "20", "--decode", "1", "3", "--threads", "1")
+    keys = {"prefill_20", "decode_b1", "decode_b3"}
+    assert all(figures[key] > 0 for key in keys) and figures["quantization"] is None
+    assert figures["peak_memory_gib"] >= figures["load_peak_memory_gib"] > 0
+    assert "prefill of 20 tokens" in table and "decode, batch 3" in table and "scheduler" not in table
+    if choose("cpu").kernels is None:
+        assert figures["percent"] == {} and "no percentages" in table
+    else:
+        assert set(figures["percent"]) == set(figures["limits"]) == keys
+        assert all(share["bandwidth"] > 0 and "arithmetic" in share for share in figures["percent"].values())
+        assert "% of bandwidth" in table and "% of arithmetic" in table and "limit beside them: read" in table
+
+
+def test_the_reference_has_no_limits_and_says_so(run, monkeypatch):
+    monkeypatch.setenv("GLIMMER_OPS", "reference")
+    table, figures = run("--prefill", "--decode", "2")
+    assert figures["percent"] == {} and "no percentages" in table and "% of" not in table
+
+
+def test_profile_is_a_picture_of_each_figure(run):
+    table, figures = run("--prefill", "30", "--decode", "2", "--profile")
+    assert set(figures["profile_ms"]) == {"prefill_30", "decode_b2"}
+    for parts in figures["profile_ms"].values():
+        assert {"attention", "experts", "lm_head", "between operations", "scheduler, batch"} <= set(parts)
+    assert table.count("█" * bench.BAR) >= 2 and "all others" in table
+
+
+def test_decoding_after_long_prompts(run):
+    """Longer together than a step computes: the first decode while the last still read their prompts."""
+    table, figures = run("--prefill", "--decode", "3", "--context", "1500")
+    assert figures["decode_b3_after_1500"] > 0 and "after 1,500" in table
+
+
+def test_sequences_that_do_not_fit_together_are_refused(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr("glimmer.device.default_cache", lambda device: 1)
+    from glimmer.__main__ import main
+
+    assert main(["bench", str(checkpoint()), "--prefill", "--decode", "4", "--context", "200", "--steps", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "do not decode together" in error and "expected:" in error and "to do:" in error
+
+
+@pytest.mark.parametrize("option", ["--prefill", "--decode", "--steps", "--context", "--threads", "--repeat"])
+def test_counts_are_positive(option, capsys):
+    with pytest.raises(SystemExit) as refused:
+        bench.main(["/nowhere", option, "0"])
+    assert refused.value.code == 2 and "a whole number from 1 on" in capsys.readouterr().err
