@@ -74,6 +74,7 @@ double arithmetic(const std::string& kind) {
 }  // namespace
 
 NB_MODULE(_native, m) {
+    nb::set_leak_warnings(false);  // an engine that a thread or a traceback still holds at exit is no leak
     using Free = nb::call_guard<nb::gil_scoped_release>;
     m.def("set_threads", &set_threads, Free());
     m.def("threads", &threads);
