@@ -23,7 +23,7 @@ bench: .venv/ready
 	$(BIN)/glimmer bench $(MODEL)
 
 # torch first and by itself: the package asks for any recent torch, and this decides which build that is.
-.venv/ready: pyproject.toml
+.venv/ready: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "glimmer needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"

@@ -120,6 +120,7 @@ ENGINE = {
     "dtype": Option(text, "NAME", "auto, bfloat16 or float32 (auto: as stored)"),
     "quantization": Option(text, "NAME", "int8 or int4: quantise while loading (as stored)"),
     "group_size": Option(whole, "N", "with int4: inputs that share a scale, a multiple of 32 (32)"),
+    "threads": Option(whole, "N", "CPU threads of each process (its part of the CPUs it may use)"),
     "device": Option(text, "NAME", "auto, cpu, cuda or npu (auto: the fastest there is)"),
     "seed": Option(whole, "N", "the same seed, the same answers (0)"),
     "tensor_parallel_size": Option(whole, "N", "processes that share the model (as many as were started)"),
