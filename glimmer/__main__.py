@@ -1,11 +1,13 @@
 """The command line: `glimmer COMMAND`. Each command has a file of its own; this one only finds it.
 
-Errors that glimmer raises on purpose become three lines and an exit code here, never a traceback.
+Errors that glimmer raises on purpose become three lines and an exit code here, never a traceback, and so does Ctrl-C,
+even while a command and torch with it are still being imported, which takes seconds.
 """
 
+import importlib
 import sys
 
-from glimmer import __version__, bench, doctor, predict, quantize, showcase
+from glimmer import __version__
 from glimmer.errors import ConfigError, GlimmerError
 
 HELP = """\
@@ -30,11 +32,11 @@ Each command has its own --help. `glimmer --version` prints the version.
 """
 
 COMMANDS = {
-    "predict": predict.main,
-    "demo": showcase.main,
-    "bench": bench.main,
-    "quantize": quantize.main,
-    "doctor": doctor.main,
+    "predict": "glimmer.predict",
+    "demo": "glimmer.showcase",
+    "bench": "glimmer.bench",
+    "quantize": "glimmer.quantize",
+    "doctor": "glimmer.doctor",
 }
 
 
@@ -52,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"glimmer: {refusal}", file=sys.stderr)
         return refusal.exit_code
     try:
-        return COMMANDS[argv[0]](argv[1:])
+        return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
     except GlimmerError as error:
         print(f"glimmer {argv[0]}: {error}", file=sys.stderr)
         return error.exit_code

@@ -495,6 +495,16 @@ def test_ctrl_c_while_libraries_are_loading_is_no_traceback(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+@pytest.mark.parametrize("command", ["predict", "bench", "doctor"])
+def test_ctrl_c_while_a_command_is_loading_is_one_line(tmp_path, command):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt  # as if somebody had just typed it")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "glimmer", command, "hi"], env=env, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"\nglimmer {command}: interrupted\n")
+
+
 def test_help_tells_of_every_name(capsys):
     assert predict.main(["--help"]) == 0
     out = capsys.readouterr().out
