@@ -15,13 +15,17 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("glimmer doctor", description=__doc__)
     parser.add_argument("--device", default="auto", help="whose operations to list: auto, cpu, cuda or npu")
     args = parser.parse_args(argv)
-    kind = devices.resolve(args.device, 0).type
+    device = devices.resolve(args.device, 0)
+    kind, threads = device.type, devices.share_cores(device, 1)
+    doors = ops.choose(kind, threads)
     rows = [
         ("glimmer", f"{__version__} on Python {platform.python_version()}, {platform.system()} {platform.machine()}"),
         *devices.describe(),
         *((name, _version(name)) for name in LIBRARIES),
         ("device", f"{kind} (of {', '.join(devices.available())}), collectives by {devices.COLLECTIVES[kind]}"),
-        *((f"op {door}", backend) for door, backend in ops.choose(kind).table()),
+        ("threads", f"{threads} unless --threads says otherwise"),
+        ("kernels", doors.kernels or "none of our own"),
+        *((f"op {door}", backend) for door, backend in doors.table()),
     ]
     width = max(len(name) for name, _ in rows)
     for name, finding in rows:

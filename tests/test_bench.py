@@ -5,6 +5,7 @@ import json
 import pytest
 
 from glimmer import bench
+from glimmer.__main__ import main
 from glimmer.ops import choose
 
 
@@ -56,8 +57,6 @@ def test_decoding_after_long_prompts(run):
 
 def test_sequences_that_do_not_fit_together_are_refused(checkpoint, monkeypatch, capsys):
     monkeypatch.setattr("glimmer.device.default_cache", lambda device: 1)
-    from glimmer.__main__ import main
-
     assert main(["bench", str(checkpoint()), "--prefill", "--decode", "4", "--context", "200", "--steps", "2"]) == 2
     error = capsys.readouterr().err
     assert "do not decode together" in error and "expected:" in error and "to do:" in error
