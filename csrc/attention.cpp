@@ -48,8 +48,8 @@ void store_kv(Values k, long k_stride, Values v, long v_stride, const int64_t* s
     auto task = [&](long i) {
         for (long t = i * FEW; t < rows && t < (i + 1) * FEW; t++)
             for (int h = 0; h < cache.heads; h++) {
-                const int lane = (int)(slots[t] % STRIP), from = h * cache.width;
-                const size_t to = cache.strip(slots[t] - lane, h);
+                const int offset = (int)(slots[t] % cache.block_size), lane = offset % STRIP, from = h * cache.width;
+                const size_t to = cache.strip(slots[t] / cache.block_size, offset - lane, h);
                 if (cache.keys.bf16)
                     store_row((uint16_t*)k.data + t * k_stride + from, (uint16_t*)v.data + t * v_stride + from,
                               (uint16_t*)cache.keys.data + to, (uint16_t*)cache.values.data + to, lane, cache.width);
@@ -76,6 +76,7 @@ void attention(Values q, long stride, int heads, const Paged& cache, const int64
                const std::vector<long>& starts, const std::vector<long>& lengths, float scale, Values y) {
     check(cache);
     const int D = cache.width, size = cache.block_size;
+    if (!(scale > 0)) throw std::invalid_argument("a scale that is not positive");
     if (heads < 1 || heads % cache.heads || starts.size() != lengths.size() + 1 || starts[0] != 0)
         throw std::invalid_argument("heads or sequences that do not fit together");
     const int share = heads / cache.heads, most = share < MOST_ROWS ? MOST_ROWS / share : 1, M = most * share;

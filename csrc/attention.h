@@ -25,9 +25,9 @@ struct Paged {
     long blocks;          // that there are
     int block_size;       // a multiple of STRIP
     int heads, width;     // g, and D: even
-    // Of one head's slots from `slot` on, a multiple of STRIP.
-    [[gnu::always_inline]] size_t strip(long slot, int head) const {
-        return (size_t)(slot / block_size * heads + head) * block_size * width + (size_t)(slot % block_size) * width;
+    // Where a head's strip begins with slot `offset` of a block, a multiple of STRIP.
+    [[gnu::always_inline]] size_t strip(long block, int offset, int head) const {
+        return ((size_t)(block * heads + head) * block_size + offset) * width;
     }
 };
 
@@ -37,16 +37,16 @@ struct Sequence {
     const int64_t* table;
     int head;
     [[gnu::always_inline]] size_t strip(long position) const {
-        const int size = cache.block_size;
-        return cache.strip(table[position / size] * size + position % size, head);
+        const int block = (int)position / cache.block_size;
+        return cache.strip(table[block], (int)position - block * cache.block_size, head);
     }
 };
 
 // What some keys make of m rows: attention is sum / total once all keys are in.
 struct State {
-    float* sum;    // (tiles(m), tiles(D)) of e^(score - most) * value
-    float* total;  // (m) of e^(score - most)
-    float* most;   // (m) the largest score
+    float* sum;    // (tiles(m), tiles(D)) of 2^(score - most) * value
+    float* total;  // (m) of 2^(score - most)
+    float* most;   // (m) the largest score, a power of two
     [[gnu::always_inline]] static size_t size(int m, int width) { return (size_t)tiles(m) * (tiles(width) + 2); }  // floats
     static State at(float* memory, int m, int width) {
         float* total = memory + (size_t)tiles(m) * tiles(width);

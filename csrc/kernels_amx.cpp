@@ -98,69 +98,6 @@ void fp8_tiles(const uint16_t* a, long lda, int m, const uint8_t* panel, int k, 
     }
 }
 
-// The products of attention. k is taken 32 at a time, which is how it is summed, so that this must serve every number of rows.
-struct Tiles {
-    static bool serves(int width) { return width % 32 == 0 && width <= KEYS; }
-
-    // c (32 or 16, 32), rows ldc apart, = or += a times two stretches, of which the tiles' rows are `stride` bytes apart.
-    template <bool TWO, bool MORE>
-    static void block(const char* a, long lda, const char* w0, const char* w1, long stride, int k, float* c, long ldc) {
-        if (MORE) {
-            _tile_loadd(0, c, ldc * 4);
-            _tile_loadd(1, c + 16, ldc * 4);
-            if (TWO) _tile_loadd(2, c + 16 * ldc, ldc * 4);
-            if (TWO) _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
-        } else {
-            _tile_zero(0);
-            _tile_zero(1);
-            if (TWO) _tile_zero(2);
-            if (TWO) _tile_zero(3);
-        }
-        for (int i = 0; i < k; i += 32, a += 64, w0 += 16 * stride, w1 += 16 * stride) {
-            _tile_loadd(6, w0, stride);
-            _tile_loadd(7, w1, stride);
-            _tile_loadd(4, a, lda);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            if (TWO) {
-                _tile_loadd(5, a + 16 * lda, lda);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-        }
-        _tile_stored(0, c, ldc * 4);
-        _tile_stored(1, c + 16, ldc * 4);
-        if (TWO) _tile_stored(2, c + 16 * ldc, ldc * 4);
-        if (TWO) _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
-    }
-
-    template <bool MORE>
-    static void times(const uint16_t* a, long lda, int m, const uint16_t* w0, const uint16_t* w1, long stride, int k, float* c,
-                      long ldc) {
-        const char *x = (const char*)a, *first = (const char*)w0, *second = (const char*)w1;
-        alignas(64) float sums[32 * 32];
-        alignas(64) uint16_t few[32 * 128];  // the last rows, since what lies behind them may not be there to be read
-        for (int r = 0; r < m; r += 32, x += 64 * lda, c += 32 * ldc) {
-            const int n = m - r < 32 ? m - r : 32;
-            if (n == 32) {
-                block<true, MORE>(x, 2 * lda, first, second, 2 * stride, k, c, ldc);
-            } else if (n == 16) {
-                block<false, MORE>(x, 2 * lda, first, second, 2 * stride, k, c, ldc);
-            } else {
-                for (int i = 0; i < n; i++) {
-                    memcpy(few + i * 128, x + i * 2 * lda, (size_t)k * 2);
-                    if (MORE) memcpy(sums + i * 32, c + i * ldc, 128);
-                }
-                if (n > 16) block<true, MORE>((const char*)few, 256, first, second, 2 * stride, k, sums, 32);
-                else block<false, MORE>((const char*)few, 256, first, second, 2 * stride, k, sums, 32);
-                for (int i = 0; i < n; i++) memcpy(c + i * ldc, sums + i * 32, 128);
-            }
-        }
-    }
-};
-
-constexpr AttentionLoops attention_by_tiles = {attend<Tiles>, work, merge, finish_row};
-
 constexpr int FEW = 4;  // up to so many rows vectors are as quick as tiles, and need no sixteen
 
 void int8_tiles(const int8_t* a, long lda, int m, const uint8_t* panel, int k, const float* sums, float* c,
@@ -179,6 +116,49 @@ void int8_tiles(const int8_t* a, long lda, int m, const uint8_t* panel, int k, c
             store(p, to_float(load<vi>(p) - splat(128 * (int32_t)sums[r])));
         }
 }
+
+// The products of attention, at every number of rows, too. c and a have room for whole tiles.
+struct Tiles {
+    static bool serves(int width) { return width % 32 == 0; }
+    template <bool MORE>
+    static void times(const uint16_t* a, long lda, int m, const uint16_t* w0, const uint16_t* w1, long stride, int k,
+                      float* c, long ldc) {
+        for (; m > 16; m -= 32, a += 32 * lda, c += 32 * ldc) block<MORE, true>(a, lda, w0, w1, stride, k, c, ldc);
+        if (m > 0) block<MORE, false>(a, lda, w0, w1, stride, k, c, ldc);
+    }
+    template <bool MORE, bool TWO>
+    static void block(const uint16_t* a, long lda, const uint16_t* w0, const uint16_t* w1, long stride, int k, float* c,
+                      long ldc) {
+        if (MORE) {
+            _tile_loadd(0, c, ldc * 4);
+            _tile_loadd(1, c + 16, ldc * 4);
+            if (TWO) _tile_loadd(2, c + 16 * ldc, ldc * 4);
+            if (TWO) _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
+        } else {
+            _tile_zero(0);
+            _tile_zero(1);
+            if (TWO) _tile_zero(2);
+            if (TWO) _tile_zero(3);
+        }
+        for (int i = 0; i < k; i += 32, w0 += 16 * stride, w1 += 16 * stride) {
+            _tile_loadd(6, w0, stride * 2);
+            _tile_loadd(7, w1, stride * 2);
+            _tile_loadd(4, a + i, lda * 2);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            if (TWO) {
+                _tile_loadd(5, a + 16 * lda + i, lda * 2);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+        _tile_stored(0, c, ldc * 4);
+        _tile_stored(1, c + 16, ldc * 4);
+        if (TWO) _tile_stored(2, c + 16 * ldc, ldc * 4);
+        if (TWO) _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
+    }
+};
+constexpr AttentionLoops attention_by_tiles = {attend<Tiles>, work, merge, finish_row};
 
 double burn_bf16_tiles(long rounds) {
     for (long i = 0; i < rounds; i++) {
