@@ -93,6 +93,7 @@ NB_MODULE(_native, m) {
                      [](const Packed& p) {
                          return p.kind == Kind::fp8 ? "fp8" : p.kind == Kind::int8 ? "int8" : p.kind == Kind::int4 ? "int4" : "plain";
                      })
+        .def_prop_ro("float32", [](const Packed& p) { return p.kind == Kind::f32; })
         .def_ro("count", &Packed::count)
         .def_ro("n", &Packed::n)
         .def_ro("k", &Packed::k)

@@ -18,6 +18,7 @@ from glimmer.batch import Batch
 from glimmer.checkpoint import formats
 from glimmer.checkpoint.files import Checkpoint
 from glimmer.config import EngineConfig, ModelConfig
+from glimmer.engine.graphs import Graphs
 from glimmer.engine.sequence import Step
 from glimmer.errors import ConfigError, NotEnoughMemory
 from glimmer.model.cache import Cache, block_bytes
@@ -85,6 +86,8 @@ class Runner:
             device,
         )
 
+        self.graphs = Graphs(self.model, self.cache, -(-self.room.max_model_len // config.block_size))
+
     def batch(self, step: Step) -> Batch:
         """The step as tensors on the device."""
         size = self.cache.block_size
@@ -113,7 +116,7 @@ class Runner:
     def forward(self, batch: Batch) -> Tensor | None:
         """Logits (R, V) float32 of the rows that the batch wants; None if it wants none."""
         try:
-            hidden = self.model(batch, self.cache)
+            hidden = self.graphs(batch) if self.graphs.serves(batch) else self.model(batch, self.cache)
             return self.model.logits(hidden[batch.rows]) if len(batch.rows) else None
         except torch.OutOfMemoryError as error:
             raise NotEnoughMemory(

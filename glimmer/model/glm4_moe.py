@@ -98,7 +98,7 @@ class Router(nn.Module):
         self.e_score_correction_bias = Vector()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.ops.route(self.proj(x.float()), self.e_score_correction_bias.value, self.rule)  # (T, K) (T, K)
+        return self.ops.route(self.proj(x), self.e_score_correction_bias.value, self.rule)  # (T, K) (T, K)
 
 
 class MoE(nn.Module):
@@ -106,7 +106,7 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig, group: Group, ops: Ops):
         super().__init__()
-        self.group = group
+        self.ops, self.group = ops, group
         self.gate = Router(config, ops)
         self.experts = RoutedExperts(ops)
         self.shared_experts = MLP(ops)
@@ -114,7 +114,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         ids, scores = self.gate(x)                                                   # (T, K) (T, K)
         y = self.experts(x, ids, scores)                                             # (T, H) a partial sum
-        y = y + self.shared_experts(x)                                               # (T, H) also partial
+        self.ops.add_(y, self.shared_experts(x))                                     # (T, H) also partial
         return self.group.all_reduce(y)                                              # one sum serves both
 
 
@@ -169,7 +169,7 @@ class Glm4Moe(nn.Module):
         mtp: tuple[bool, bool] | None = None,
     ):
         super().__init__()
-        self.config, self.group, self.residual_dtype = config, group, residual_dtype
+        self.config, self.group, self.ops, self.residual_dtype = config, group, ops, residual_dtype
         self.embed_tokens = Embedding(ops, group.split(config.vocab_size)[0])
         self.layers = nn.ModuleList(
             Block(config, group, ops, dense=i < config.first_k_dense_replace) for i in range(config.num_hidden_layers)
@@ -180,9 +180,15 @@ class Glm4Moe(nn.Module):
 
     def forward(self, batch: Batch, cache: Cache) -> Tensor:
         """The hidden state of every row after the final norm, (T, H): what logits and the MTP layer start from."""
+        return self.through(*self.enter(batch), batch, cache)
+
+    def enter(self, batch: Batch) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """What the first layer gets: x (T, H), nothing yet; residual (T, H), the embedded tokens; the rotary angles."""
         x = self.group.all_reduce(self.embed_tokens(batch.tokens))                   # (T, H)
-        turn = self._turn(batch.positions)
-        x, residual = torch.zeros_like(x), x.to(self.residual_dtype)
+        return torch.zeros_like(x), x.to(self.residual_dtype), self._turn(batch.positions)
+
+    def through(self, x: Tensor, residual: Tensor, turn, batch: Batch, cache: Cache) -> Tensor:
+        """All layers and the final norm. Nothing but doors and collectives, so that a step may be recorded."""
         for i, block in enumerate(self.layers):
             x, residual = block(x, residual, turn, batch, cache.layer(i))
         x, _ = self.norm(x, residual)

@@ -8,7 +8,8 @@ gets tensors and numbers, never a configuration; it writes over an input only if
     embed         tokens (T,), table (V', H), first -> (T, H); zeros for tokens outside first..first+V'
     rms_norm      x (..., N), weight (N,), eps -> (..., N) in weight's dtype
     add_rms_norm  x (T, H), residual (T, H), weight, eps -> (normed, residual + x); residual keeps its dtype
-    linear        x (T, in), packed, bias (out,) or None -> (T, out) in x's dtype
+    linear        x (T, in), packed, bias (out,) or None -> (T, out) in x's dtype, float32 where the weights are
+    add_          y (T, H), x (T, H): y += x
     swiglu        x (T, 2M): gate then up -> (T, M), silu(gate) * up
     rope_         q (T, h, D), k (T, g, D), cos, sin (T, R/2): rotates the first R of D in place, pairs (i, i+R/2)
     store_kv_     k, v (T, g, D), keys, values (blocks, block_size, g, D), slots (T,): writes rows to their slots
@@ -54,6 +55,7 @@ class Ops:
     rms_norm: Callable[..., Any]
     add_rms_norm: Callable[..., Any]
     linear: Callable[..., Any]
+    add_: Callable[..., Any]
     swiglu: Callable[..., Any]
     rope_: Callable[..., Any]
     store_kv_: Callable[..., Any]
@@ -62,6 +64,7 @@ class Ops:
     experts: Callable[..., Any]
     pack_linear: Callable[..., Any]
     pack_experts: Callable[..., Any]
+    record: Callable[[], Any] | None  # no door: what records the doors' calls, to be made again; None: nothing does
 
     @property
     def own_threads(self) -> bool:
@@ -82,7 +85,8 @@ class Ops:
 
     def table(self) -> list[tuple[str, str]]:
         """(door, backend) for each door: what `glimmer doctor` and the start-up log print."""
-        return [(f.name, getattr(self, f.name).__module__.rpartition(".")[2]) for f in fields(self)]
+        doors = (f.name for f in fields(self) if f.name != "record")
+        return [(door, getattr(self, door).__module__.rpartition(".")[2]) for door in doors]
 
 
 # Modules of glimmer.ops that serve each kind of device, best first; reference completes them all.

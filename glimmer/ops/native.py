@@ -8,7 +8,7 @@ Not here: any arithmetic. Where the extension is not installed this module does 
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,11 +24,65 @@ STRETCH = 4 << 20  # bytes of a plain matrix that are converted at once
 FLOATS = (torch.float32, torch.bfloat16)
 
 
+class Recording:
+    """The calls that doors make while it is entered, to be made again by `play` on the same tensors, which it keeps.
+
+    Whoever plays it puts new values into those that the doors were given. Lists among the arguments (a batch's lengths)
+    are read anew each time. Inside, a door that would have to copy an input raises RuntimeError: a copy would not be
+    repeated.
+    """
+
+    def __init__(self):
+        self._calls: list[tuple[Callable, tuple]] = []
+        self._kept: list[tuple] = []
+
+    def __enter__(self) -> "Recording":
+        global _recording
+        _recording = self
+        return self
+
+    def __exit__(self, *_) -> None:
+        global _recording
+        _recording = None
+
+    def add(self, kept: tuple, call: Callable, args: tuple) -> None:
+        self._calls.append((call, args))
+        self._kept.append(kept)
+
+    def play(self) -> None:
+        for call, args in self._calls:
+            call(*args)
+
+
+record = Recording
+_recording: Recording | None = None
+
+
+def _run(made: tuple, call: Callable, *args) -> None:
+    """call(*args), which fills the tensors `made`."""
+    if _recording is not None:
+        _recording.add(made, call, args)
+    call(*args)
+
+
+def _refuse_recording(what: str) -> None:
+    if _recording is not None:
+        raise RuntimeError(f"{what} cannot be recorded")
+
+
+def _whole(x: Tensor) -> Tensor:
+    """x, contiguous."""
+    if x.is_contiguous():
+        return x
+    _refuse_recording(f"a copy of {tuple(x.shape)}")
+    return x.contiguous()
+
+
 def _input(x: Tensor, width: int) -> Tensor:
     """x (T, width) as the extension reads it. Raises ValueError for another shape or dtype."""
     if x.ndim != 2 or x.shape[1] != width or x.dtype not in FLOATS or x.device.type != "cpu":
         raise ValueError(f"{tuple(x.shape)} {x.dtype} on {x.device}, where (T, {width}) float32 or bfloat16 is wanted")
-    return x.contiguous()
+    return _whole(x)
 
 
 def _refuse(door: str, *tensors: Tensor) -> None:
@@ -39,16 +93,16 @@ def _refuse(door: str, *tensors: Tensor) -> None:
 
 def _heads(x: Tensor) -> Tensor:
     """x (T, h, D) with the heads of a row side by side; rows may lie further apart, as those of q in qkv."""
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else _whole(x)
 
 
 def embed(tokens: Tensor, table: Tensor, first: int) -> Tensor:
     """Rows of the table for tokens first..first+len(table), zeros for the others."""
     if tokens.dtype != torch.int64 or table.dtype not in FLOATS or not table.is_contiguous():
         _refuse("embed", tokens, table)
-    tokens, (rows, n) = tokens.contiguous(), table.shape
+    tokens, (rows, n) = _whole(tokens), table.shape
     narrow, y = table.dtype == torch.bfloat16, table.new_empty(len(tokens), n)
-    _native.embed(tokens.data_ptr(), len(tokens), table.data_ptr(), narrow, rows, n, first, y.data_ptr())
+    _run((y,), _native.embed, tokens.data_ptr(), len(tokens), table.data_ptr(), narrow, rows, n, first, y.data_ptr())
     return y
 
 
@@ -62,10 +116,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = _heads(x)
         rows, heads, stride = len(x), x.shape[1], x.stride(0)
     else:
-        x = x.contiguous()
+        x = _whole(x)
         rows, heads, stride = y.numel() // n, 1, n
     narrow, result = x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16
-    _native.rms_norm(x.data_ptr(), narrow, rows, heads, n, stride, weight.data_ptr(), result, eps, y.data_ptr())
+    _run(
+        (y,), _native.rms_norm,
+        x.data_ptr(), narrow, rows, heads, n, stride, weight.data_ptr(), result, eps, y.data_ptr(),
+    )
     return y
 
 
@@ -75,10 +132,11 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     floats = x.dtype in FLOATS and residual.dtype in FLOATS and weight.dtype in FLOATS
     if not floats or residual.shape != (rows, n) or weight.shape != (n,) or weight.stride(0) != 1:
         _refuse("add_rms_norm", x, residual, weight)
-    x, residual = x.contiguous(), residual.contiguous()
+    x, residual = _whole(x), _whole(residual)
     total, y = torch.empty_like(residual), torch.empty((rows, n), dtype=weight.dtype)
     narrow, kept, result = (t.dtype == torch.bfloat16 for t in (x, residual, weight))
-    _native.add_rms_norm(
+    _run(
+        (total, y), _native.add_rms_norm,
         x.data_ptr(), narrow, residual.data_ptr(), kept, rows, n, weight.data_ptr(), result, eps, total.data_ptr(),
         y.data_ptr(),
     )
@@ -90,8 +148,8 @@ def swiglu(x: Tensor) -> Tensor:
     rows, both = x.shape
     if x.dtype not in FLOATS or both % 2:
         _refuse("swiglu", x)
-    x, y = x.contiguous(), x.new_empty(rows, both // 2)
-    _native.swiglu(x.data_ptr(), x.dtype == torch.bfloat16, rows, both // 2, y.data_ptr())
+    x, y = _whole(x), x.new_empty(rows, both // 2)
+    _run((y,), _native.swiglu, x.data_ptr(), x.dtype == torch.bfloat16, rows, both // 2, y.data_ptr())
     return y
 
 
@@ -102,8 +160,9 @@ def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     types = q.dtype == k.dtype and q.dtype in FLOATS and cos.dtype == sin.dtype == torch.float32
     if not fits or not types or _heads(q) is not q or _heads(k) is not k:
         _refuse("rope_", q, k, cos, sin)
-    cos, sin = cos.contiguous(), sin.contiguous()
-    _native.rope(
+    cos, sin = _whole(cos), _whole(sin)
+    _run(
+        (), _native.rope,
         q.data_ptr(), heads, q.stride(0), k.data_ptr(), kv_heads, k.stride(0), q.dtype == torch.bfloat16, rows, width,
         cos.data_ptr(), sin.data_ptr(), half,
     )
@@ -114,9 +173,10 @@ def route(logits: Tensor, bias: Tensor, rule: RouteRule) -> tuple[Tensor, Tensor
     rows, experts = logits.shape
     if logits.dtype != torch.float32 or bias.dtype != torch.float32 or bias.shape != (experts,):
         _refuse("route", logits, bias)
-    logits, bias = logits.contiguous(), bias.contiguous()
+    logits, bias = _whole(logits), _whole(bias)
     ids, scores = torch.empty((rows, rule.top_k), dtype=torch.int64), torch.empty(rows, rule.top_k)
-    _native.route(
+    _run(
+        (ids, scores), _native.route,
         logits.data_ptr(), bias.data_ptr(), rows, experts, rule.top_k, rule.n_group, rule.topk_group,
         rule.norm_topk_prob, rule.routed_scaling_factor, ids.data_ptr(), scores.data_ptr(),
     )
@@ -131,13 +191,15 @@ def _in_strips(keys: Tensor) -> bool:
 def store_kv_(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """Write k, v (T, g, D) into their slots of a cache (blocks, block_size, g, D), for `attention` alone to read."""
     if not _in_strips(keys):
+        _refuse_recording("store_kv_")
         return reference.store_kv_(k, v, keys, values, slots)
     blocks, size, heads, width = keys.shape
-    k, v, slots = _heads(k), _heads(v), slots.contiguous()
+    k, v, slots = _heads(k), _heads(v), _whole(slots)
     fits = k.shape == v.shape == (len(slots), heads, width) and slots.dtype == torch.int64
     if not fits or not k.dtype == v.dtype == keys.dtype or not _sound(keys, values):
         _refuse("store_kv_", k, v, keys, values, slots)
-    _native.store_kv(
+    _run(
+        (), _native.store_kv,
         k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), k.dtype == torch.bfloat16, len(slots), slots.data_ptr(),
         keys.data_ptr(), values.data_ptr(), blocks, size, heads, width,
     )
@@ -146,14 +208,16 @@ def store_kv_(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor)
 def attention(q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float) -> Tensor:
     """q (T, h, D) -> (T, h*D): each row over the keys of its own sequence up to its own position."""
     if not _in_strips(keys):
+        _refuse_recording("attention")
         return reference.attention(q, keys, values, batch, scale)
     (rows, q_heads, width), (blocks, size, heads, _) = q.shape, keys.shape
-    q, table = _heads(q), batch.blocks.contiguous()
+    q, table = _heads(q), _whole(batch.blocks)
     fits = width == keys.shape[3] and rows == batch.starts[-1] and len(table) == len(batch.lengths)
     if not fits or q.dtype != keys.dtype or table.dtype != torch.int64 or not _sound(keys, values):
         _refuse("attention", q, keys, values, table)
     y = q.new_empty(rows, q_heads * width)
-    _native.attention(
+    _run(
+        (y,), _native.attention,
         q.data_ptr(), q.stride(0), q_heads, q.dtype == torch.bfloat16, keys.data_ptr(), values.data_ptr(), blocks,
         size, heads, width, table.data_ptr(), table.shape[1], batch.starts, batch.lengths, scale, y.data_ptr(),
     )
@@ -165,15 +229,21 @@ def _sound(keys: Tensor, values: Tensor) -> bool:
     return same and keys.is_contiguous() and values.is_contiguous()
 
 
+def add_(y: Tensor, x: Tensor) -> None:
+    """y (T, H) += x."""
+    _run((), Tensor.add_, y, x)
+
+
 def linear(x: Tensor, packed: _native.Packed, bias: Tensor | None) -> Tensor:
-    """(T, in) -> (T, out) in x's dtype."""
+    """(T, in) -> (T, out) in x's dtype; float32 where the weights are."""
     x = _input(x, packed.k)
-    y = x.new_empty(len(x), packed.n)
-    bias = None if bias is None else bias.float().contiguous()
+    narrow = x.dtype == torch.bfloat16
+    result = narrow and not packed.float32
+    y = torch.empty((len(x), packed.n), dtype=x.dtype if result else torch.float32)
+    bias = None if bias is None else bias.float()
     if bias is not None and bias.shape != (packed.n,):
         raise ValueError(f"a bias of shape {tuple(bias.shape)}, where ({packed.n},) is wanted")
-    narrow = x.dtype == torch.bfloat16
-    _native.linear(x.data_ptr(), narrow, len(x), packed, 0 if bias is None else bias.data_ptr(), y.data_ptr(), narrow)
+    _run((y, bias), _native.linear, x.data_ptr(), narrow, len(x), packed, _address(bias), y.data_ptr(), result)
     return y
 
 
@@ -183,10 +253,11 @@ def experts(x: Tensor, ids: Tensor, scores: Tensor, gate_up: _native.Packed, dow
     if ids.shape != scores.shape or len(ids) != len(x) or ids.dtype != torch.int64 or scores.dtype != torch.float32:
         found = f"ids {ids.dtype} {tuple(ids.shape)}, scores {scores.dtype} {tuple(scores.shape)}"
         raise ValueError(f"{found} for {len(x)} rows, where int64 and float32 (rows, K) are wanted")
-    ids, scores = ids.contiguous(), scores.contiguous()
+    ids, scores = _whole(ids), _whole(scores)
     y = torch.empty(len(x), down.n)
     narrow = x.dtype == torch.bfloat16
-    _native.experts(
+    _run(
+        (y,), _native.experts,
         x.data_ptr(), narrow, len(x), ids.data_ptr(), scores.data_ptr(), ids.shape[1], gate_up, down, y.data_ptr()
     )
     return y

@@ -19,6 +19,7 @@ from glimmer.weight import Weight
 FP8_MAX = 448.0  # the largest float8_e4m3fn
 WIDENED_ROWS = 1024  # rows of a bf16 matrix that are widened to float32 at once
 EXACT = 1024  # so many products of numbers up to 127 add up exactly in float32: 1024 * 127 * 127 < 2**24
+record = None
 QUERY_ROWS = 512  # query rows of one attention call that needs a mask, so that the mask stays small
 
 
@@ -103,8 +104,15 @@ def _linear_int4(x: Tensor, w: Weight) -> Tensor:
     return y
 
 
+def add_(y: Tensor, x: Tensor) -> None:
+    """y (T, H) += x."""
+    y.add_(x)
+
+
 def linear(x: Tensor, packed: Weight, bias: Tensor | None) -> Tensor:
-    """y = x @ W.T + bias. For a quantised W, x is quantised first, and both sides' codes are multiplied exactly."""
+    """y = x @ W.T + bias, in x's dtype, in float32 where W is.
+
+    For a quantised W, x is quantised first, and both sides' codes are multiplied exactly."""
     match packed.kind:
         case "fp8":
             codes, scales = quantize_fp8(x)
@@ -115,6 +123,7 @@ def linear(x: Tensor, packed: Weight, bias: Tensor | None) -> Tensor:
         case "int4":
             y = _linear_int4(x, packed)
         case _:
+            x = x.float() if packed.codes.dtype == torch.float32 else x
             y = _matmul(x, packed.codes)
     return (y if bias is None else y + bias).to(x.dtype)
 

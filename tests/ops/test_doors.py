@@ -601,5 +601,5 @@ def test_experts_of_integers(how, hidden, case, doors, dtype, noise):
 
 def test_the_table_names_every_door(doors):
     ops, _ = doors
-    assert [name for name, _ in ops.table()] == list(Ops.__dataclass_fields__)
+    assert [name for name, _ in ops.table()] == [name for name in Ops.__dataclass_fields__ if name != "record"]
     assert {backend for _, backend in ops.table()} <= {"reference", *itertools.chain.from_iterable(BACKENDS.values())}

@@ -1,0 +1,44 @@
+"""A recorded step gives the bits that the model itself gives, whatever has grown, come or gone since then."""
+
+import pytest
+import torch
+
+from glimmer import LLM, SamplingParams, ops
+from glimmer.engine.graphs import MOST, Graphs
+from glimmer.testing import tiny_checkpoint
+
+PROMPTS = [{"prompt_token_ids": [3 + (7 * i + j) % 90 for j in range(1 + 5 * i)]} for i in range(12)]
+
+pytestmark = pytest.mark.skipif(ops.choose("cpu").record is None, reason="no backend here records its calls")
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float32", "int8"])
+def llm(request, tmp_path_factory) -> LLM:
+    directory = tmp_path_factory.mktemp("model")
+    tiny_checkpoint(directory)
+    how = {"quantization": "int8"} if request.param == "int8" else {"dtype": request.param}
+    return LLM(str(directory), max_model_len=128, device="cpu", **how)
+
+
+def answers(llm: LLM, prompts: list[dict], params: SamplingParams | list[SamplingParams]) -> list:
+    found = [output.outputs[0] for output in llm.generate(prompts, params)]
+    return [(o.token_ids, [step[token].logprob for token, step in zip(o.token_ids, o.logprobs)]) for o in found]
+
+
+@pytest.mark.parametrize("count", [1, 3, MOST, 12])
+def test_the_same_bits(llm, count, monkeypatch):
+    # Answers of different lengths, so that the number of sequences falls while they grow past several blocks of cache.
+    params = [SamplingParams(temperature=0, max_tokens=20 + 9 * i, logprobs=1, ignore_eos=True) for i in range(count)]
+    found = [answers(llm, PROMPTS[:count], params) for _ in range(2)]
+    recorded = llm._runner.graphs._steps.keys()
+    assert recorded >= set(range(1, min(count, MOST) + 1)) and max(recorded) <= MOST
+    monkeypatch.setattr(Graphs, "serves", lambda self, batch: False)
+    plain = answers(llm, PROMPTS[:count], params)
+    assert found[0] == plain and found[1] == plain
+
+
+def test_what_cannot_be_repeated_is_refused():
+    doors = ops.choose("cpu")
+    with pytest.raises(RuntimeError, match="cannot be recorded"), doors.record():
+        doors.swiglu(torch.randn(8, 4).T)
+    doors.swiglu(torch.randn(8, 4).T)  # and nothing is being recorded any more
