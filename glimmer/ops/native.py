@@ -65,16 +65,12 @@ def _run(made: tuple, call: Callable, *args) -> None:
     call(*args)
 
 
-def _refuse_recording(what: str) -> None:
-    if _recording is not None:
-        raise RuntimeError(f"{what} cannot be recorded")
-
-
 def _whole(x: Tensor) -> Tensor:
     """x, contiguous."""
     if x.is_contiguous():
         return x
-    _refuse_recording(f"a copy of {tuple(x.shape)}")
+    if _recording is not None:
+        raise RuntimeError(f"a copy of {tuple(x.shape)} cannot be recorded")
     return x.contiguous()
 
 
@@ -191,8 +187,7 @@ def _in_strips(keys: Tensor) -> bool:
 def store_kv_(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """Write k, v (T, g, D) into their slots of a cache (blocks, block_size, g, D), for `attention` alone to read."""
     if not _in_strips(keys):
-        _refuse_recording("store_kv_")
-        return reference.store_kv_(k, v, keys, values, slots)
+        return _run((), reference.store_kv_, k, v, keys, values, slots)
     blocks, size, heads, width = keys.shape
     k, v, slots = _heads(k), _heads(v), _whole(slots)
     fits = k.shape == v.shape == (len(slots), heads, width) and slots.dtype == torch.int64
@@ -208,8 +203,9 @@ def store_kv_(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor)
 def attention(q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float) -> Tensor:
     """q (T, h, D) -> (T, h*D): each row over the keys of its own sequence up to its own position."""
     if not _in_strips(keys):
-        _refuse_recording("attention")
-        return reference.attention(q, keys, values, batch, scale)
+        y = q.new_empty(len(q), q.shape[1] * q.shape[2])
+        _run((y,), lambda: y.copy_(reference.attention(q, keys, values, batch, scale)))
+        return y
     (rows, q_heads, width), (blocks, size, heads, _) = q.shape, keys.shape
     q, table = _heads(q), _whole(batch.blocks)
     fits = width == keys.shape[3] and rows == batch.starts[-1] and len(table) == len(batch.lengths)
