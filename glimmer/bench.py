@@ -205,7 +205,8 @@ def _print(llm: LLM, figures: list[Figure], memory: dict[str, float], profile: b
 def _picture(figure: Figure) -> None:
     """Where the time goes, as bars; beside them, how near each part is to whichever limit holds it back."""
     parts, whole = figure.profile.parts, figure.profile.seconds
-    print(f"\n{figure.what}: {whole / figure.seen * 1e3:,.2f} ms")
+    milliseconds = whole / figure.seen * 1e3
+    print(f"\n{figure.what}: {figure.seconds * 1e3:,.2f} ms; operation by operation {milliseconds:,.2f} ms:")
     longest = max(part.seconds for part in parts.values())
     small = sum(part.seconds for part in parts.values() if part.seconds < LEAST * whole)
     rows = [(name, part.seconds, part) for name, part in parts.items() if part.seconds >= LEAST * whole]

@@ -2,14 +2,15 @@
 
 While one is open, the doors of Ops, the collectives, the sampler and the steps themselves are timed, and the arguments
 of each call tell its work: bytes of weights and cache that it cannot do without (of experts, those that a token has
-chosen), and operations, a multiplication and an addition being two. Nothing of this exists when no profile is open.
+chosen), and operations, a multiplication and an addition being two. Steps are not recorded meanwhile (graphs.py): what
+Python does between the doors is in sight. Nothing of this exists when no profile is open.
 Not here: what the machine could do at best (Ops.limits), and how any of it is shown (bench.py).
 """
 
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -18,7 +19,6 @@ import torch
 from glimmer import device as devices
 from glimmer.batch import Batch
 from glimmer.engine.engine import Engine
-from glimmer.ops import Ops
 
 # Which of Ops.limits() holds for products of a kind. float32 has no limit of its own there: it is not counted.
 ARITHMETIC = {"bfloat16": "bfloat16", "fp8": "bfloat16", "int8": "int8", "int4": "int8"}
@@ -62,8 +62,8 @@ class Profile:
             for name, module in modules
             if getattr(module, "packed", None) is not None
         }
-        doors = {f.name: self._door(f.name, getattr(runner.ops, f.name)) for f in fields(Ops)}
-        metered = replace(runner.ops, **doors)
+        doors = {door: self._door(door, getattr(runner.ops, door)) for door, _ in runner.ops.table()}
+        metered = replace(runner.ops, **doors, record=None)  # a recorded step would pass by the doors
         for _, module in modules:
             if getattr(module, "ops", None) is runner.ops:
                 self._set(module, "ops", metered)
@@ -152,22 +152,23 @@ class Profile:
             return timed
 
         def both(*args: Any) -> Any:
-            count(*args)
-            return timed(*args)
+            result = timed(*args)
+            count(result, *args)
+            return result
 
         return both
 
-    def _linear(self, x: torch.Tensor, packed: Any, *_: Any) -> None:
-        _, n, k, nbytes, kind = _matrix(packed)
-        self._timed[self._names[id(packed)]].add(nbytes, _kind(kind, x), 2 * len(x) * n * k)
+    def _linear(self, y: torch.Tensor, x: torch.Tensor, packed: Any, *_: Any) -> None:
+        _, n, k, nbytes, kind = _matrix(packed)  # y is float32 where the weights are
+        self._timed[self._names[id(packed)]].add(nbytes, _kind(kind, y), 2 * len(x) * n * k)
 
-    def _experts(self, x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor, *matrices: Any) -> None:
+    def _experts(self, _: Any, x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor, *matrices: Any) -> None:
         for packed in matrices:
             _, n, k, _, kind = _matrix(packed)
             self._timed["experts"].add(0, _kind(kind, x), 2 * ids.numel() * n * k)
         self._chosen.append((ids.clone(), *matrices))
 
-    def _attention(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, *_: Any) -> None:
+    def _attention(self, _: Any, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, *__: Any):
         a_key = (keys.nbytes + values.nbytes) // (keys.shape[0] * keys.shape[1])
         rows = [stop - start for start, stop in zip(batch.starts, batch.starts[1:])]
         pairs = sum(n * length - n * (n - 1) // 2 for n, length in zip(rows, batch.lengths))
@@ -184,5 +185,5 @@ def _matrix(packed: Any) -> tuple[int, int, int, int, str]:
     return getattr(packed, "count", 1), n, k, packed.nbytes, packed.kind
 
 
-def _kind(kind: str, x: torch.Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.") if kind == "plain" else kind
+def _kind(kind: str, values: torch.Tensor) -> str:
+    return str(values.dtype).removeprefix("torch.") if kind == "plain" else kind
