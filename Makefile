@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make bench: each first sets up .venv, so any of them may be the first.
+# make demo · test · lint · bench · sanitize: each first sets up .venv, so any of them may be the first.
 # PYTHON chooses the interpreter (3.11 or newer); TORCH the build of torch, e.g. make TORCH=torch on a CUDA machine
 # for the newest one, or TORCH=torch==2.11.0 beside torch-npu.
 
@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 MODEL ?= glimmer/demo
 BIN = .venv/bin
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench sanitize
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -21,6 +21,18 @@ lint: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/glimmer bench $(MODEL)
+
+# The kernels' tests on a build that stops at undefined behaviour and at any byte outside an array. The package that is
+# tested lies in build/sanitize: -S and -P keep Python from finding the one in .venv or this directory first.
+SANITIZED = LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	PYTHONPATH=build/sanitize:$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])') $(BIN)/python -S -P
+
+sanitize: .venv/ready
+	rm -rf build/sanitize
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/sanitize . \
+		-C cmake.define.SANITIZE=ON -C build-dir=build/sanitized
+	$(SANITIZED) -c 'import glimmer._native'
+	$(SANITIZED) -m pytest tests/ops
 
 # torch first and by itself: the package asks for any recent torch, and this decides which build that is.
 .venv/ready: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
