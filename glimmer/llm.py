@@ -22,6 +22,7 @@ from glimmer.engine.profile import Profile
 from glimmer.engine.runner import Runner
 from glimmer.engine.sequence import FinishReason, Logprob, Output, Request
 from glimmer.errors import CheckpointError, ConfigError, EngineError, GlimmerError, RequestError
+from glimmer.parallel import Group
 from glimmer.text.chat import ChatTemplate
 from glimmer.text.reply import Reply
 from glimmer.text.tokenizer import Tokenizer
@@ -72,13 +73,14 @@ class LLM:
     """A model, ready to answer.
 
     model: a Hugging Face directory. The other parameters are EngineConfig's fields (config.py). on_load(done, total)
-    is called with bytes while weights are read. Under torchrun, tensor_parallel_size must be the number of processes,
-    every rank makes the same calls in the same order, and every rank gets the same answers.
+    is called with bytes while weights are read. group: what `join` gave, where somebody has called it. Under torchrun,
+    tensor_parallel_size must be the number of processes, every rank makes the same calls in the same order, and every
+    rank gets the same answers.
 
     Raises ConfigError, CheckpointError or NotEnoughMemory before weights are read; EngineError if a rank never joins.
     """
 
-    def __init__(self, model: str, *, on_load: OnLoad | None = None, **settings: Any):
+    def __init__(self, model: str, *, on_load: OnLoad | None = None, group: Group | None = None, **settings: Any):
         self.config = EngineConfig(model=str(model), **settings)
         self.model_config = ModelConfig.load(self.config.model)
         self.tokenizer = None if self.config.skip_tokenizer_init else Tokenizer.load(self.config.model)
@@ -93,8 +95,8 @@ class LLM:
                 "a tokenizer whose ids the model knows",
                 "use the tokenizer.json and config.json of one checkpoint",
             )
-        device = devices.resolve(self.config.device, parallel.local_rank())
-        self.group = parallel.connect(self.config.tensor_parallel_size, device, devices.COLLECTIVES[device.type])
+        self.group = group or join(self.config)
+        device = self.group.device
         self._runner = Runner(self.config, self.model_config, self.group, device, on_load)
         self._engine = Engine(self.config, self._runner, self.group, vocab_size, choosable)
         self._open: dict[str, _Answer] = {}
@@ -423,6 +425,12 @@ class LLM:
         if self._open.pop(answer.id, None) is not None:
             self._engine.abort(answer.id)
             answer.completion.finish_reason = FinishReason.ABORT.value
+
+
+def join(config: EngineConfig) -> Group:
+    """Meet the other processes; for those who have a word to say to them before they load. Errors: parallel.connect."""
+    device = devices.resolve(config.device, parallel.local_rank())
+    return parallel.connect(config.tensor_parallel_size, device, devices.COLLECTIVES[device.type])
 
 
 class _Answer:

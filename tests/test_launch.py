@@ -102,6 +102,37 @@ def test_a_killed_rank_ends_the_job_and_is_named(house, start, checkpoint):
     assert processes_in(house) == []
 
 
+def test_when_a_rank_is_lost_rank_0_says_what_is_kept(house, start, checkpoint):
+    (house / "prompts.txt").write_text("hello\n" * 40)
+    rows, log = house / "rows.jsonl", house / "output/msrun_log/worker_0.log"
+    job = start(launcher(
+        f"run_mindformer.py --model {checkpoint(dtype='float32')} --predict_data prompts.txt --output rows.jsonl"
+        " --max_new_tokens 40 --ignore-eos --max-num-seqs 1", "2"
+    ))
+    until(lambda: rows.exists() and rows.read_bytes().count(b"\n") >= 2)
+    os.kill(jobs.rank_in(house, 1), signal.SIGKILL)
+    code, _, err = ended(job, timeout=30)
+    kept = rows.read_bytes().count(b"\n")
+    assert code == 1 and "rank 1 on " in err and "signal 9 (SIGKILL)" in err
+    assert kept < 40
+    assert f"stopped; {kept} of 40 rows are in rows.jsonl; the same command with --resume" in log.read_text()
+
+
+def test_resume_with_nothing_left_loads_no_model(house, start, checkpoint):
+    command = (
+        f"run_mindformer.py --model {checkpoint(dtype='float32')} --predict_data hello --max_new_tokens 2"
+        " --output rows.jsonl --resume"
+    )
+    log, said = house / "output/msrun_log/worker_0.log", []
+    for _ in range(2):
+        code, out, err = ended(start(launcher(command, "2")))
+        assert code == 0, out + err
+        said.append((log.read_text(), (house / "text_generation_result.txt").read_text()))
+    (first, answer), (second, again) = said
+    assert "weights loaded" in first and "weights loaded" not in second and "1 of 1 rows are in rows.jsonl" in second
+    assert again == answer
+
+
 def test_two_jobs_at_once_and_the_end_of_both(house, start):
     """They take different ports and log directories; Ctrl-C and SIGTERM leave no process behind. nohup works."""
     script(house, "print(os.environ['MASTER_PORT'], flush=True)\ntime.sleep(100)\n")

@@ -8,6 +8,7 @@ this program; rank 0 alone reads prompts, speaks and writes. Not here: how proce
 import io
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -17,9 +18,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from glimmer.config import SamplingParams
+from glimmer.config import EngineConfig, SamplingParams
 from glimmer.errors import ConfigError, GlimmerError, RequestError
-from glimmer.llm import LLM, RequestOutput
+from glimmer.llm import LLM, RequestOutput, join
 from glimmer.parallel import world
 from glimmer.predict.keys import ENGINE, GENERATION, INPUT, OUTPUT, SAMPLING, TRANSLATED, Plan, plan
 from glimmer.predict.rows import Rows, read_prompts, row, save
@@ -49,10 +50,23 @@ def main(argv: list[str], home: Path | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except Terminated:  # so it was, and whoever started this process shall see it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise
+
+
+class Terminated(BaseException):
+    """SIGTERM has come: another rank was lost, or somebody wants the job to end."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
 
 
 def predict(argv: list[str], home: Path | None) -> int:
-    """Read, load, answer, report. Raises GlimmerError and KeyboardInterrupt, after a word about the answers so far."""
+    """Read, load, answer, report. Raises GlimmerError, KeyboardInterrupt and, among several ranks, Terminated: after a
+    word about the answers so far."""
     rank, size = world()
     logging.basicConfig(format="glimmer predict: %(message)s", level=logging.WARNING if rank == 0 else logging.ERROR)
     if rank == 0 and not sys.stderr.isatty():  # a log is read later, by somebody who wants to know what ran
@@ -66,13 +80,15 @@ def predict(argv: list[str], home: Path | None) -> int:
         progress.say("these keys mean nothing here and are ignored: " + ", ".join(asked.ignored))
     if not os.access(RESULT.parent, os.W_OK):
         raise ConfigError(f"{Path.cwd()} cannot be written", f"a place for {RESULT}", "start the command elsewhere")
+    if size > 1:
+        signal.signal(signal.SIGTERM, _terminate)
     rows = Rows(read_prompts(asked.data, asked.prompts, home), asked.output, asked.resume)
     if rows.rows:
         progress.say(f"{len(rows.rows)} of {len(rows.prompts)} rows are in {rows.path} already")
     try:
         if rows.todo or size > 1:
             answer(asked, rows, progress)
-    except (GlimmerError, KeyboardInterrupt) as reason:
+    except (GlimmerError, KeyboardInterrupt, Terminated) as reason:
         word = "interrupted" if isinstance(reason, KeyboardInterrupt) else "stopped"
         if progress.begun and rows.path is not None:
             progress.say(f"{word}; {len(rows.rows)} of {len(rows.prompts)} rows are in {rows.path};"
@@ -87,7 +103,12 @@ def predict(argv: list[str], home: Path | None) -> int:
 
 def answer(asked: Plan, rows: Rows, progress: "Progress") -> None:
     """Load the model and answer the prompts that have no row. Every rank calls this, and does what rank 0 was asked."""
-    llm = LLM(**asked.engine, on_load=progress.loading)
+    group = None
+    if world()[1] > 1:
+        group = join(EngineConfig(**asked.engine))
+        if not group.broadcast(bool(rows.todo)):  # nothing that a model would be needed for
+            return group.close()
+    llm = LLM(**asked.engine, group=group, on_load=progress.loading)
     progress.loaded(" by rank 0" if llm.size > 1 else "")
     for i in [i for i in rows.todo if not rows.prompts[i].strip()]:
         empty = RequestError("prompt", "an empty prompt", "some text", "write one, or remove the line")
