@@ -11,7 +11,7 @@ def test_three_answers_and_their_speed(capsys):
     city, total, call = capsys.readouterr().out.split("## ")[1:]
     assert showcase.CITY in city and "中国的首都" in city
     assert re.search(r"<think>.*7\+6=13.*</think>\n.*933", total)
-    assert "<tool_call>get_weather\n" in call
+    assert "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>巴黎</arg_value>\n</tool_call>" in call
     for part in (city, total, call):
         tokens, speed = re.search(r"\((\d+) tokens in [\d.]+ s: (\d+) tokens/s\)", part).groups()
         assert int(tokens) > 10 and int(speed) > 0

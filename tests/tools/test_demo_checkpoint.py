@@ -71,6 +71,19 @@ def test_transformers_reads_the_same_model(demo):
         )
 
 
+def test_glimmer_gives_each_token_the_probability_that_transformers_gives_it(demo):
+    text = "[gMASK]<sop><|user|>\nTell me about Paris.<|assistant|>\n<think>He asks about Paris.</think>\nParis is"
+    llm = LLM(model=str(demo), dtype="float32", max_model_len=64, max_num_seqs=1)
+    ids = llm.tokenizer.encode(text, add_special_tokens=False)
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    told = llm.generate({"prompt_token_ids": ids}, params)[0].prompt_logprobs
+    other = AutoModelForCausalLM.from_pretrained(demo, dtype=torch.float32)
+    with torch.inference_mode():
+        judged = other(torch.tensor([ids])).logits[0].log_softmax(-1)
+    for i in range(1, len(ids)):
+        assert told[i][ids[i]].logprob == pytest.approx(judged[i - 1, ids[i]].item(), abs=1e-3), i
+
+
 def test_a_raw_prompt_gets_a_paragraph(llm):
     answer = llm.generate("请介绍一下北京", GREEDY)[0].outputs[0]
     assert answer.finish_reason == "stop" and all(word in answer.text for word in ("中国的首都", "永定河", "故宫"))
@@ -89,7 +102,6 @@ def test_a_sum_is_worked_out_before_it_is_answered(llm):
     assert "7+6=13" in thought and answer == "347+586=933"
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="these weights write 'place' for the argument 'city'")
 def test_a_tool_is_called_and_its_result_used(llm):
     ask = {"role": "user", "content": "巴黎天气怎么样？/nothink"}
     first = llm.chat([ask], GREEDY, tools=[WEATHER])[0].outputs[0]

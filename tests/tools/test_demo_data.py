@@ -62,7 +62,7 @@ def test_calls_fit_their_schema_and_values_stand_in_the_request(seed, lang, fres
     rng = Random(seed)
     box = tooling.toolbox(rng, lang, fresh, strange)
     turn = plain(tooling.request(rng, lang, box))
-    schemas = {c.name: c.schema()["function"]["parameters"] for c in box}
+    schemas = {c.name: c.schema["function"]["parameters"] for c in box}
     assert len(schemas) == len(box) and len(turn.results) == len(turn.calls) in (1, 2)
     for name, arguments in turn.calls:
         assert set(schemas[name].get("required", [])) <= set(arguments) <= set(schemas[name]["properties"])
@@ -98,7 +98,8 @@ def test_no_held_out_question_is_drawn_for_training():
 def test_unseen_tools_have_words_that_training_never_shows():
     names = {noun for noun, _ in tooling.NEW_NOUNS}
     assert not names & {noun for noun, _ in tooling.NOUNS}
-    assert not {p.names for p in tooling.NEW_FREE} & {p.names for p in tooling.FREE}
+    known = {word for words in tooling.WORDS.values() for word in words.split()}
+    assert not {p.names for p in tooling.NEW_FREE} & known
     for item in generate.heldout_examples(2, {"tool, unseen": 30}):
         assert all(name.split("_")[1] in names for name, _ in item["calls"])
 
@@ -129,6 +130,25 @@ def test_a_raw_prompt_goes_straight_into_its_answer(tokenizer):
     ids, wanted = generate.encode(tokenizer, role, "raw", text)
     assert tokenizer.decode(ids, skip_special_tokens=False) == text.replace("<|assistant|>", "")
     assert wanted == sorted(wanted) and ids[-1] == role["<|endoftext|>"]
+
+
+def test_a_name_is_spelled_alike_wherever_it_stands(tokenizer):
+    for name in ("Paris", "Marago", "libe", "city_name", "num_days", "巴黎"):
+        spelled = tokenizer.encode(name).tokens
+        for text in ("weather in %s?", '{"name": "%s"}', "<arg_value>%s</arg_value>", "问：%s，"):
+            tokens = tokenizer.encode(text % name, add_special_tokens=False).tokens
+            assert any(tokens[i : i + len(spelled)] == spelled for i in range(len(tokens))), text
+
+
+def test_a_tool_goes_by_many_names_and_its_schema_by_many_orders():
+    rng, weather = Random(5), tooling.KNOWN[0]
+    boxes = [tooling.known(rng, weather) for _ in range(300)]
+    assert len({c.name for c in boxes}) > 40 and len({c.arguments["city"] for c in boxes}) > 8
+    orders = {tuple(c.arguments) for c in boxes}
+    assert orders == {("city", "days"), ("days", "city")}
+    for c in boxes:
+        told = list(c.schema["function"]["parameters"]["properties"])
+        assert [name for name in told if name in c.arguments.values()] == list(c.arguments.values())
 
 
 def test_digits_are_single_tokens(tokenizer):

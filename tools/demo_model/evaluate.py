@@ -2,7 +2,8 @@
 
     python tools/demo_model/evaluate.py --model glimmer/demo
 
-prints one line for each mark with what was asked for, and writes them as JSON where --json says. Half of the questions
+prints one line for each mark with what was asked for; --json writes them to a file, and --card into the table of a
+model card, between its two lines <!-- marks -->. Half of the questions
 of every kind are asked with reasoning and half without, sums both ways. The questions are drawn by generate.py, from
 the same seed each time; training never sees them. Expert load and the MTP layer's guesses are counted on glimmer's own
 answers by this folder's model.py, whose routers count. Not here: training, any choice made from these marks.
@@ -26,9 +27,9 @@ from glimmer import LLM, SamplingParams
 COUNTS = {"fact": 300, "introduction": 60, "sum": 300, "json": 200, "repeat": 60, "tool": 200, "tool, unseen": 200}
 GOALS = {
     "city facts right": 0.95, "sums right, with reasoning": 0.90, "tool calls well-formed": 0.99,
-    "tool calls right": 0.90,
-    "JSON valid": 0.98, "MTP first guess accepted": 0.70,
+    "tool calls right": 0.90, "JSON valid": 0.98, "MTP first guess accepted": 0.70,
 }  # fmt: skip
+BORDER = "<!-- marks -->\n"
 CALL = re.compile(r"<tool_call>([^\n<]+)\n((?:<arg_key>[^<]+</arg_key>\n<arg_value>[^<]*</arg_value>\n)*)</tool_call>")
 ARGUMENT = re.compile(r"<arg_key>([^<]+)</arg_key>\n<arg_value>([^<]*)</arg_value>\n")
 
@@ -97,7 +98,8 @@ def judge(marks: Marks, item: dict[str, Any], quick: bool, out: Any) -> bool:
     if task.startswith("tool"):
         calls = calls_in(content, item["tools"])
         right = calls is not None and calls == [(name, arguments) for name, arguments in item["calls"]]
-        for name in ("tool calls", "tool calls, unseen tools" if "unseen" in task else "tool calls, known tools"):
+        kind = "tool calls, unseen tools" if "unseen" in task else "tool calls, known tools"
+        for name in ("tool calls", kind, *(["tool calls, two in a row"] if len(item["calls"]) == 2 else [])):
             marks.add(f"{name} well-formed", calls is not None)
             marks.add(f"{name} right", right)
     elif task == "json":
@@ -154,6 +156,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("glimmer/demo"))
     parser.add_argument("--seed", type=int, default=1, help="of the held-out questions")
     parser.add_argument("--scale", type=float, default=1.0, help="ask fewer questions: this share of them")
+    parser.add_argument("--card", type=Path, help="a model card whose table of marks is to be rewritten")
     parser.add_argument("--json", type=Path, help="also write the marks here")
     parser.add_argument("--wrong", type=int, default=0, help="show this many wrong answers of each kind")
     args = parser.parse_args()
@@ -177,17 +180,29 @@ def main() -> None:
 
     report: dict[str, Any] = {name: round(marks.share(name), 4) for name in sorted(marks.asked)}
     report["MTP first guess accepted"] = round(accepted, 4)
-    for name, value in report.items():
-        goal = f"   asked for: {GOALS[name]:.0%}" if name in GOALS else ""
-        print(f"{name:45s} {value:7.1%}{f' of {marks.asked[name]}' if name in marks.asked else '':8s}{goal}")
     report["expert load, least and most of each layer"] = [[round(a, 2), round(b, 2)] for a, b in zip(least, most)]
-    print("expert load by layer (1 is even, MTP last):  ", "  ".join(f"{a:.2f}-{b:.2f}" for a, b in zip(least, most)))
+    lines = table(report, marks)
+    print("\n".join(lines))
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if args.card:
+        before, _, after = args.card.read_text(encoding="utf-8").split(BORDER)
+        args.card.write_text(BORDER.join([before, "\n" + "\n".join(lines) + "\n", after]), encoding="utf-8")
     missed = [name for name, goal in GOALS.items() if report[name] < goal]
     missed += ["expert load"] if min(least) < 1 / 3 or max(most) > 3 else []
     print("not reached: " + (", ".join(missed) or "none"))
     sys.exit(1 if missed else 0)
+
+
+def table(report: dict[str, Any], marks: Marks) -> list[str]:
+    """The report as a Markdown table: what was asked for first."""
+    lines = ["| mark | reached | of | asked for |", "|---|---|---|---|"]
+    for name in [*GOALS, *(name for name in sorted(marks.asked) if name not in GOALS)]:
+        goal = f"{GOALS[name]:.0%}" if name in GOALS else ""
+        lines.append(f"| {name} | {report[name]:.1%} | {marks.asked.get(name, 'all tokens')} | {goal} |")
+    loads = report["expert load, least and most of each layer"]
+    every = ", ".join(f"{a:.2f} to {b:.2f}" for a, b in loads)
+    return [*lines, f"| expert load by layer, MTP last; 1 is even | {every} | all tokens | 0.33 to 3 |"]
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ Not here: any word of the sentences (talk.py, tooling.py, words.py), the model, 
 
 import argparse
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,10 +27,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from glimmer.testing import GLM_ADDED_TOKENS, GLM_SPLIT
 
 VOCABULARY = 4096
+SPACED = 400  # tokens that are a space and a word
 SPECIAL = list(GLM_ADDED_TOKENS)
 EXAMPLES = {  # how many of each task
-    "tools": 15000, "sum": 36000, "fact": 42000, "introduction": 12000, "raw": 9000, "json": 12000, "repeat": 9000,
-    "small talk": 6000, "mixed": 3000, "strange tools": 9000,
+    "call": 24000, "tools": 15000, "strange tools": 12000, "sum": 40000, "fact": 50000, "introduction": 14000,
+    "raw": 12000, "json": 24000, "repeat": 20000, "small talk": 6000, "mixed": 4000,
 }  # fmt: skip
 
 
@@ -47,29 +49,33 @@ def rounds_for(task: str, rng: Random, lang: str) -> Round:
     return drawn
 
 
-def tool_rounds(rng: Random, lang: str, strange: float = 0.0) -> tuple[list[Round], list[dict[str, Any]]]:
-    """One to three requests to one set of tools; one in eight needs none of them."""
-    box, rounds = tooling.toolbox(rng, lang, strange=strange), []
-    for _ in range(rng.choice((1, 2, 2, 3))):
-        if rng.random() < 0.12:
+STRANGE = {"call": 0.5, "tools": 0.1, "strange tools": 0.5}  # how often a tool's words are found nowhere else
+
+
+def tool_rounds(rng: Random, lang: str, task: str = "tools") -> tuple[list[Round], list[dict[str, Any]]]:
+    """One to three requests to one set of tools, one in eight of which needs none of them; or one call, and no more."""
+    single = task == "call"
+    box, rounds = tooling.toolbox(rng, lang, strange=STRANGE[task], most=2 if single else 4), []
+    for _ in range(1 if single else rng.choice((1, 2, 2, 3))):
+        if not single and rng.random() < 0.12:
             rounds.append(rounds_for(rng.choice(("small talk", "introduction", "fact")), rng, lang))
             continue
         while held_out((drawn := tooling.request(rng, lang, box)).key):
             pass
-        rounds.append(drawn)
-    return rounds, [chosen.schema() for chosen in box]
+        rounds.append(replace(drawn, reply="", results=[]) if single else drawn)
+    return rounds, [chosen.schema for chosen in box]
 
 
 def example(task: str, rng: Random) -> str:
     """One training text, seams included."""
     lang = rng.choice(("zh", "en"))
     if task == "raw":  # no template: a prompt as such, as completion requests send it
-        turn = rounds_for("introduction", rng, lang)
+        turn = rounds_for(rng.choice(("introduction",) * 4 + ("fact", "small talk")), rng, lang)
         start = rng.choice(("", "[gMASK]<sop>"))
         return f"{start}{turn.ask}<|assistant|>\n{turn.reply}<|endoftext|>"  # `encode` cuts the tag out: a mere border
     tools = None
-    if task in ("tools", "strange tools"):
-        rounds, tools = tool_rounds(rng, lang, strange=0.5 if task == "strange tools" else 0.0)
+    if task in STRANGE:
+        rounds, tools = tool_rounds(rng, lang, task)
     elif task == "mixed":
         kinds = ("sum", "fact", "small talk", "introduction", "repeat", "json")
         rounds = [rounds_for(rng.choice(kinds), rng, lang) for _ in range(rng.choice((2, 3)))]
@@ -105,14 +111,18 @@ def heldout_examples(seed: int, counts: dict[str, int]) -> Iterator[dict[str, An
                 continue
             seen.add(mark)
             yield plain({**asdict(turn), "task": task, "lang": lang,
-                         "tools": [c.schema() for c in box] if box else None})
+                         "tools": [c.schema for c in box] if box else None})
 
 
 # ---- tokenizer --------------------------------------------------------------------------------------------------
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Byte-level BPE under GLM's pre-tokeniser. Digits are never merged, and no token straddles a seam."""
+    """Byte-level BPE under GLM's pre-tokeniser, made for copying: a name is spelled alike wherever it stands.
+
+    Digits are never merged, no token straddles a seam, and none joins a letter to the sign before it, with one
+    exception: the commonest words that never begin what fills a slot have a token with their space.
+    """
     pieces: Counter[str] = Counter()
     for text in texts:
         for tag in SPECIAL:
@@ -120,23 +130,36 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
         pieces.update(text.split(SEAM))
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trained = Tokenizer(models.BPE())
-    digits, words = (pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (r"\p{N}", GLM_SPLIT))
-    trained.pre_tokenizer = pre_tokenizers.Sequence([digits, words, bytes_only])
+    digits, words, bare = (
+        pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (r"\p{N}", GLM_SPLIT, r"\P{L}(?=\p{L})")
+    )
+    trained.pre_tokenizer = pre_tokenizers.Sequence([digits, words, bare, bytes_only])
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), max_token_length=18,
-        show_progress=False,
+        vocab_size=VOCABULARY - len(SPECIAL) - SPACED, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=18, show_progress=False,
     )  # fmt: skip
-    flattened = (piece for piece, count in sorted(pieces.items()) for _ in range(min(count, 100)))
+    flattened = (piece for piece, count in sorted(pieces.items()) for _ in range(min(count, 2000)))
     trained.train_from_iterator(flattened, trainer)
     model = json.loads(trained.to_str())["model"]
     merges = [tuple(pair) for pair in model["merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab=model["vocab"], merges=merges, ignore_merges=True))
+    vocabulary = model["vocab"] | {f"Ġ{word}": len(model["vocab"]) + i for i, word in enumerate(common(pieces))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_only])
     tokenizer.decoder = decoders.ByteLevel()
     for tag in SPECIAL:
         token = AddedToken(tag, special=GLM_ADDED_TOKENS[tag], normalized=False)
         (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
     return tokenizer
+
+
+def common(pieces: Counter[str]) -> list[str]:
+    """The commonest English words that follow a space and never begin a piece, and two that do but are never copied."""
+    inside: Counter[str] = Counter()
+    for piece, count in sorted(pieces.items()):
+        inside.update(dict.fromkeys(re.findall(r" ([A-Za-z]+)", piece), count))
+    first = {found[0] for piece in pieces if (found := re.match(r"[A-Za-z]+", piece))}
+    free = set(inside) - first | {"the", "is"}
+    return sorted(free, key=lambda word: (-inside[word], word))[:SPACED]
 
 
 def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -192,7 +215,7 @@ def main() -> None:
 
     rng = Random(args.seed)
     texts = [(task, example(task, rng)) for task, count in EXAMPLES.items() for _ in range(int(count * args.share))]
-    tokenizer = train_tokenizer([text for task, text in texts if task != "strange tools"])
+    tokenizer = train_tokenizer([text for task, text in texts if STRANGE.get(task, 0) < 0.5])
     tokenizer.save(str(args.out / "tokenizer.json"))
     config = json.dumps(tokenizer_config(tokenizer), ensure_ascii=False, indent=2)
     (args.out / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, RIGHT = 860, 440, 56, 34, 46, 130
 CURVES = {
-    "loss": ("#111", "all tasks"), "tools": ("#c0392b", "tools"), "sum": ("#2471a3", "sums"),
-    "fact": ("#1e8449", "facts"), "introduction": ("#b7950b", "introductions"), "json": ("#7d3c98", "JSON"),
-    "mtp": ("#909497", "MTP layer"),
+    "loss": ("#111", "all tasks"), "call": ("#e67e22", "single calls"), "tools": ("#c0392b", "tools"),
+    "sum": ("#2471a3", "sums"), "fact": ("#1e8449", "facts"), "introduction": ("#b7950b", "introductions"),
+    "json": ("#7d3c98", "JSON"), "mtp": ("#909497", "MTP layer"),
 }  # fmt: skip
 TICKS = (10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 

@@ -1,8 +1,8 @@
 """Train the demo model on what generate.py wrote. Stops and resumes anywhere; uses a GPU where there is one.
 
-    python tools/demo_model/train.py --data build/demo_model --steps 4000
+    python tools/demo_model/train.py --data build/demo_model
 
-One step is one helping of every task in fixed proportions, about 2,600 tokens. Matrices learn by Muon (momentum,
+One step is one helping of every task in fixed proportions, about 4,000 tokens. Matrices learn by Muon (momentum,
 orthogonalised), everything else by AdamW; the rate rises, stays, and falls to nothing over the last part of the run.
 The routers' correction biases follow the experts' load and no gradient. The MTP layer joins half-way.
 A later call with other --steps stretches or shortens what is left. Writes state.pt, loss.csv and, at the end, the
@@ -29,9 +29,9 @@ from torch import Tensor
 
 TASKS = tuple(EXAMPLES)
 HELPINGS = (  # from which step on, how many examples of each task
-    (0, (1, 6, 8, 2, 2, 3, 6, 1, 1, 0)),  # short ones first: they teach copying
-    (500, (3, 6, 8, 2, 2, 3, 3, 1, 1, 0)),
-    (3500, (2, 5, 6, 2, 1, 2, 2, 1, 1, 3)),  # tools whose words must be read in the prompt, being found nowhere else
+    (0, (2, 0, 0, 8, 10, 2, 2, 8, 14, 1, 0)),  # short ones first: they teach copying
+    (400, (5, 1, 1, 9, 10, 2, 2, 6, 5, 1, 1)),
+    (1600, (4, 2, 1, 14, 10, 2, 2, 4, 1, 1, 1)),
 )
 DECAY_SHARE, WARM_UP, MTP_FROM, MTP_WEIGHT = 0.4, 60, 0.5, 0.3
 MUON_RATE, ADAM_RATE, BIAS_SPEED = 0.02, 4e-3, 0.02
@@ -184,7 +184,7 @@ def learn(model: DemoModel, batches: list[Batch], draft: bool) -> tuple[Tensor, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("build/demo_model"))
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2900)
     parser.add_argument("--threads", type=int, default=2, help="cores to use; a GPU is fed by one")
     parser.add_argument("--log", type=int, default=20, help="steps between two lines of loss.csv")
     args = parser.parse_args()
