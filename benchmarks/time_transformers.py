@@ -1,6 +1,6 @@
 """Time transformers on a checkpoint as `glimmer bench` times glimmer: same lengths, same batches, one JSON line.
 
-usage: time_transformers.py MODEL [--prefill N ...] [--decode B ...] [--steps N] [--experts grouped_mm|batched_mm|eager]
+usage: time_transformers.py MODEL [--prefill N ...] [--decode B ...] [--steps N] [--repeat N] [--experts NAME]
 """
 
 import argparse
@@ -17,7 +17,7 @@ parser.add_argument("--prefill", type=int, nargs="*", default=(512, 2048))
 parser.add_argument("--decode", type=int, nargs="*", default=(1, 8, 32))
 parser.add_argument("--steps", type=int, default=32)
 parser.add_argument("--repeat", type=int, default=2, help="prefills of each length; the best counts")
-parser.add_argument("--experts", default="grouped_mm")
+parser.add_argument("--experts", default="grouped_mm", help="grouped_mm, batched_mm or eager")
 args = parser.parse_args()
 
 begin = time.perf_counter()
