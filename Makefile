@@ -24,7 +24,9 @@ bench: .venv/ready
 
 # The kernels' tests on a build that stops at undefined behaviour and at any byte outside an array. The package that is
 # tested lies in build/sanitize: -S and -P keep Python from finding the one in .venv or this directory first.
-SANITIZED = LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+# libstdc++ must be there when libasan begins, or nothing can be thrown.
+SANITIZED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 \
 	PYTHONPATH=build/sanitize:$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])') $(BIN)/python -S -P
 
 sanitize: .venv/ready
