@@ -53,9 +53,9 @@ def run(command: list[str], timeout: float) -> dict:
     except OSError as error:
         raise Failed(str(error)) from None
     try:
-        if done.returncode == 0:
-            return json.loads(done.stdout.strip().splitlines()[-1])
-    except (ValueError, IndexError):
+        if done.returncode == 0:  # vLLM's other processes may have a word after it
+            return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+    except (ValueError, StopIteration):
         pass  # it ended well, but without a word that counts: reported as any other failure
     raise Failed(f"exit code {done.returncode}: {last_words(done)}", crashed=done.returncode < 0)
 
