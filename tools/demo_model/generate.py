@@ -49,7 +49,7 @@ def rounds_for(task: str, rng: Random, lang: str) -> Round:
     return drawn
 
 
-STRANGE = {"call": 0.5, "tools": 0.1, "strange tools": 0.5}  # how often a tool's words are found nowhere else
+STRANGE = {"call": 0.5, "tools": 0.3, "strange tools": 0.5}  # how often a tool's words are found nowhere else
 
 
 def tool_rounds(rng: Random, lang: str, task: str = "tools") -> tuple[list[Round], list[dict[str, Any]]]:
@@ -209,13 +209,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/demo_model"))
     parser.add_argument("--share", type=float, default=1.0, help="write fewer examples: this share of each task's")
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json to use, for a model that learnt with it")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
     rng = Random(args.seed)
     texts = [(task, example(task, rng)) for task, count in EXAMPLES.items() for _ in range(int(count * args.share))]
-    tokenizer = train_tokenizer([text for task, text in texts if STRANGE.get(task, 0) < 0.5])
+    known = Tokenizer.from_file(str(args.tokenizer)) if args.tokenizer else None
+    tokenizer = known or train_tokenizer([text for task, text in texts if STRANGE.get(task, 0) < 0.5])
     tokenizer.save(str(args.out / "tokenizer.json"))
     config = json.dumps(tokenizer_config(tokenizer), ensure_ascii=False, indent=2)
     (args.out / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")

@@ -18,12 +18,14 @@ from words import (
     CHORES,
     COLOURS,
     DAYS,
+    EVENTS,
     GOODS,
     JOBS,
     LANGUAGES,
     MONEY,
     NOTES,
     PEOPLE,
+    PLACES,
     ROOMS,
     SKIES,
     SONGS,
@@ -331,6 +333,13 @@ NEW_FREE = [
 YES = {"en": ("no", "yes"), "zh": ("否", "是")}
 
 
+# English words, whose beginnings and ends make new ones: most pieces that a new word may be spelled with occur in some.
+ENGLISH = sorted({
+    word.lower() for words in (GOODS, JOBS, COLOURS, TOPICS, CHORES, EVENTS, NOTES, ROOMS, SONGS, LANGUAGES, PEOPLE, PLACES)
+    for phrase in words["en"] for word in phrase.split() if len(word) > 3
+} | {word for words in WORDS.values() for word in words.split()[::2]} | {noun for noun, _ in NOUNS})  # fmt: skip
+
+
 def strange_word(rng: Random) -> tuple[str, str]:
     """A word and its Chinese, which belong together nowhere else."""
     if rng.random() < 0.3:
@@ -338,7 +347,9 @@ def strange_word(rng: Random) -> tuple[str, str]:
         english, chinese = rng.choice([list(words.values()) for words in (GOODS, JOBS, COLOURS)])
         return english[at % len(english)], chinese[at % len(chinese)]
     letters = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randrange(3, 8)))
-    return rng.choice((letters, invented(rng, "en").lower())) + rng.choice(("", "", "", "_name", "_id", "_list")), invented(rng, "zh")
+    first, second = rng.choice(ENGLISH), rng.choice(ENGLISH)
+    blend = first[: rng.randrange(2, 6)] + second[-rng.randrange(2, 6) :]
+    return rng.choice((letters, invented(rng, "en").lower(), blend, blend)) + rng.choice(("", "", "", "_name", "_id", "_list")), invented(rng, "zh")
 
 
 def made_up(rng: Random, lang: str, fresh: bool, strange: float = 0.0) -> Chosen:

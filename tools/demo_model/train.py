@@ -32,6 +32,7 @@ HELPINGS = (  # from which step on, how many examples of each task
     (0, (2, 0, 0, 8, 10, 2, 2, 8, 14, 1, 0)),  # short ones first: they teach copying
     (400, (5, 1, 1, 9, 10, 2, 2, 6, 5, 1, 1)),
     (1600, (4, 2, 1, 14, 10, 2, 2, 4, 1, 1, 1)),
+    (2900, (6, 2, 2, 5, 5, 1, 1, 3, 2, 1, 1)),
 )
 DECAY_SHARE, WARM_UP, MTP_FROM, MTP_WEIGHT = 0.4, 60, 0.5, 0.3
 MUON_RATE, ADAM_RATE, BIAS_SPEED = 0.02, 4e-3, 0.02
