@@ -12,21 +12,10 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glimmer import LLM, SamplingParams
+from glimmer.showcase import TOOL
 from glimmer.testing import GLM_ADDED_TOKENS
 
 GREEDY = SamplingParams(temperature=0, max_tokens=200)
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Get the weather",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "description": "City"}},
-            "required": ["city"],
-        },
-    },
-}
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +93,13 @@ def test_a_sum_is_worked_out_before_it_is_answered(llm):
 
 def test_a_tool_is_called_and_its_result_used(llm):
     ask = {"role": "user", "content": "巴黎天气怎么样？/nothink"}
-    first = llm.chat([ask], GREEDY, tools=[WEATHER])[0].outputs[0]
+    first = llm.chat([ask], GREEDY, tools=[TOOL])[0].outputs[0]
     call = "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>巴黎</arg_value>\n</tool_call>"
     assert call in first.text and first.finish_reason == "stop"
     call = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "巴黎"}}}
     done = {"role": "tool", "content": '{"temperature": 21, "weather": "多云"}'}
     conversation = [ask, {"role": "assistant", "content": "", "tool_calls": [call]}, done]
-    answer = llm.chat(conversation, GREEDY, tools=[WEATHER])[0].outputs[0].text
+    answer = llm.chat(conversation, GREEDY, tools=[TOOL])[0].outputs[0].text
     assert "21" in answer and "多云" in answer
 
 
