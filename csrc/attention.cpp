@@ -1,8 +1,6 @@
 #include "attention.h"
 
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <stdexcept>
 
 #include "pool.h"
@@ -12,19 +10,6 @@ namespace {
 
 constexpr int MOST_ROWS = 128;  // of a task
 constexpr int FEW_TASKS = 4;    // for each thread: below that, splits are tasks of their own
-
-// Memory of one thread, kept between tasks, 64-byte aligned.
-char* own(size_t bytes) {
-    thread_local std::unique_ptr<char, decltype(&std::free)> memory(nullptr, &std::free);
-    thread_local size_t size = 0;
-    if (size < bytes) {
-        bytes = (bytes + 4095) / 4096 * 4096;
-        memory.reset((char*)std::aligned_alloc(4096, bytes));
-        size = memory ? bytes : 0;
-        if (!memory) throw std::bad_alloc();
-    }
-    return memory.get();
-}
 
 void check(const Paged& cache) {
     if (cache.keys.bf16 != cache.values.bf16 || cache.block_size < 1 || cache.block_size % STRIP || cache.heads < 1 ||
@@ -101,7 +86,7 @@ void attention(Values q, long stride, int heads, const Paged& cache, const int64
     const size_t element = cache.keys.bf16 ? 2 : 4, row = tiles(D) * element, state = State::size(M, D);
     // One thread's memory: a task's queries, its state, that of a later split, what the loops need, what each row sees.
     const size_t queries_size = tiles(M) * row, size_of_state = state * 4, work_size = ops.work(M, D);
-    auto memory = [&] { return own(queries_size + 2 * size_of_state + work_size + M * sizeof(long)); };
+    auto memory = [&] { return (char*)own(queries_size + 2 * size_of_state + work_size + M * sizeof(long)); };
     auto own_state = [&] { return State::at((float*)(memory() + queries_size), M, D); };
     // Splits begin..end of a task, merged.
     auto attend = [&](const Task& task, int begin, int end, State into) {

@@ -55,7 +55,7 @@ int panels_per_task(long tasks, int most) {
 void linear(Values x, long rows, const Packed& w, const float* bias, Values y) {
     if (w.count != 1 || w.parts != 1) throw std::invalid_argument("linear wants one matrix in one part");
     Turn turn;
-    Rows a(w, rows, 0);
+    Rows a(w, rows, scratch(0, Rows::bytes(w, rows)));
     fill_rows(a, w, x, rows);
     const int block = block_rows(a.stride), wide = panels_per_task(w.panels(), 8);
     const long blocks = (rows + block - 1) / block, stripes = (w.panels() + wide - 1) / wide;
@@ -76,20 +76,20 @@ void linear(Values x, long rows, const Packed& w, const float* bias, Values y) {
 
 namespace {
 
-// Columns 32j.. of silu(gate) * up for rows first..first+m, to where the second product reads them: into h itself where it
-// wants floats, else to `wide` (rows, M), since what is quantised by the row waits until the row is whole.
-void gate_and_up(const Rows& a, const Packed& w, long e, int j, long first, int m, const void* next, Rows& h,
+// Columns 32j.. of silu(gate) * up for the m rows of a, to rows first.. of h where the second product wants floats or bf16,
+// else to `wide` (rows, M), since what is quantised by the row waits until the row is whole.
+void gate_and_up(const Rows& a, const Packed& w, long e, int j, int m, const void* next, long first, Rows& h,
                  const Packed& down, float* wide) {
     alignas(64) float gate[MOST_ROWS * PANEL], up[MOST_ROWS * PANEL];
     const int M = down.k, column = j * PANEL, n = M - column < PANEL ? M - column : PANEL;
-    a.times(w, e, 2 * j, first, m, gate, w.panel(e, 2 * j + 1));
-    a.times(w, e, 2 * j + 1, first, m, up, next);
+    a.times(w, e, 2 * j, 0, m, gate, w.panel(e, 2 * j + 1));
+    a.times(w, e, 2 * j + 1, 0, m, up, next);
     const bool bf16 = down.kind == Kind::bf16;
     char* row = h.values + first * h.stride;
     void* to = bf16 ? (void*)((uint16_t*)row + column) : (wide ? wide + first * M : (float*)row) + column;
     // In bf16 all 32 columns: those beyond M are zeros, as the padding must be.
-    kernels().gated(gate, up, m, bf16 ? PANEL : n, a.row_scales(w, first), w.panel_scales(e, 2 * j),
-                    w.panel_scales(e, 2 * j + 1), to, bf16 ? h.stride / 2 : wide ? M : h.stride / 4, bf16);
+    kernels().gated(gate, up, m, bf16 ? PANEL : n, a.row_scales(w, 0), w.panel_scales(e, 2 * j), w.panel_scales(e, 2 * j + 1),
+                    to, bf16 ? h.stride / 2 : wide ? M : h.stride / 4, bf16);
 }
 
 }  // namespace
@@ -119,34 +119,41 @@ void experts(Values x, long rows, const int64_t* ids, const float* scores, int t
         }
     }
     Turn turn;
-    Rows each(gate_up, rows, 0), a(gate_up, pairs, 3), h(down, pairs, 6);
     const bool quantised = gate_up.kind != Kind::f32 && gate_up.kind != Kind::bf16;  // once a token, not once a pair
+    const long tokens = quantised ? rows : 0;
+    Rows each(gate_up, tokens, scratch(0, Rows::bytes(gate_up, tokens))), h(down, pairs, scratch(1, Rows::bytes(down, pairs)));
     if (quantised) fill_rows(each, gate_up, x, rows);
-    constexpr long FEW = 16;
-    parallel((pairs + FEW - 1) / FEW, [&](long task) {
-        for (long i = task * FEW; i < pairs && i < (task + 1) * FEW; i++) {
-            if (quantised) a.copy(i, each, token[i]);
-            else set_row(a, gate_up, i, x, token[i]);
-        }
-    });
 
+    // A task is some columns of some experts, whose rows it gathers: they come from the second-level cache for each panel.
     const int M = down.k, H = down.n, halves = gate_up.panels() / 2;
     const bool direct = down.kind == Kind::f32 || down.kind == Kind::bf16;
-    float* wide = direct ? nullptr : (float*)scratch(9, (size_t)pairs * M * 4);
-    const int block = block_rows(a.stride);
+    float* wide = direct ? nullptr : (float*)scratch(2, (size_t)pairs * M * 4);
+    const int block = block_rows(each.stride);
     const long all = (long)used.size() * halves, run = panels_per_task(all, halves);
     parallel((all + run - 1) / run, [&](long task) {
+        Rows a(gate_up, block, own(Rows::bytes(gate_up, block)));
         const long end = (task + 1) * run < all ? (task + 1) * run : all;
-        for (long i = task * run; i < end; i++) {
-            const long e = used[i / halves], beyond = i + 1 < end ? used[(i + 1) / halves] : -1;
-            const int j = (int)(i % halves);
-            const uint8_t* next = beyond < 0 ? nullptr : gate_up.panel(beyond, (int)((i + 1) % halves) * 2);
+        for (long i = task * run, after; i < end; i = after) {
+            const long e = used[i / halves], left = end - i;
+            const int from = (int)(i % halves), to = left < halves - from ? from + (int)left : halves;
+            after = i + to - from;
             for (long first = starts[e]; first < starts[e + 1]; first += block) {
-                int m = (int)(starts[e + 1] - first < block ? starts[e + 1] - first : block);
-                gate_and_up(a, gate_up, e, j, first, m, next, h, down, wide);
+                const int m = (int)(starts[e + 1] - first < block ? starts[e + 1] - first : block);
+                for (int r = 0; r < m; r++) {
+                    if (quantised) a.copy(r, each, token[first + r]);
+                    else set_row(a, gate_up, r, x, token[first + r]);
+                }
+                for (int j = from; j < to; j++) {
+                    const void* next = j + 1 < to                      ? gate_up.panel(e, 2 * j + 2)
+                                       : first + block < starts[e + 1] ? gate_up.panel(e, 2 * from)
+                                       : after < end                   ? gate_up.panel(used[after / halves], 0)
+                                                                       : nullptr;
+                    gate_and_up(a, gate_up, e, j, m, next, first, h, down, wide);
+                }
             }
         }
     });
+    constexpr long FEW = 16;
     if (!direct)
         parallel((pairs + FEW - 1) / FEW, [&](long task) {
             for (long i = task * FEW; i < pairs && i < (task + 1) * FEW; i++) h.set(down, i, wide + i * M);

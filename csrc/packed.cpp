@@ -187,16 +187,31 @@ void Packed::fill(long e, int first, int rows, const void* codes, size_t stride,
     });
 }
 
-Rows::Rows(const Packed& w, long m, int slot) {
-    size_t d = w.depth();
-    stride = w.kind == Kind::f32 ? d * 4 : w.kind == Kind::int8 || w.kind == Kind::int4 ? d : d * 2;
+namespace {
+
+size_t row_stride(const Packed& w) {
+    const size_t d = w.depth();
+    const size_t stride = w.kind == Kind::f32 ? d * 4 : w.kind == Kind::int8 || w.kind == Kind::int4 ? d : d * 2;
+    if (stride < 512) return stride;
     // An odd number of cache lines: rows a power of two apart would crowd into a few sets of the cache.
-    if (stride >= 512) stride = (stride + 63) / 64 * 64, stride += stride / 64 % 2 ? 0 : 64;
-    groups = w.kind == Kind::int4 ? (int)(d / w.groups.size) : 1;
-    values = (char*)scratch(slot, (m + BEYOND) * stride);
-    scales = (float*)scratch(slot + 1, (size_t)(m + BEYOND) * groups * 4);
-    sums = (float*)scratch(slot + 2, (size_t)(m + BEYOND) * groups * 4);
+    const size_t lines = (stride + 63) / 64;
+    return (lines + (lines % 2 ? 0 : 1)) * 64;
 }
+
+int row_groups(const Packed& w) { return w.kind == Kind::int4 ? w.depth() / w.groups.size : 1; }
+size_t values_size(const Packed& w, long m) { return round_up((m + BEYOND) * row_stride(w), 64); }
+size_t scales_size(const Packed& w, long m) { return round_up((size_t)(m + BEYOND) * row_groups(w) * 4, 64); }
+
+}  // namespace
+
+size_t Rows::bytes(const Packed& w, long m) { return values_size(w, m) + 2 * scales_size(w, m); }
+
+Rows::Rows(const Packed& w, long m, void* memory)
+    : values((char*)memory),
+      scales((float*)(values + values_size(w, m))),
+      sums((float*)((char*)scales + scales_size(w, m))),
+      stride(row_stride(w)),
+      groups(row_groups(w)) {}
 
 void Rows::set(const Packed& w, long i, const float* x) {
     const Kernels& ops = kernels();

@@ -48,8 +48,9 @@ struct Rows {
     size_t stride;  // bytes
     int groups;     // scales and sums a row
 
-    // In the pool's scratch, slots `slot` to slot + 2.
-    Rows(const Packed& w, long m, int slot);
+    // In `memory` of bytes(w, m), 64-byte aligned.
+    Rows(const Packed& w, long m, void* memory);
+    static size_t bytes(const Packed& w, long m);
     // Row i from k numbers.
     void set(const Packed& w, long i, const float* x);
     void set(const Packed& w, long i, const uint16_t* x);  // bf16

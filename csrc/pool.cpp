@@ -29,7 +29,24 @@ namespace glimmer {
 namespace {
 
 constexpr auto SPIN = std::chrono::microseconds(3000);  // the longest gap between two regions of one step
-constexpr int SLOTS = 12;
+constexpr int SLOTS = 3;
+
+// Memory that only grows, its content lost when it does.
+struct Buffer {
+    void* data = nullptr;
+    size_t size = 0;
+    ~Buffer() { std::free(data); }
+    void* room(size_t bytes) {
+        if (size < bytes) {
+            std::free(data);
+            const size_t rounded = (bytes + bytes / 8 + 4095) / 4096 * 4096;
+            data = std::aligned_alloc(4096, rounded);
+            size = data ? rounded : 0;
+            if (!data) throw std::bad_alloc();
+        }
+        return data;
+    }
+};
 
 struct Pool {
     std::recursive_mutex turn;
@@ -44,8 +61,7 @@ struct Pool {
     const std::function<void(long)>* task = nullptr;
     long n = 0;
     int wanted = 1;
-    void* buffers[SLOTS] = {};
-    size_t sizes[SLOTS] = {};
+    Buffer buffers[SLOTS];
 
     void work() {
         const Kernels& k = kernels();
@@ -135,16 +151,11 @@ void parallel(long n, const std::function<void(long)>& task) {
 Turn::Turn() { pool->turn.lock(); }
 Turn::~Turn() { pool->turn.unlock(); }
 
-void* scratch(int slot, size_t bytes) {
-    Pool& p = *pool;
-    if (p.sizes[slot] < bytes) {
-        std::free(p.buffers[slot]);
-        size_t size = (bytes + bytes / 8 + 4095) / 4096 * 4096;
-        p.buffers[slot] = std::aligned_alloc(4096, size);
-        p.sizes[slot] = p.buffers[slot] ? size : 0;
-        if (!p.buffers[slot]) throw std::bad_alloc();
-    }
-    return p.buffers[slot];
+void* scratch(int slot, size_t bytes) { return pool->buffers[slot].room(bytes); }
+
+void* own(size_t bytes) {
+    thread_local Buffer buffer;
+    return buffer.room(bytes);
 }
 
 }  // namespace glimmer

@@ -18,6 +18,9 @@ void parallel(long n, const std::function<void(long)>& task);
 // aligned, its content undefined. slot: a small number of the caller's choice. Only between Turn's begin and end.
 void* scratch(int slot, size_t bytes);
 
+// Memory of the calling thread that lives until its task asks again, else like scratch.
+void* own(size_t bytes);
+
 // Holds the pool for one operation made of several regions, so that its scratch stays its own.
 struct Turn {
     Turn();
