@@ -14,7 +14,7 @@
 namespace glimmer {
 
 constexpr int STRIP = 16;    // slots
-constexpr int KEYS = 128;    // whose scores exist at once
+constexpr int KEYS = 256;    // whose scores exist at once
 constexpr int SPLIT = 2048;  // keys that are summed up apart: work for one thread
 constexpr int TILE = 32;     // rows, columns and depth are padded to multiples of it
 
