@@ -12,15 +12,36 @@ constexpr int MOST_ROWS = 128;  // of a task
 constexpr int FEW_TASKS = 4;    // for each thread: below that, splits are tasks of their own
 
 void check(const Paged& cache) {
-    if (cache.keys.bf16 != cache.values.bf16 || cache.block_size < 1 || cache.block_size % STRIP || cache.heads < 1 ||
-        cache.width < 2 || cache.width % 2)
+    if (cache.block_size < 1 || cache.block_size % STRIP || cache.heads < 1 || cache.width < 2 ||
+        cache.width % 2)
         throw std::invalid_argument("a cache that is not laid out in strips");
 }
 
-template <class T> void store_row(const T* k, const T* v, T* keys, T* values, int lane, int width) {
-    constexpr int PAIR = sizeof(T) == 2 ? 2 : 1;
-    for (int d = 0; d < width; d++) keys[(d / PAIR * STRIP + lane) * PAIR + d % PAIR] = k[d];
-    for (int d = 0; d < width; d++) values[(lane / PAIR * width + d) * PAIR + lane % PAIR] = v[d];
+// One key or value into its lane of a strip. PAIR: how many of them lie side by side.
+template <int PAIR, class T> void store_key(const T* k, T* strip, int lane, int width) {
+    for (int d = 0; d < width; d++) strip[(d / PAIR * STRIP + lane) * PAIR + d % PAIR] = k[d];
+}
+template <int PAIR, class T> void store_value(const T* v, T* strip, int lane, int width) {
+    for (int d = 0; d < width; d++) strip[(lane / PAIR * width + d) * PAIR + lane % PAIR] = v[d];
+}
+
+// x (width) as codes; returns their scale.
+float encode(Values x, int width, float* wide, int8_t* codes) {
+    float scale, sum;
+    if (x.bf16) kernels().load_bf16((const uint16_t*)x.data, width, wide);
+    kernels().to_int8(x.bf16 ? wide : (const float*)x.data, width, width, codes, &scale, &sum);
+    return scale;
+}
+
+// The same into strips of codes.
+template <int PAIR> void store_codes(Values k, Values v, char* keys, char* values, int lane, int width) {
+    const size_t room = padded(Kind::int8, width);
+    float* wide = (float*)own(room * 5);
+    int8_t* codes = (int8_t*)(wide + room);
+    ((float*)(keys + STRIP * width))[lane] = encode(k, width, wide, codes);
+    store_key<PAIR>(codes, (int8_t*)keys, lane, width);
+    ((float*)(values + STRIP * width))[lane] = encode(v, width, wide, codes);
+    store_value<PAIR>(codes, (int8_t*)values, lane, width);
 }
 
 }  // namespace
@@ -33,14 +54,21 @@ void store_kv(Values k, long k_stride, Values v, long v_stride, const int64_t* s
     auto task = [&](long i) {
         for (long t = i * FEW; t < rows && t < (i + 1) * FEW; t++)
             for (int h = 0; h < cache.heads; h++) {
-                const int offset = (int)(slots[t] % cache.block_size), lane = offset % STRIP, from = h * cache.width;
+                const int offset = (int)(slots[t] % cache.block_size), lane = offset % STRIP, width = cache.width;
                 const size_t to = cache.strip(slots[t] / cache.block_size, offset - lane, h);
-                if (cache.keys.bf16)
-                    store_row((uint16_t*)k.data + t * k_stride + from, (uint16_t*)v.data + t * v_stride + from,
-                              (uint16_t*)cache.keys.data + to, (uint16_t*)cache.values.data + to, lane, cache.width);
-                else
-                    store_row((float*)k.data + t * k_stride + from, (float*)v.data + t * v_stride + from,
-                              (float*)cache.keys.data + to, (float*)cache.values.data + to, lane, cache.width);
+                const size_t element = cache.bf16 ? 2 : 4;
+                char *keys = cache.keys + to, *values = cache.values + to;
+                const Values key = {(char*)k.data + (t * k_stride + h * width) * element, cache.bf16};
+                const Values value = {(char*)v.data + (t * v_stride + h * width) * element, cache.bf16};
+                if (cache.codes && cache.bf16) store_codes<2>(key, value, keys, values, lane, width);
+                else if (cache.codes) store_codes<1>(key, value, keys, values, lane, width);
+                else if (cache.bf16) {
+                    store_key<2>((const uint16_t*)key.data, (uint16_t*)keys, lane, width);
+                    store_value<2>((const uint16_t*)value.data, (uint16_t*)values, lane, width);
+                } else {
+                    store_key<1>((const float*)key.data, (float*)keys, lane, width);
+                    store_value<1>((const float*)value.data, (float*)values, lane, width);
+                }
             }
     };
     if (rows <= FEW) return task(0);
@@ -83,7 +111,7 @@ void attention(Values q, long stride, int heads, const Paged& cache, const int64
     }
 
     const AttentionLoops& ops = kernels().attention;
-    const size_t element = cache.keys.bf16 ? 2 : 4, row = tiles(D) * element, state = State::size(M, D);
+    const size_t element = cache.bf16 ? 2 : 4, row = tiles(D) * element, state = State::size(M, D);
     // One thread's memory: a task's queries, its state, that of a later split, what the loops need, what each row sees.
     const size_t queries_size = tiles(M) * row, size_of_state = state * 4, work_size = ops.work(M, D);
     auto memory = [&] { return (char*)own(queries_size + 2 * size_of_state + work_size + M * sizeof(long)); };

@@ -2,6 +2,7 @@
 // keys (values) lie together, in strips of 16 slots, so that vector lanes are keys in the first product, columns in the second:
 //   keys    bf16 [D/2][16][2]   float32 [D][16]
 //   values  bf16 [8][D][2]      float32 [16][D]
+// or as codes in int8, in the order that the numbers would have, and behind a strip's codes its 16 scales in float32.
 // A row's keys are taken in ascending order, in blocks and splits that begin at fixed positions: its result depends on nothing
 // but its own query and keys. Not here: the loops (attention.inc), which block is whose (glimmer/engine).
 #pragma once
@@ -13,7 +14,7 @@
 namespace glimmer {
 
 constexpr int STRIP = 16;    // slots
-constexpr int KEYS = 128;    // whose scores exist at once
+constexpr int KEYS = 256;    // whose scores exist at once
 constexpr int SPLIT = 2048;  // keys that are summed up apart: work for one thread
 constexpr int TILE = 32;     // rows, columns and depth are padded to multiples of it
 
@@ -21,13 +22,17 @@ constexpr int TILE = 32;     // rows, columns and depth are padded to multiples 
 
 // One layer's cache.
 struct Paged {
-    Values keys, values;  // of the same type
-    long blocks;          // that there are
-    int block_size;       // a multiple of STRIP
-    int heads, width;     // g, and D: even
-    // Where a head's strip begins with slot `offset` of a block, a multiple of STRIP.
+    char *keys, *values;
+    bool bf16;         // what queries, keys and values are: else float32
+    bool codes;        // the cache holds int8 instead
+    long blocks;       // that there are
+    int block_size;    // a multiple of STRIP
+    int heads, width;  // g, and D: even
+    // Bytes of a head's part of a slot.
+    [[gnu::always_inline]] size_t slot() const { return codes ? width + sizeof(float) : width * (bf16 ? 2 : sizeof(float)); }
+    // The byte where a head's strip begins with slot `offset` of a block, a multiple of STRIP.
     [[gnu::always_inline]] size_t strip(long block, int offset, int head) const {
-        return ((size_t)(block * heads + head) * block_size + offset) * width;
+        return ((size_t)(block * heads + head) * block_size + offset) * slot();
     }
 };
 
@@ -55,7 +60,7 @@ struct State {
 };
 
 struct AttentionLoops {
-    // Rows of q (m, tiles(D)), in the cache's type, padded with zeros, over keys first..last; row i sees the keys below
+    // Rows of q (m, tiles(D)), bf16 or float32, padded with zeros, over keys first..last; row i sees the keys below
     // seen[i], ascending. work: work(m, D) bytes of anything.
     void (*attend)(const Sequence& keys, const void* q, int m, const long* seen, long first, long last, float scale,
                    State state, char* work);
@@ -66,7 +71,8 @@ struct AttentionLoops {
     void (*finish)(State state, int i, int width, Values y);
 };
 
-// k, v (rows, g, D), rows a stride apart, into their slots. Throws std::invalid_argument for a slot that does not exist.
+// k, v (rows, g, D), rows a stride apart, into their slots; codes: each row and head of k and of v with its own scale, as
+// Kernels::to_int8 makes them. Throws std::invalid_argument for a slot that does not exist.
 void store_kv(Values k, long k_stride, Values v, long v_stride, const int64_t* slots, long rows, const Paged& cache);
 
 // y (rows, heads * D) of q (rows, heads, D), rows a stride apart. The rows of sequence s are starts[s]..starts[s+1], the last

@@ -167,18 +167,18 @@ NB_MODULE(_native, m) {
     m.def(
         "store_kv",
         [](uintptr_t k, long k_stride, uintptr_t v, long v_stride, bool narrow, long rows, uintptr_t slots, uintptr_t keys,
-           uintptr_t values, long blocks, int block_size, int heads, int width) {
+           uintptr_t values, bool codes, long blocks, int block_size, int heads, int width) {
             store_kv({at<void>(k), narrow}, k_stride, {at<void>(v), narrow}, v_stride, at<int64_t>(slots), rows,
-                     {{at<void>(keys), narrow}, {at<void>(values), narrow}, blocks, block_size, heads, width});
+                     {at<char>(keys), at<char>(values), narrow, codes, blocks, block_size, heads, width});
         },
         Free());
     m.def(
         "attention",
-        [](uintptr_t q, long stride, int q_heads, bool narrow, uintptr_t keys, uintptr_t values, long blocks, int block_size,
-           int heads, int width, uintptr_t table, long columns, const std::vector<long>& starts,
+        [](uintptr_t q, long stride, int q_heads, bool narrow, uintptr_t keys, uintptr_t values, bool codes, long blocks,
+           int block_size, int heads, int width, uintptr_t table, long columns, const std::vector<long>& starts,
            const std::vector<long>& lengths, float scale, uintptr_t y) {
             attention({at<void>(q), narrow}, stride, q_heads,
-                      {{at<void>(keys), narrow}, {at<void>(values), narrow}, blocks, block_size, heads, width},
+                      {at<char>(keys), at<char>(values), narrow, codes, blocks, block_size, heads, width},
                       at<int64_t>(table), columns, starts, lengths, scale, {at<void>(y), narrow});
         },
         Free());

@@ -122,13 +122,14 @@ struct Tiles {
     static bool serves(int width) { return width % 32 == 0; }
     template <bool MORE>
     static void times(const uint16_t* a, long lda, int m, const uint16_t* w0, const uint16_t* w1, long stride, int k,
-                      float* c, long ldc) {
-        for (; m > 16; m -= 32, a += 32 * lda, c += 32 * ldc) block<MORE, true>(a, lda, w0, w1, stride, k, c, ldc);
-        if (m > 0) block<MORE, false>(a, lda, w0, w1, stride, k, c, ldc);
+                      float* c, long ldc, const Ahead* ahead) {
+        for (; m > 16; m -= 32, a += 32 * lda, c += 32 * ldc, ahead = nullptr)
+            block<MORE, true>(a, lda, w0, w1, stride, k, c, ldc, ahead);
+        if (m > 0) block<MORE, false>(a, lda, w0, w1, stride, k, c, ldc, ahead);
     }
     template <bool MORE, bool TWO>
     static void block(const uint16_t* a, long lda, const uint16_t* w0, const uint16_t* w1, long stride, int k, float* c,
-                      long ldc) {
+                      long ldc, const Ahead* ahead) {
         if (MORE) {
             _tile_loadd(0, c, ldc * 4);
             _tile_loadd(1, c + 16, ldc * 4);
@@ -141,6 +142,7 @@ struct Tiles {
             if (TWO) _tile_zero(3);
         }
         for (int i = 0; i < k; i += 32, w0 += 16 * stride, w1 += 16 * stride) {
+            for (int j = 0; ahead && j < 16; j++) ahead->fetch(i / 2 + j);
             _tile_loadd(6, w0, stride * 2);
             _tile_loadd(7, w1, stride * 2);
             _tile_loadd(4, a + i, lda * 2);

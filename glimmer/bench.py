@@ -62,6 +62,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
     parser.add_argument("--quantization", choices=("int8", "int4"), help="quantise while loading (as stored)")
     parser.add_argument("--group-size", type=int, help="with int4: inputs that share a scale (32)")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="auto (the model's dtype) or int8")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or npu")
     parser.add_argument("--threads", type=_count, help="CPU threads of each process (its part of the CPUs)")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="processes that torchrun started")
@@ -79,6 +80,7 @@ def main(argv: list[str]) -> int:
         dtype=args.dtype,
         quantization=args.quantization,
         group_size=args.group_size,
+        kv_cache_dtype=args.kv_cache_dtype,
         device=args.device,
         threads=args.threads,
         tensor_parallel_size=args.tensor_parallel_size,
@@ -189,6 +191,7 @@ def _print(llm: LLM, figures: list[Figure], memory: dict[str, float], profile: b
             _picture(figure)
     sys.stdout.flush()
     line = {"engine": "glimmer", "model": llm.config.model, "quantization": llm.config.quantization}
+    line |= {"kv_cache_dtype": llm.config.kv_cache_dtype}
     line |= {"processes": llm.size} | {name: round(value, 2) for name, value in memory.items()}
     line |= {figure.key: round(figure.rate, 2) for figure in figures}
     line["percent"] = {figure.key: figure.percent for figure in figures if figure.percent}

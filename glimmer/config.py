@@ -265,6 +265,7 @@ class EngineConfig:
     gpu_memory_utilization      the share of the free memory (of whatever device) that weights and cache may take
     max_memory_bytes            the most that weights, a step and cache of each process may take; None: only that share
     kv_cache_memory_bytes       memory for the KV cache of each rank; None: what is left, on a CPU at most 4 GiB
+    kv_cache_dtype              "int8": keys and values as codes in half the memory; "auto": in the model's dtype
     enable_prefix_caching       reuse the KV blocks of equal prompt beginnings
     skip_tokenizer_init         need no tokenizer.json: prompts are token ids, answers have no text
     threads                     CPU threads of each process; None: its part of the CPUs that it may use
@@ -284,6 +285,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     max_memory_bytes: int | None = None
     kv_cache_memory_bytes: int | None = None
+    kv_cache_dtype: str = "auto"
     enable_prefix_caching: bool = True
     skip_tokenizer_init: bool = False
     threads: int | None = None
@@ -303,6 +305,8 @@ class EngineConfig:
                 "'auto', 'bfloat16' or 'float32'",
                 "choose one of these; float16 overflows in this family's residual stream",
             )
+        if self.kv_cache_dtype not in ("auto", "int8"):
+            raise ConfigError(f"kv_cache_dtype={self.kv_cache_dtype!r}", "'auto' or 'int8'", "choose one of these")
         if not isinstance(self.seed, int):
             raise ConfigError(f"seed={self.seed!r}", "a whole number", "pass an int")
         for key in ("enable_prefix_caching", "skip_tokenizer_init"):

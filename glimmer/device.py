@@ -5,12 +5,12 @@ torch_npu package. Not here: arithmetic.
 """
 
 import math
+import mmap
 import os
 import platform
 import resource
 from pathlib import Path
 
-import numpy
 import torch
 
 from glimmer.errors import ConfigError
@@ -108,11 +108,15 @@ def default_cache(device: torch.device) -> int | None:
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """torch.zeros, but on a CPU memory is taken from the system page by page when it is first used.
 
-    There numpy asks for zero pages, where torch.zeros would write over gigabytes at every start.
+    torch.zeros would write over gigabytes at every start. Pages are large ones where the system has them: a prompt's
+    first tokens wait for each page that they are the first to use.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(numpy.zeros(math.prod(shape) * dtype.itemsize, numpy.uint8)).view(dtype).view(shape)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def finish(device: torch.device) -> None:

@@ -201,6 +201,7 @@ def test_impossible_generation_defaults(raw, word, tmp_path):
                                "max_model_len", "kv_cache_memory_bytes") for value in (0, -1, 1.5, "8", True)),
     ("dtype", "float16"), ("dtype", "int8"), ("seed", "x"), ("gpu_memory_utilization", 0),
     ("gpu_memory_utilization", 1.01), ("gpu_memory_utilization", "0.9"), ("gpu_memory_utilization", True),
+    ("kv_cache_dtype", "int4"), ("kv_cache_dtype", None), ("kv_cache_dtype", "fp8"),
     ("enable_prefix_caching", "no"), ("skip_tokenizer_init", 1),
 ], ids=str)
 def test_engine_settings_are_refused_by_name(key, value):

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import shutil
+import statistics
 import threading
 
 import pytest
@@ -58,6 +59,21 @@ def test_forms_of_a_prompt(llm):
         assert [o.index for o in output.outputs] == [0]
         assert output.outputs[0].token_ids == together[0].outputs[0].token_ids == answer(llm, form, greedy())
     assert llm.generate([]) == [] and llm.generate([], []) == []
+
+
+def test_a_cache_of_codes_changes_little_and_nothing_else(checkpoint, engine, llm):
+    """Log-probabilities move by the codes' rounding; chunks and prefixes found in the cache give the same answer."""
+    codes = engine(checkpoint(), kv_cache_dtype="int8")
+    ids = [5 + 11 * i % 200 for i in range(100)]
+    asked = lambda llm: llm.generate({"prompt_token_ids": ids}, greedy(24, logprobs=1, prompt_logprobs=1))[0]
+    plain, coded = asked(llm), asked(codes)
+    found = [[place[token].logprob for token, place in zip(ids[1:], o.prompt_logprobs[1:])] for o in (plain, coded)]
+    off = statistics.median(abs(a - b) for a, b in zip(*found))  # where a token chooses another expert, it is more
+    assert 0 < off < 0.1
+    first = answer(codes, {"prompt_token_ids": ids}, greedy(24))
+    assert first == coded.outputs[0].token_ids == answer(codes, {"prompt_token_ids": ids}, greedy(24))
+    assert answer(engine(checkpoint(), kv_cache_dtype="int8", max_num_batched_tokens=7), {"prompt_token_ids": ids},
+                  greedy(24)) == first  # fmt: skip
 
 
 def test_text_is_what_the_ids_decode_to(llm):

@@ -1,4 +1,5 @@
-"""What quantisation costs: the model in bf16 and in each quantised form reads the same text, position by position.
+"""What quantisation costs: the model in bf16 and in each quantised form reads the same text, position by position;
+and once more in bf16 with its KV cache in int8.
 
     python tools/quality.py [--model DIR] [--text FILE] [--write docs/numerics.md]
 
@@ -29,8 +30,9 @@ from glimmer.parallel import Group
 from glimmer.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-FORMS = {"bf16": (None, None), "int8": ("int8", None), "int4, groups of 32": ("int4", 32),
-         "int4, groups of 128": ("int4", 128)}  # fmt: skip
+BF16, INT8 = torch.bfloat16, torch.int8
+FORMS = {"bf16": (None, None, BF16), "bf16, KV cache int8": (None, None, INT8), "int8": ("int8", None, BF16),
+         "int4, groups of 32": ("int4", 32, BF16), "int4, groups of 128": ("int4", 128, BF16)}  # fmt: skip
 COUNTS = {"fact": 60, "introduction": 40, "sum": 60, "json": 40, "repeat": 30, "tool": 40}
 BEGIN, END = "<!-- quality: written by tools/quality.py -->", "<!-- quality ends -->"
 BLOCK, LONGEST = 16, 2048  # slots of a block of cache; tokens of a text
@@ -51,7 +53,9 @@ class Marks:
 class Reader:
     """A loaded model that gives the logits of all positions of a text."""
 
-    def __init__(self, directory: Path, quantization: str | None, group_size: int | None, device: torch.device):
+    def __init__(
+        self, directory: Path, quantization: str | None, group_size: int | None, kept: torch.dtype, device: torch.device
+    ):
         config = ModelConfig.load(directory)
         self.device = device
         with Checkpoint(directory) as checkpoint, torch.inference_mode():
@@ -62,7 +66,7 @@ class Reader:
         self.nbytes = plan.nbytes
         heads, layers = config.num_key_value_heads, config.num_hidden_layers
         blocks = -(-LONGEST // BLOCK)
-        self.cache = Cache(layers, blocks, BLOCK, heads, config.head_dim, torch.bfloat16, device)
+        self.cache = Cache(layers, blocks, BLOCK, heads, config.head_dim, kept, device)
         self.blocks = torch.arange(blocks, device=device)[None]
 
     @torch.inference_mode()
@@ -100,8 +104,8 @@ def from_file(tokenizer: Tokenizer, path: Path) -> list[tuple[list[int], int]]:
 def measure(directory: Path, texts: list[tuple[list[int], int]], device: torch.device) -> dict[str, Marks]:
     """Each form in turn, against the log-probabilities of the first, bf16."""
     results, exact = {}, []
-    for form, (quantization, group_size) in FORMS.items():
-        reader = Reader(directory, quantization, group_size, device)
+    for form, how in FORMS.items():
+        reader = Reader(directory, *how, device)
         marks = results[form] = Marks(reader.nbytes)
         for i, (ids, first) in enumerate(texts):
             found = reader.logprobs(ids, first)

@@ -59,7 +59,8 @@ class Runner:
             plan = Plan(
                 model_config, checkpoint, group, dtype, quantization=config.quantization, group_size=config.group_size
             )
-            self.room = make_room(config, model_config, group, device, dtype, plan.nbytes)
+            kept = torch.int8 if config.kv_cache_dtype == "int8" else dtype
+            self.room = make_room(config, model_config, group, device, kept, plan.nbytes)
             residual = devices.residual_dtype(device, dtype)
             self.model = Glm4Moe(model_config, group, doors, residual, plan.mtp).eval()
             done = 0
@@ -82,7 +83,7 @@ class Runner:
             config.block_size,
             model_config.key_value_heads(group.size),
             model_config.head_dim,
-            dtype,
+            kept,
             device,
         )
 
@@ -143,9 +144,9 @@ def resolve_dtype(asked: str, stored: str) -> torch.dtype:
 
 
 def make_room(
-    config: EngineConfig, model: ModelConfig, group: Group, device: torch.device, dtype: torch.dtype, weights: int
+    config: EngineConfig, model: ModelConfig, group: Group, device: torch.device, kept: torch.dtype, weights: int
 ) -> Room:
-    """Divide the free memory: weights (bytes of this rank), a step's activations, and blocks of cache.
+    """Divide the free memory: weights (bytes of this rank), a step's activations, blocks of a cache of dtype `kept`.
 
     Raises NotEnoughMemory with what is needed and what there is; ConfigError if max_model_len exceeds the model's own.
     """
@@ -163,7 +164,7 @@ def make_room(
         usable, limit = cap, f"max_memory_bytes={cap}"
     activations = _activation_bytes(config, model)
     heads = model.key_value_heads(group.size)
-    block = block_bytes(model.num_hidden_layers, config.block_size, heads, model.head_dim, dtype)
+    block = block_bytes(model.num_hidden_layers, config.block_size, heads, model.head_dim, kept)
     blocks_for = lambda tokens: -(-tokens // config.block_size)
     least = blocks_for(config.max_model_len or config.block_size) * block
     cache = max(least, config.kv_cache_memory_bytes or 0)

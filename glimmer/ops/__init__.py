@@ -14,6 +14,8 @@ gets tensors and numbers, never a configuration; it writes over an input only if
     rope_         q (T, h, D), k (T, g, D), cos, sin (T, R/2): rotates the first R of D in place, pairs (i, i+R/2)
     store_kv_     k, v (T, g, D), keys, values (blocks, block_size, g, D), slots (T,): writes rows to their slots
     attention     q (T, h, D), keys, values, batch, scale -> (T, h*D); causal within each sequence of the batch
+                  (both: keys and values are in k's and q's dtype, or int8 with reference.SCALE bytes more in the last
+                  dimension: codes, and the float32 scale of each slot and head)
     route         logits (T, E) float32, bias (E,) float32, rule -> ids (T, K) int64, scores (T, K) float32
     experts       x (T, H), ids, scores, gate_up, down (packed) -> (T, H) float32, a sum over K
     pack_linear   Weights whose rows follow each other, dtype, device -> packed

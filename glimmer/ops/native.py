@@ -181,22 +181,27 @@ def route(logits: Tensor, bias: Tensor, rule: RouteRule) -> tuple[Tensor, Tensor
 
 def _in_strips(keys: Tensor) -> bool:
     """Whether the cache is laid out for the extension, which csrc/attention.h describes; else as the reference does."""
-    return keys.shape[1] % 16 == 0 and keys.shape[3] % 2 == 0
+    return keys.shape[1] % 16 == 0 and _width(keys) % 2 == 0
+
+
+def _width(keys: Tensor) -> int:
+    """D of a cache, whose scales, if it has any, are behind each D codes."""
+    return keys.shape[3] - (reference.SCALE if keys.dtype == torch.int8 else 0)
 
 
 def store_kv_(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """Write k, v (T, g, D) into their slots of a cache (blocks, block_size, g, D), for `attention` alone to read."""
     if not _in_strips(keys):
         return _run((), reference.store_kv_, k, v, keys, values, slots)
-    blocks, size, heads, width = keys.shape
+    (blocks, size, heads, _), width = keys.shape, _width(keys)
     k, v, slots = _heads(k), _heads(v), _whole(slots)
     fits = k.shape == v.shape == (len(slots), heads, width) and slots.dtype == torch.int64
-    if not fits or not k.dtype == v.dtype == keys.dtype or not _sound(keys, values):
+    if not fits or k.dtype != v.dtype or not _sound(k, keys, values):
         _refuse("store_kv_", k, v, keys, values, slots)
     _run(
         (), _native.store_kv,
         k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), k.dtype == torch.bfloat16, len(slots), slots.data_ptr(),
-        keys.data_ptr(), values.data_ptr(), blocks, size, heads, width,
+        keys.data_ptr(), values.data_ptr(), keys.dtype == torch.int8, blocks, size, heads, width,
     )
 
 
@@ -208,21 +213,23 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: floa
         return y
     (rows, q_heads, width), (blocks, size, heads, _) = q.shape, keys.shape
     q, table = _heads(q), _whole(batch.blocks)
-    fits = width == keys.shape[3] and rows == batch.starts[-1] and len(table) == len(batch.lengths)
-    if not fits or q.dtype != keys.dtype or table.dtype != torch.int64 or not _sound(keys, values):
+    fits = width == _width(keys) and rows == batch.starts[-1] and len(table) == len(batch.lengths)
+    if not fits or table.dtype != torch.int64 or not _sound(q, keys, values):
         _refuse("attention", q, keys, values, table)
     y = q.new_empty(rows, q_heads * width)
     _run(
         (y,), _native.attention,
-        q.data_ptr(), q.stride(0), q_heads, q.dtype == torch.bfloat16, keys.data_ptr(), values.data_ptr(), blocks,
-        size, heads, width, table.data_ptr(), table.shape[1], batch.starts, batch.lengths, scale, y.data_ptr(),
+        q.data_ptr(), q.stride(0), q_heads, q.dtype == torch.bfloat16, keys.data_ptr(), values.data_ptr(),
+        keys.dtype == torch.int8, blocks, size, heads, width, table.data_ptr(), table.shape[1], batch.starts,
+        batch.lengths, scale, y.data_ptr(),
     )
     return y
 
 
-def _sound(keys: Tensor, values: Tensor) -> bool:
-    same = keys.shape == values.shape and keys.dtype == values.dtype and keys.dtype in FLOATS
-    return same and keys.is_contiguous() and values.is_contiguous()
+def _sound(rows: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether a cache is one, and the rows that it is given or asked by are of its dtype, or it has codes."""
+    same = keys.shape == values.shape and keys.dtype == values.dtype and keys.dtype in (rows.dtype, torch.int8)
+    return same and rows.dtype in FLOATS and keys.is_contiguous() and values.is_contiguous()
 
 
 def add_(y: Tensor, x: Tensor) -> None:

@@ -20,6 +20,7 @@ FP8_MAX = 448.0  # the largest float8_e4m3fn
 WIDENED_ROWS = 1024  # rows of a bf16 matrix that are widened to float32 at once
 EXACT = 1024  # so many products of numbers up to 127 add up exactly in float32: 1024 * 127 * 127 < 2**24
 record = None
+SCALE = torch.float32.itemsize  # bytes behind the codes of a key or a value in an int8 cache
 QUERY_ROWS = 512  # query rows of one attention call that needs a mask, so that the mask stays small
 
 
@@ -145,22 +146,39 @@ def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def store_kv_(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-    """Write each row's key and value into its slot of the cache."""
+    """Write each row's key and value into its slot of the cache; into one of int8 as codes and a scale a head."""
+    if keys.dtype == torch.int8:
+        k, v = _encoded(k), _encoded(v)
     keys.flatten(0, 1)[slots] = k
     values.flatten(0, 1)[slots] = v
 
 
+def _encoded(x: Tensor) -> Tensor:
+    """(T, g, D) -> (T, g, D + SCALE) int8: D codes, then the bytes of their scale."""
+    codes, scales = quantize_int8(x)
+    return torch.cat((codes.to(torch.int8), scales.view(torch.int8)), -1)
+
+
+def _decoded(x: Tensor) -> Tensor:
+    """What _encoded made, as float32 (..., D)."""
+    return x[..., :-SCALE] * x[..., -SCALE:].contiguous().view(torch.float32)
+
+
 def attention(q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float) -> Tensor:
-    """Causal attention of every row over its own sequence's blocks; query head i reads key head i // (h/g)."""
+    """Causal attention of every row over its own sequence's blocks; query head i reads key head i // (h/g).
+
+    Keys and values of an int8 cache are codes * scale, and all is float32 then."""
     h = q.shape[1]
     block_size, g = keys.shape[1:3]
     out = torch.empty_like(q)
     for s, length in enumerate(batch.lengths):
         first, last = batch.starts[s], batch.starts[s + 1]
         table = batch.blocks[s, : -(-length // block_size)]
-        k = keys[table].flatten(0, 1)[:length].transpose(0, 1)[:, None]  # (g, 1, L, d)
-        v = values[table].flatten(0, 1)[:length].transpose(0, 1)[:, None]
-        rows = q[first:last].unflatten(1, (g, h // g)).permute(1, 2, 0, 3)  # (g, h/g, n, d)
+        k, v = (x[table].flatten(0, 1)[:length] for x in (keys, values))
+        if keys.dtype == torch.int8:
+            k, v = _decoded(k), _decoded(v)
+        k, v = k.transpose(0, 1)[:, None], v.transpose(0, 1)[:, None]  # (g, 1, L, d)
+        rows = q[first:last].to(k.dtype).unflatten(1, (g, h // g)).permute(1, 2, 0, 3)  # (g, h/g, n, d)
         out[first:last].unflatten(1, (g, h // g)).permute(1, 2, 0, 3).copy_(_attend(rows, k, v, scale))
     return out.flatten(1)
 

@@ -130,6 +130,7 @@ ENGINE = {
     "gpu_memory_utilization": Option(number, "X", "share of the device's free memory to take (0.9)"),
     "max_memory_bytes": Option(size, "SIZE", "the most to take on each device, e.g. 59GB (only that share)"),
     "kv_cache_memory_bytes": Option(size, "SIZE", "memory for the KV cache, e.g. 4GB (what is left)"),
+    "kv_cache_dtype": Option(text, "NAME", "auto, or int8: half the memory for each token (auto: the model's dtype)"),
     "enable_prefix_caching": Option(truth, "BOOL", "compute equal beginnings of prompts once (True)"),
 }
 OPTIONS = INPUT | OUTPUT | SAMPLING | ENGINE

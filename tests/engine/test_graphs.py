@@ -12,11 +12,12 @@ PROMPTS = [{"prompt_token_ids": [3 + (7 * i + j) % 90 for j in range(1 + 5 * i)]
 pytestmark = pytest.mark.skipif(ops.choose("cpu").record is None, reason="no backend here records its calls")
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float32", "int8", "blocks of 5"])
+@pytest.fixture(scope="module", params=["bfloat16", "float32", "int8", "int8 cache", "blocks of 5"])
 def llm(request, tmp_path_factory) -> LLM:
     directory = tmp_path_factory.mktemp("model")
     tiny_checkpoint(directory)
-    special = {"int8": {"quantization": "int8"}, "blocks of 5": {"block_size": 5}}  # the latter is the reference's
+    special = {"int8": {"quantization": "int8"}, "int8 cache": {"kv_cache_dtype": "int8"}}
+    special["blocks of 5"] = {"block_size": 5, "kv_cache_dtype": "int8"}  # this is the reference's
     how = special.get(request.param, {"dtype": request.param})
     return LLM(str(directory), max_model_len=128, device="cpu", **how)
 

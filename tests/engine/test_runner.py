@@ -19,7 +19,8 @@ GIB = 1 << 30
 
 def room(directory, weights: int = 0, **settings) -> Room:
     config, cpu = EngineConfig(model=str(directory), max_num_batched_tokens=64, **settings), torch.device("cpu")
-    return make_room(config, ModelConfig.load(directory), Group(), cpu, torch.float32, weights)
+    kept = torch.int8 if config.kv_cache_dtype == "int8" else torch.float32
+    return make_room(config, ModelConfig.load(directory), Group(), cpu, kept, weights)
 
 
 def test_the_smaller_of_share_and_cap_is_divided(checkpoint, monkeypatch):
@@ -34,6 +35,19 @@ def test_the_smaller_of_share_and_cap_is_divided(checkpoint, monkeypatch):
     assert short.value.todo.endswith("or raise max_memory_bytes")
     few, many = (room(directory, max_memory_bytes=n << 20, max_num_seqs=10**6).num_blocks for n in (20, 30))
     assert 0 < few < many
+
+
+def test_codes_leave_room_for_more_tokens(checkpoint):
+    """A head of 16 numbers takes 64 bytes, or 16 and a scale; what is counted is what is there."""
+    directory, asked = checkpoint(), dict(kv_cache_memory_bytes=1 << 20, max_num_seqs=10**6)
+    plain, codes = (room(directory, kv_cache_dtype=dtype, **asked).num_blocks for dtype in ("auto", "int8"))
+    assert plain * 64 // 20 <= codes <= (plain + 1) * 64 // 20
+    for dtype, blocks in (("auto", plain), ("int8", codes)):
+        llm = LLM(str(directory), dtype="float32", max_model_len=64, kv_cache_dtype=dtype, device="cpu", **asked)
+        cache = llm._runner.cache
+        taken = sum(part.nbytes for i in range(llm.model_config.num_hidden_layers) for part in cache.layer(i))
+        assert cache.num_blocks == blocks and 0.9 * 2**20 < taken <= 2**20
+        llm.close()
 
 
 def test_one_line_says_who_serves_each_door(checkpoint, caplog):

@@ -18,6 +18,7 @@ KINDS = {
     "float32": ({}, dict(dtype="float32")),
     "int8": ({}, dict(dtype="bfloat16", quantization="int8")),
     "int4": ({}, dict(dtype="bfloat16", quantization="int4")),
+    "int8 cache": ({}, dict(dtype="bfloat16", kv_cache_dtype="int8")),
     "fp8": (dict(fp8=True), dict(dtype="bfloat16")),
 }
 PROMPT = [random.Random(1).randrange(250) for _ in range(150)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from glimmer import device as devices
 from glimmer.batch import Batch
-from glimmer.ops import BACKENDS, Ops, RouteRule, choose
+from glimmer.ops import BACKENDS, Ops, RouteRule, choose, reference
 from glimmer.weight import Weight
 
 KINDS = devices.available()
@@ -415,21 +415,35 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: floa
     return torch.stack(out)
 
 
-def filled(ops: Ops, device: torch.device, keys: Tensor, values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """A cache with these keys and values in it. What others have left in slots that the batch does not use is NaN."""
+def coded(x: Tensor) -> Tensor:
+    """What an int8 cache makes of keys or values (..., D), in float32."""
+    scales = x.float().abs().amax(-1, keepdim=True) / 127
+    return (x.float() / scales).round() * scales
+
+
+def filled(
+    ops: Ops, device: torch.device, keys: Tensor, values: Tensor, batch: Batch, codes: bool
+) -> tuple[Tensor, Tensor]:
+    """A cache with these keys and values in it, or with their codes. What others have left in slots that the batch does
+    not use is NaN."""
     size, cache = keys.shape[1], tuple(torch.full_like(x, torch.nan, device=device) for x in (keys, values))
+    if codes:  # of which each is -1, and each scale, all bits set, NaN
+        shape = (*keys.shape[:3], keys.shape[3] + reference.SCALE)
+        cache = tuple(torch.full(shape, -1, dtype=torch.int8, device=device) for _ in cache)
     used = [int(batch.blocks[s, p // size]) * size + p % size for s, n in enumerate(batch.lengths) for p in range(n)]
     slots = torch.tensor(used)
     ops.store_kv_(*(x.flatten(0, 1)[slots].to(device) for x in (keys, values)), *cache, slots.to(device))
     return cache
 
 
-@pytest.mark.parametrize("steps, heads", [
-    *itertools.product(STEPS, HEADS),
-    ("longer than one call", "8 over 4"),
-    ("longer than a split", "24 over 2"),
+@pytest.mark.parametrize("steps, heads, codes", [
+    *itertools.product(STEPS, HEADS, [False, True]),
+    ("longer than one call", "8 over 4", False),
+    ("longer than one call", "3 over 1", True),
+    ("longer than a split", "24 over 2", False),
+    ("longer than a split", "8 over 4", True),
 ])
-def test_attention(steps, heads, doors, dtype, noise):
+def test_attention(steps, heads, codes, doors, dtype, noise):
     ops, device = doors
     h, g, dim = (HEADS | WIDE)[heads]
     size = 16 if steps != "chunks with a past" else 5
@@ -438,9 +452,36 @@ def test_attention(steps, heads, doors, dtype, noise):
     keys, values = noise(pool, size, g, dim, dtype=dtype), noise(pool, size, g, dim, dtype=dtype)
     there = Batch(*(x.to(device) if isinstance(x, Tensor) else x for x in vars(batch).values()))
     scale = dim**-0.5
-    found = call(lambda *args: ops.attention(*args, there, scale), device, q, *filled(ops, device, keys, values, batch))
+    cache = filled(ops, device, keys, values, batch, codes)
+    found = call(lambda *args: ops.attention(*args, there, scale), device, q, *cache)
     assert found.shape == (len(batch.tokens), h * dim) and found.dtype == dtype
-    assert_close(found, attention, q, keys, values, batch, scale)
+    keys, values = (coded(x) if codes else x for x in (keys, values))
+    definition = lambda q, k, v: attention(q, k.to(q.dtype), v.to(q.dtype), batch, scale)
+    assert_close(found, definition, q, keys, values)
+
+
+def test_attention_over_codes_of_much_little_and_nothing(doors, dtype, noise):
+    """Every key and value, head by head, has a scale of its own; zeros stay zeros; NaN and infinity are NaN."""
+    ops, device = doors
+    batch, pool = paged([(0, 40)], 16, seed=1)
+    q, keys, values = noise(40, 4, 32, dtype=dtype), *(noise(pool, 16, 2, 32, dtype=dtype) for _ in range(2))
+    slots = batch.slots
+    for x in (keys, values):
+        x.flatten(0, 1)[slots[:3], 0] *= torch.tensor([1e-30, 1e3, 0.0], dtype=dtype)[:, None]
+    keys.flatten(0, 1)[slots[1], 0] /= 1e3  # a score of thousands would leave nothing to the others
+    there = Batch(*(x.to(device) if isinstance(x, Tensor) else x for x in vars(batch).values()))
+    attend = lambda k, v: ops.attention(q.to(device), *filled(ops, device, k, v, batch, True), there, 0.2).cpu()
+    sound = attend(keys, values)
+    definition = lambda q, k, v: attention(q, k.to(q.dtype), v.to(q.dtype), batch, 0.2)
+    assert_close(sound, definition, q, *(coded(x).nan_to_num(0) for x in (keys, values)))
+    for broken in (keys, values):
+        for bad in (torch.nan, torch.inf, -torch.inf):
+            before = broken.clone()
+            broken.flatten(0, 1)[slots[33], 1, 7] = bad
+            found = attend(keys, values)
+            broken.copy_(before)
+            assert found[33:, 2 * 32 :].isnan().all()
+            assert torch.equal(found[:, : 2 * 32], sound[:, : 2 * 32]), "the other head's"
 
 
 # ---- routing and experts -------------------------------------------------------------------------------------------

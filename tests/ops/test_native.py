@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from glimmer.batch import Batch
-from glimmer.ops import RouteRule
+from glimmer.ops import RouteRule, reference
 from glimmer.weight import Weight
 
 native = pytest.importorskip("glimmer.ops.native", reason="the extension is not built")
@@ -52,14 +52,19 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 class Sequences:
-    """Sequences of some lengths in one cache, and a query for every position of each: row p of queries[s]."""
+    """Sequences of some lengths in one cache (of dtype, or of codes), and a query for every position of each: row p of
+    queries[s]."""
 
-    def __init__(self, noise, dtype: torch.dtype, lengths: list[int], heads: tuple[int, int], width: int, size=16):
+    def __init__(
+        self, noise, dtype: torch.dtype, codes: bool, lengths: list[int], heads: tuple[int, int], width: int, size=16
+    ):
         self.lengths, self.size, (h, g) = lengths, size, heads
         needed = [-(-n // size) for n in lengths]
         order = torch.randperm(sum(needed), generator=torch.Generator().manual_seed(1)).tolist()
         self.blocks = [[order.pop() for _ in range(n)] for n in needed]
-        self.cache = [torch.full((sum(needed), size, g, width), torch.nan, dtype=dtype) for _ in range(2)]
+        shape, kept = (sum(needed), size, g), torch.int8 if codes else dtype
+        last, fill = (width + reference.SCALE, -1) if codes else (width, torch.nan)  # all bits set: a scale of NaN, too
+        self.cache = [torch.full((*shape, last), fill, dtype=kept) for _ in range(2)]
         self.queries = [noise(n, h, width, dtype=dtype) for n in lengths]
         self.kv = [noise(2, n, g, width, dtype=dtype) for n in lengths]
         for s, (k, v) in enumerate(self.kv):
@@ -83,10 +88,15 @@ class Sequences:
         return list(native.attention(q, *self.cache, batch, q.shape[2] ** -0.5).split([b - a for _, a, b in chunks]))
 
 
+@pytest.fixture(params=[False, True], ids=["", "int8 cache"])
+def codes(request) -> bool:
+    return request.param
+
+
 @pytest.mark.parametrize("heads, width", [((24, 2), 128), ((96, 8), 64), ((3, 1), 16), ((4, 4), 44)], ids=str)
-def test_a_row_of_attention_is_the_same_alone_in_a_batch_and_in_a_chunk(heads, width, dtype, noise, threads):
+def test_a_row_of_attention_is_the_same_alone_in_a_batch_and_in_a_chunk(heads, width, dtype, codes, noise, threads):
     lengths = [1, 2, 15, 16, 17, 31, 33, 64, 127, 128, 129, 150, 200, 255, 257, 300] * 2
-    some = Sequences(noise, dtype, lengths, heads, width)
+    some = Sequences(noise, dtype, codes, lengths, heads, width)
     threads(2)
     whole = some.attend(*((s, 0, n) for s, n in enumerate(lengths)))
     threads(1)
@@ -99,9 +109,9 @@ def test_a_row_of_attention_is_the_same_alone_in_a_batch_and_in_a_chunk(heads, w
             assert same(some.attend((s, p, p + 1))[0], whole[s][p : p + 1])
 
 
-def test_a_row_of_attention_over_many_keys_is_the_same_however_they_are_divided(dtype, noise, threads):
+def test_a_row_of_attention_over_many_keys_is_the_same_however_they_are_divided(dtype, codes, noise, threads):
     """Alone, its splits are tasks of their own; beside others, one thread does them all."""
-    some = Sequences(noise, dtype, [5000, 2100, 2049, 2048], (6, 2), 64)
+    some = Sequences(noise, dtype, codes, [5000, 2100, 2049, 2048], (6, 2), 64)
     last = [(s, n - 1, n) for s, n in enumerate(some.lengths)]
     found = []
     for n in (1, 2, 3):
@@ -114,8 +124,8 @@ def test_a_row_of_attention_over_many_keys_is_the_same_however_they_are_divided(
         assert all(same(a, b) for a, b in zip(rows, found[0]))
 
 
-def test_what_is_broken_in_one_sequence_stays_there(dtype, noise):
-    some = Sequences(noise, dtype, [40, 150, 33], (4, 2), 32)
+def test_what_is_broken_in_one_sequence_stays_there(dtype, codes, noise):
+    some = Sequences(noise, dtype, codes, [40, 150, 33], (4, 2), 32)
     before = some.attend((0, 0, 40), (1, 0, 150), (2, 0, 33))
     some.queries[0][7, 3, 0] = torch.nan
     after = some.attend((0, 0, 40), (1, 0, 150), (2, 0, 33))
@@ -139,12 +149,15 @@ def test_what_is_broken_in_one_sequence_stays_there(dtype, noise):
     some.store(1, k, v)
     after = some.attend((1, 0, 150))[0]
     assert same(after[:100], before[1][:100]) and not after[100:, 3].isfinite().any()
-    assert same(after[100:, 4:32], before[1][100:, 4:32])
+    if codes:  # which have one scale for all columns of a head
+        assert after[100:, : 2 * 32].isnan().all() and same(after[100:, 2 * 32 :], before[1][100:, 2 * 32 :])
+    else:
+        assert same(after[100:, 4:32], before[1][100:, 4:32])
 
 
-def test_attention_over_blocks_of_any_size(dtype, noise):
+def test_attention_over_blocks_of_any_size(dtype, codes, noise):
     """Sizes that are no multiple of a strip are the reference's. All of them agree."""
-    found = [Sequences(noise, dtype, [100], (4, 2), 32, size) for size in (16, 48, 7)]
+    found = [Sequences(noise, dtype, codes, [100], (4, 2), 32, size) for size in (16, 48, 7)]
     for other in found[1:]:
         other.queries = found[0].queries
         other.store(0, *found[0].kv[0])
@@ -233,7 +246,7 @@ def test_of_equal_choices_the_first_are_taken():
 
 
 def test_what_does_not_fit_is_refused(noise):
-    x, cache = noise(3, 2, 32), noise(2, 2, 16, 2, 32)
+    x, cache, codes = noise(3, 2, 32), noise(2, 2, 16, 2, 32), torch.zeros(2, 2, 16, 2, 36, dtype=torch.int8)
     one = torch.zeros(1, 1, dtype=torch.int64)
     batch = lambda table, starts=(0, 3), lengths=(5,): Batch(one, one, one, table, one, starts, lengths)
     rule = RouteRule(4, 1, 1, True, 1.0)
@@ -262,6 +275,11 @@ def test_what_does_not_fit_is_refused(noise):
         lambda: native.attention(noise(3, 3, 32), *cache, batch(one), 1.0),
         lambda: native.attention(x.bfloat16(), *cache, batch(one), 1.0),
         lambda: native.attention(x, cache[0], cache[1].mT, batch(one), 1.0),
+        lambda: native.attention(x, *codes[..., :32].contiguous(), batch(one), 1.0),
+        lambda: native.attention(x, codes[0], cache[1], batch(one), 1.0),
+        lambda: native.attention(x, *codes.float(), batch(one), 1.0),
+        lambda: native.store_kv_(x, x, *codes[..., :32].contiguous(), torch.tensor([0, 1, 2])),
+        lambda: native.store_kv_(x.double(), x.double(), *codes, torch.tensor([0, 1, 2])),
     ]
     for i, call in enumerate(refused):
         with pytest.raises(ValueError):
