@@ -26,7 +26,7 @@ class Sampler:
         """One Choice a chunk. logits: (R, V) float32, the wanted rows of all chunks in order; None if R is 0."""
         if logits is None:
             return [Choice() for _ in step.chunks]
-        finite = logits.isfinite().all(-1).tolist()
+        finite = _finite(logits)
         choices, drawing, row = [], [], 0
         for chunk in step.chunks:
             rows = range(row, row + chunk.rows)
@@ -39,7 +39,7 @@ class Sampler:
             choices.append(Choice(prompt_logprobs=_prompt_logprobs(logits, rows, chunk)))
         if drawing:
             sequences = [step.chunks[i].sequence for i, _ in drawing]
-            raw = logits[[r for _, r in drawing]]
+            raw = logits if len(drawing) == len(logits) else logits[[r for _, r in drawing]]
             for (i, r), sequence, token in zip(drawing, sequences, self._tokens(raw, sequences)):
                 asked = sequence.request.params.logprobs
                 logprobs = None if asked is None else _logprobs(logits[r], token, asked)
@@ -62,6 +62,13 @@ class Sampler:
                 for i, token in zip(rows, draw(logits[rows], [sequences[i] for i in rows])):
                     tokens[i] = token
         return tokens
+
+
+def _finite(logits: Tensor) -> list[bool]:
+    """Whether each row (R, V) is free of NaN and infinity. A sum tells in one pass, unless it overflows."""
+    if logits.sum(-1).isfinite().all():
+        return [True] * len(logits)
+    return logits.isfinite().all(-1).tolist()
 
 
 def _adjusts(sequence: Sequence) -> bool:
