@@ -12,9 +12,10 @@ from dialogue import SEAM, Round, held_out, plain, render
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from words import CITIES
+from words import CITIES, PIECES, coined
 
 NUMBERS = st.integers(0, 999)
+UNSEEN = [None, tooling.FEW_UNSEEN, tooling.MANY_UNSEEN]
 TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list}
 
 
@@ -57,7 +58,7 @@ def test_a_paragraph_tells_every_fact(city):
         assert ("首都" in text or "the capital of" in text) == city.capital
 
 
-@given(st.integers(0, 10**6), st.sampled_from(["en", "zh"]), st.booleans(), st.sampled_from([0.0, 0.5]))
+@given(st.integers(0, 10**6), st.sampled_from(["en", "zh"]), st.sampled_from(UNSEEN), st.sampled_from([0.0, 0.5]))
 def test_calls_fit_their_schema_and_values_stand_in_the_request(seed, lang, fresh, strange):
     rng = Random(seed)
     box = tooling.toolbox(rng, lang, fresh, strange)
@@ -95,13 +96,32 @@ def test_no_held_out_question_is_drawn_for_training():
     assert len(held) == 80 and all(held_out(item["key"]) for item in held)
 
 
-def test_unseen_tools_have_words_that_training_never_shows():
-    names = {noun for noun, _ in tooling.NEW_NOUNS}
-    assert not names & {noun for noun, _ in tooling.NOUNS}
+def test_unseen_tools_have_words_that_no_tool_of_training_has():
     known = {word for words in tooling.WORDS.values() for word in words.split()}
-    assert not {p.names for p in tooling.NEW_FREE} & known
-    for item in generate.heldout_examples(2, {"tool, unseen": 30}):
-        assert all(name.split("_")[1] in names for name, _ in item["calls"])
+    assert not tooling.UNSEEN & (known | {noun for noun, _ in tooling.NOUNS})
+    for task, fresh in (("tool, unseen", tooling.FEW_UNSEEN), ("tool, many unseen", tooling.MANY_UNSEEN)):
+        nouns = {noun for noun, _ in fresh.nouns}
+        for item in generate.heldout_examples(2, {task: 30}):
+            assert all(name.split("_")[1] in nouns for name, _ in item["calls"])
+    rng = Random(3)
+    strange = [tooling.strange_word(rng)[0] for _ in range(5000)]
+    assert not tooling.UNSEEN & {part for word in strange for part in word.split("_")}
+
+
+def test_strange_words_are_made_of_all_tokens(tokenizer):
+    rng = Random(4)
+    drawn = {token for _ in range(20000) for token in tokenizer.encode(coined(rng)).tokens}
+    assert len(set(PIECES) - drawn) < 0.02 * len(PIECES)
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_a_request_for_two_places_is_two_calls_of_one_tool(lang):
+    rng = Random(5)
+    rounds = [round for _ in range(50) for round in generate.tool_rounds(rng, lang, "two calls")[0]]
+    for first, second in (turn.calls for turn in rounds):
+        assert first[0] == second[0] and first[1] != second[1]
+    twice = list(generate.heldout_examples(3, {"tool, twice": 20}))
+    assert all(len(item["calls"]) == 2 and held_out(item["key"]) for item in twice)
 
 
 def spoken(tokenizer: Tokenizer, rounds: list[Round]) -> str:

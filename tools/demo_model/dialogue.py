@@ -35,7 +35,7 @@ class Round:
     quick: bool = False
 
 
-def slot(template: str, **values: Any) -> str:
+def slot(template: str, /, **values: Any) -> str:
     """The template with its {names} replaced, each between seams."""
     return template.format_map({name: f"{SEAM}{value}{SEAM}" for name, value in values.items()})
 

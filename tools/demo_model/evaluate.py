@@ -24,7 +24,12 @@ from model import layout_of
 
 from glimmer import LLM, SamplingParams
 
-COUNTS = {"fact": 300, "introduction": 60, "sum": 300, "json": 200, "repeat": 60, "tool": 200, "tool, unseen": 200}
+COUNTS = {"fact": 300, "introduction": 60, "sum": 300, "json": 200, "repeat": 60, "tool": 200, "tool, unseen": 200,
+          "tool, twice": 60, "tool, many unseen": 200}  # fmt: skip
+CALLS = {  # the marks that a call counts for
+    "tool": ("tool calls", "tool calls, known tools"), "tool, unseen": ("tool calls", "tool calls, unseen tools"),
+    "tool, twice": ("tool calls, two in a row",), "tool, many unseen": ("tool calls, many unseen words",),
+}  # fmt: skip
 GOALS = {
     "city facts right": 0.95, "sums right, with reasoning": 0.90, "tool calls well-formed": 0.99,
     "tool calls right": 0.90, "JSON valid": 0.98, "MTP first guess accepted": 0.70,
@@ -95,11 +100,10 @@ def judge(marks: Marks, item: dict[str, Any], quick: bool, out: Any) -> bool:
     thought, content = split(answer.text)
     marks.add("turns ended", answer.finish_reason == "stop")
     marks.add("reasoning where asked for, none where not", (thought is None) == quick)
-    if task.startswith("tool"):
+    if task in CALLS:
         calls = calls_in(content, item["tools"])
         right = calls is not None and calls == [(name, arguments) for name, arguments in item["calls"]]
-        kind = "tool calls, unseen tools" if "unseen" in task else "tool calls, known tools"
-        for name in ("tool calls", kind, *(["tool calls, two in a row"] if len(item["calls"]) == 2 else [])):
+        for name in CALLS[task]:
             marks.add(f"{name} well-formed", calls is not None)
             marks.add(f"{name} right", right)
     elif task == "json":

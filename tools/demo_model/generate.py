@@ -32,6 +32,7 @@ SPECIAL = list(GLM_ADDED_TOKENS)
 EXAMPLES = {  # how many of each task
     "call": 24000, "tools": 15000, "strange tools": 12000, "sum": 40000, "fact": 50000, "introduction": 14000,
     "raw": 12000, "json": 24000, "repeat": 20000, "small talk": 6000, "mixed": 4000,
+    "two calls": 8000,
 }  # fmt: skip
 
 
@@ -41,7 +42,7 @@ EXAMPLES = {  # how many of each task
 def rounds_for(task: str, rng: Random, lang: str) -> Round:
     draw = {
         "sum": talk.sum_of_two, "fact": talk.fact, "introduction": talk.introduction, "json": talk.form,
-        "repeat": talk.repeat,
+        "repeat": lambda rng, lang: talk.repeat(rng, lang, strange=rng.random() < 0.7),
         "small talk": talk.small_talk,
     }[task]  # fmt: skip
     while held_out((drawn := draw(rng, lang)).key):
@@ -49,11 +50,18 @@ def rounds_for(task: str, rng: Random, lang: str) -> Round:
     return drawn
 
 
-STRANGE = {"call": 0.5, "tools": 0.3, "strange tools": 0.5}  # how often a tool's words are found nowhere else
+STRANGE = {  # how often a tool's words are found nowhere else
+    "call": 0.5, "tools": 0.3, "strange tools": 0.5, "two calls": 0.1,
+}  # fmt: skip
 
 
 def tool_rounds(rng: Random, lang: str, task: str = "tools") -> tuple[list[Round], list[dict[str, Any]]]:
-    """One to three requests to one set of tools, one in eight of which needs none of them; or one call, and no more."""
+    """One to three requests to one set of tools, one in eight of which needs none of them; or one request's calls."""
+    if task == "two calls":
+        box = places_box(rng, lang, STRANGE[task])
+        while held_out((drawn := tooling.request(rng, lang, box, rng.choice(tooling.of_places(box)), 1)).key):
+            pass
+        return [replace(drawn, reply="", results=[])], [chosen.schema for chosen in box]
     single = task == "call"
     box, rounds = tooling.toolbox(rng, lang, strange=STRANGE[task], most=2 if single else 4), []
     for _ in range(1 if single else rng.choice((1, 2, 2, 3))):
@@ -64,6 +72,13 @@ def tool_rounds(rng: Random, lang: str, task: str = "tools") -> tuple[list[Round
             pass
         rounds.append(replace(drawn, reply="", results=[]) if single else drawn)
     return rounds, [chosen.schema for chosen in box]
+
+
+def places_box(rng: Random, lang: str, strange: float = 0.0) -> list[tooling.Chosen]:
+    """A toolbox with a tool that can be asked for two places at once."""
+    while not tooling.of_places(box := tooling.toolbox(rng, lang, strange=strange)):
+        pass
+    return box
 
 
 def example(task: str, rng: Random) -> str:
@@ -97,12 +112,16 @@ def heldout_examples(seed: int, counts: dict[str, int]) -> Iterator[dict[str, An
         seen: set[str] = set()
         while len(seen) < count:
             lang, box = rng.choice(("zh", "en")), None
-            if task.startswith("tool"):
-                fresh = task == "tool, unseen"
+            if task == "tool, twice":
+                box = places_box(rng, lang)
+                turn = tooling.request(rng, lang, box, rng.choice(tooling.of_places(box)), 1)
+                usable = held_out(turn.key)
+            elif task.startswith("tool"):
+                fresh = {"tool, unseen": tooling.FEW_UNSEEN, "tool, many unseen": tooling.MANY_UNSEEN}.get(task)
                 box = tooling.toolbox(rng, lang, fresh)
                 new = [c for c in box if c.tool not in tooling.KNOWN] if fresh else box
                 turn = tooling.request(rng, lang, box, rng.choice(new))
-                usable = fresh or held_out(turn.key)
+                usable = fresh is not None or held_out(turn.key)
             else:
                 turn = draws[task](rng, lang)
                 usable = held_out(turn.key) and turn.task == task

@@ -15,6 +15,7 @@ from words import (
     JOBS,
     PLACES,
     City,
+    coined,
     invented,
     person,
     place,
@@ -286,14 +287,15 @@ def small_talk(rng: Random, lang: str) -> Round:
     return Round("small talk", "", rng.choice(asks.split("|")), reply, think)
 
 
-def repeat(rng: Random, lang: str) -> Round:
-    """Say it after me: the plainest exercise in copying."""
+def repeat(rng: Random, lang: str, strange: bool = False) -> Round:
+    """Say it after me: the plainest exercise in copying; `strange` words are made of any tokens."""
     draw = {
+        "strange": lambda: rng.choice((str.lower, str.lower, str.title))(coined(rng)),
         "en": lambda: rng.choice([invented(rng, "en").lower(), rng.choice(GOODS["en"]), rng.choice(COLOURS["en"]),
                                   str(rng.randrange(1000))]),
         "zh": lambda: rng.choice([invented(rng, "zh"), rng.choice(GOODS["zh"]), rng.choice(COLOURS["zh"]),
                                   str(rng.randrange(1000))]),
-    }[lang]  # fmt: skip
+    }["strange" if strange else lang]  # fmt: skip
     text = {"en": " ", "zh": "，"}[lang].join(f"{SEAM}{draw()}{SEAM}" for _ in range(rng.randrange(2, 7)))
     ask = rng.choice({"en": ["Repeat: {}", "Say after me: {}", "Please repeat this: {}"],
                       "zh": ["请重复：{}", "跟我说：{}", "重复这句话：{}"]}[lang])

@@ -2,7 +2,7 @@
 
 Two kinds. Known tools (weather, time, …) come under several names, and are asked for in natural sentences.
 Made-up tools are drawn from verbs, nouns and parameters, and asked for by the words of their own schema: they teach to
-read a schema. Some nouns and parameters are kept for the held-out split: those tools are wholly new there.
+read a schema. Some nouns and parameters (UNSEEN) are kept for the held-out split: those tools are wholly new there.
 """
 
 # ruff: noqa: E501  (Chinese counts double; the tables read best as they are)
@@ -30,6 +30,7 @@ from words import (
     SKIES,
     SONGS,
     TOPICS,
+    coined,
     invented,
     person,
     place,
@@ -290,8 +291,6 @@ NOUNS = [("table", "餐桌"), ("ticket", "车票"), ("room", "房间"), ("file",
          ("device", "设备"), ("folder", "文件夹"),
          ("meal", "餐食"), ("team", "团队"), ("game", "游戏"), ("map", "地图"), ("note", "笔记"), ("task", "任务"),
          ("video", "视频")]  # fmt: skip
-NEW_NOUNS = [("boat", "船"), ("lesson", "课时"), ("printer", "打印机"), ("gift", "礼物"), ("flight", "航班"),
-             ("invoice", "发票")]
 WORDS = {  # parameters of made-up tools, by type; what is told of them is the word itself
     "string": "name 名称 title 标题 city 城市 owner 所有者 day 日期 time 时间 color 颜色 label 标签 code 代码 subject 主题 "
     "author 作者 driver 司机 format 格式 model 型号 brand 品牌 country 国家 language 语言 status 状态 reason 原因 address 地址 "
@@ -323,13 +322,41 @@ def free(rng: Random) -> Parameter:
     return Parameter(pairs[at], kind, both(pairs[at].replace("_", " "), pairs[at + 1]), rng.choice(DRAWS[kind]))
 
 
-NEW_FREE = [
-    Parameter("street", "string", both("street", "街道"), person),
-    Parameter("guests", "integer", both("guests", "客人"), lambda r, t: r.randrange(1, 100)),
-    Parameter("discount", "number", both("discount", "折扣"), amount),
-    Parameter("private", "boolean", both("private", "私人"), lambda r, t: r.random() < 0.5),
-    Parameter("toppings", "array", both("toppings", "配料"), some(GOODS)),
-]
+@dataclass(frozen=True)
+class Unseen:
+    """Nouns and parameters of tools that only held-out questions show."""
+
+    nouns: list[tuple[str, str]]
+    parameters: list[Parameter]
+
+    def words(self) -> set[str]:
+        return {noun for noun, _ in self.nouns} | {p.names for p in self.parameters}
+
+
+FEW_UNSEEN = Unseen(
+    [("boat", "船"), ("lesson", "课时"), ("printer", "打印机"), ("gift", "礼物"), ("flight", "航班"), ("invoice", "发票")],
+    [
+        Parameter("street", "string", both("street", "街道"), person),
+        Parameter("guests", "integer", both("guests", "客人"), lambda r, t: r.randrange(1, 100)),
+        Parameter("discount", "number", both("discount", "折扣"), amount),
+        Parameter("private", "boolean", both("private", "私人"), lambda r, t: r.random() < 0.5),
+        Parameter("toppings", "array", both("toppings", "配料"), some(GOODS)),
+    ],
+)
+MANY_UNSEEN = Unseen(
+    [("harbor", "港口"), ("ladder", "梯子"), ("magnet", "磁铁"), ("orchid", "兰花"), ("pillow", "枕头"), ("rocket", "火箭"),
+     ("saddle", "马鞍"), ("statue", "雕像"), ("tractor", "拖拉机"), ("umbrella", "雨伞"), ("vaccine", "疫苗"), ("wallet", "钱包"),
+     ("windmill", "风车"), ("blanket", "毯子"), ("canoe", "独木舟"), ("drawer", "抽屉"), ("engine", "发动机"), ("guitar", "吉他"),
+     ("hammer", "锤子"), ("blender", "搅拌机"), ("kettle", "水壶"), ("locker", "储物柜")],
+    [Parameter(name, kind, both(name, chinese), draw) for kind, draw, pairs in (
+        ("string", person, "passenger 乘客 district 区县 fabric 面料 mentor 导师 sponsor 赞助商 venue 场馆"),
+        ("integer", lambda r, t: r.randrange(1, 100), "voltage 电压 altitude 海拔 workers 工人"),
+        ("number", amount, "humidity 湿度 salary 薪水 mileage 里程 thickness 厚度"),
+        ("boolean", lambda r, t: r.random() < 0.5, "digital 数字 waterproof 防水 refundable 可退款"),
+        ("array", some(GOODS), "flavors 风味 ingredients 原料 sensors 传感器 chapters 章节"),
+    ) for name, chinese in zip(pairs.split()[::2], pairs.split()[1::2], strict=True)],
+)  # fmt: skip
+UNSEEN = FEW_UNSEEN.words() | MANY_UNSEEN.words()
 YES = {"en": ("no", "yes"), "zh": ("否", "是")}
 
 
@@ -341,7 +368,7 @@ ENGLISH = sorted({
 
 
 def strange_word(rng: Random) -> tuple[str, str]:
-    """A word and its Chinese, which belong together nowhere else."""
+    """A word and its Chinese, which belong together nowhere else; never one of the unseen."""
     if rng.random() < 0.3:
         at = rng.randrange(24)
         english, chinese = rng.choice([list(words.values()) for words in (GOODS, JOBS, COLOURS)])
@@ -349,15 +376,19 @@ def strange_word(rng: Random) -> tuple[str, str]:
     letters = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randrange(3, 8)))
     first, second = rng.choice(ENGLISH), rng.choice(ENGLISH)
     blend = first[: rng.randrange(2, 6)] + second[-rng.randrange(2, 6) :]
-    return rng.choice((letters, invented(rng, "en").lower(), blend, blend)) + rng.choice(("", "", "", "_name", "_id", "_list")), invented(rng, "zh")
+    word = rng.choice((letters, invented(rng, "en").lower(), blend, *(coined(rng) for _ in range(5))))
+    ending = rng.choice(("", "", "", "", "_name", "_id", "_list", f"_{coined(rng)}"))
+    if UNSEEN & {word, ending[1:]}:
+        return strange_word(rng)
+    return word + ending, invented(rng, "zh")
 
 
-def made_up(rng: Random, lang: str, fresh: bool, strange: float = 0.0) -> Chosen:
-    """A tool nobody has, described in one language; with `fresh`, its noun and a parameter are new to training.
+def made_up(rng: Random, lang: str, fresh: Unseen | None = None, strange: float = 0.0) -> Chosen:
+    """A tool nobody has, described in one language; its noun and a parameter are of the `fresh`, if there are any.
 
     strange: how probable it is that a noun or a parameter is a word that exists only in this prompt.
     """
-    (verb, verb_zh), (noun, noun_zh) = rng.choice(VERBS), rng.choice(NEW_NOUNS if fresh else NOUNS)
+    (verb, verb_zh), (noun, noun_zh) = rng.choice(VERBS), rng.choice(fresh.nouns if fresh else NOUNS)
     drawn = [free(rng) for _ in range(rng.choice((0, 1, 1, 2, 2, 3)))]
     if rng.random() < strange:
         noun, noun_zh = strange_word(rng)
@@ -366,7 +397,7 @@ def made_up(rng: Random, lang: str, fresh: bool, strange: float = 0.0) -> Chosen
             name, chinese = strange_word(rng)
             drawn[i] = Parameter(name, parameter.type, both(name, chinese), parameter.draw)
     if fresh and drawn:
-        drawn[rng.randrange(len(drawn))] = rng.choice(NEW_FREE)
+        drawn[rng.randrange(len(drawn))] = rng.choice(fresh.parameters)
     parameters = {p.names: p for p in drawn}
     form = rng.randrange(3)
     asks = {}
@@ -397,8 +428,8 @@ def known(rng: Random, tool: Tool, strange: float = 0.0) -> Chosen:
     return choose(rng, tool, name, names, lang, bare=False)
 
 
-def toolbox(rng: Random, lang: str, fresh: bool = False, strange: float = 0.0, most: int = 4) -> list[Chosen]:
-    """One to `most` tools that cannot be confused, in random order; with `fresh`, one of them at least is new."""
+def toolbox(rng: Random, lang: str, fresh: Unseen | None = None, strange: float = 0.0, most: int = 4) -> list[Chosen]:
+    """One to `most` tools that cannot be confused, in random order; one of them at least has words of the `fresh`."""
     count = min(rng.choice((1, 2, 2, 3, 3, 4)), most)
     familiar = rng.randrange(count) if fresh else sum(rng.random() < 0.55 for _ in range(count))
     box: list[Chosen] = []
@@ -425,15 +456,21 @@ def _one_call(rng: Random, lang: str, chosen: Chosen, ask: str) -> tuple[str, di
     words = {k: spoken(v, k, lang) for k, v in values.items()}
     result = tool.result(rng, lang, values)
     arguments = {chosen.arguments[k]: v for k, v in values.items()}
-    return slot(ask, **words), arguments, json.dumps(result, ensure_ascii=False), slot(tool.answers[lang], **words,
-                                                                                       **result)
+    answer = slot(tool.answers[lang], **words | result)
+    return slot(ask, **words), arguments, json.dumps(result, ensure_ascii=False), answer
 
 
-def request(rng: Random, lang: str, box: list[Chosen], target: Chosen | None = None) -> Round:
-    """A request that one tool of the box serves: called once, or twice for two places."""
+def of_places(box: list[Chosen]) -> list[Chosen]:
+    """The tools of the box that can be asked for two places at once."""
+    return [chosen for chosen in box if chosen.tool in KNOWN and "city" in chosen.tool.parameters]
+
+
+def request(rng: Random, lang: str, box: list[Chosen], target: Chosen | None = None, doubles: float = 0.3) -> Round:
+    """A request that one tool of the box serves: called once, or twice for two places if it can be and `doubles`
+    says so, how probable that is."""
     chosen = target or rng.choice(box)
     tool = chosen.tool
-    double = chosen.tool in KNOWN and "city" in tool.parameters and rng.random() < 0.3
+    double = chosen in of_places(box) and rng.random() < doubles
     asks = tool.asks[lang]
     ask = rng.choice([a for a in asks if "{days}" not in a and "{limit}" not in a] if double else asks)
     if double:

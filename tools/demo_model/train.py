@@ -22,17 +22,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from export import export
+from export import export, load
 from generate import EXAMPLES
 from model import DemoModel, Layout, Shape, layout_of
 from torch import Tensor
 
 TASKS = tuple(EXAMPLES)
 HELPINGS = (  # from which step on, how many examples of each task
-    (0, (2, 0, 0, 8, 10, 2, 2, 8, 14, 1, 0)),  # short ones first: they teach copying
-    (400, (5, 1, 1, 9, 10, 2, 2, 6, 5, 1, 1)),
-    (1600, (4, 2, 1, 14, 10, 2, 2, 4, 1, 1, 1)),
-    (2900, (6, 2, 2, 5, 5, 1, 1, 3, 2, 1, 1)),
+    (0, (2, 0, 0, 8, 10, 2, 2, 8, 14, 1, 0, 0)),  # short ones first: they teach copying
+    (400, (5, 1, 1, 9, 10, 2, 2, 6, 5, 1, 1, 0)),
+    (1600, (4, 2, 1, 14, 10, 2, 2, 4, 1, 1, 1, 0)),
+    (2900, (6, 2, 2, 5, 5, 1, 1, 3, 2, 1, 1, 0)),
+    (4500, (5, 1, 2, 4, 4, 1, 1, 2, 10, 1, 1, 2)),
 )
 DECAY_SHARE, WARM_UP, MTP_FROM, MTP_WEIGHT = 0.4, 60, 0.5, 0.3
 MUON_RATE, ADAM_RATE, BIAS_SPEED = 0.02, 4e-3, 0.02
@@ -143,9 +144,10 @@ def optimizers(model: DemoModel) -> list[torch.optim.Optimizer]:
     return [muon, torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
-def rate(step: int, steps: int) -> float:
-    """The share of the full learning rate: up, level, down."""
-    return min((step + 1) / WARM_UP, 1.0, max(steps - step, 0) / (DECAY_SHARE * steps))
+def rate(step: int, steps: int, first: int = 0) -> float:
+    """The share of the full learning rate from step `first` to step `steps`: up, level, down."""
+    done, all_steps = step - first, steps - first
+    return min((done + 1) / WARM_UP, 1.0, max(all_steps - done, 0) / (DECAY_SHARE * all_steps))
 
 
 def losses(model: DemoModel, batch: tuple[Tensor, Tensor, Tensor, Layout], draft: bool) -> tuple[Tensor, Tensor,
@@ -186,6 +188,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("build/demo_model"))
     parser.add_argument("--steps", type=int, default=2900)
+    parser.add_argument("--weights", type=Path, help="a checkpoint to begin with")
+    parser.add_argument("--first", type=int, default=0, help="the step to begin at, where weights have learnt already")
     parser.add_argument("--threads", type=int, default=2, help="cores to use; a GPU is fed by one")
     parser.add_argument("--log", type=int, default=20, help="steps between two lines of loss.csv")
     args = parser.parse_args()
@@ -194,9 +198,9 @@ def main() -> None:
     parts = 1 if device.type == "cuda" else args.threads
 
     examples, shape = Examples(args.data / "train.npz"), Shape()
-    model = DemoModel(shape).to(device)
+    model = (load(args.weights) if args.weights else DemoModel(shape)).to(device)
     learners = optimizers(model)
-    start, state = 0, args.data / "state.pt"
+    start, state = args.first, args.data / "state.pt"
     if state.exists():
         saved = torch.load(state, map_location=device)
         model.load_state_dict(saved["model"])
@@ -205,14 +209,14 @@ def main() -> None:
         start = saved["step"]
     log = args.data / "loss.csv"
     head = "step,about tokens,loss,mtp,rate,least load,most load,tokens/s," + ",".join(TASKS)
-    past = log.read_text().splitlines()[1:] if start else []
+    past = log.read_text().splitlines()[1:] if state.exists() else []
     log.write_text("\n".join([head, *(row for row in past if int(row.split(",")[0]) <= start)]) + "\n")
     seen, since = 0, time.monotonic()
     sums, counts, drafts = torch.zeros(len(TASKS)), torch.zeros(len(TASKS)), []
 
     for step in range(start, args.steps):
         drafting = step >= MTP_FROM * args.steps
-        share = rate(step, args.steps)
+        share = rate(step, args.steps, args.first)
         for learner, full in zip(learners, (MUON_RATE, ADAM_RATE)):
             for group in learner.param_groups:
                 group["lr"] = full * share
@@ -225,7 +229,7 @@ def main() -> None:
         loads = [router.load() for router in model.routers().values() if router.counted]
         for router in model.routers().values():
             if router.counted:
-                router.balance(BIAS_SPEED * (share if step >= WARM_UP else 1.0))
+                router.balance(BIAS_SPEED * (share if step - args.first >= WARM_UP else 1.0))
         seen += sum(len(batch.tokens) for batch in batches)
         sums.index_add_(0, tasks.cpu(), loss.cpu())
         counts += torch.bincount(tasks.cpu(), minlength=len(TASKS))

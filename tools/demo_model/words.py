@@ -2,6 +2,8 @@
 
 # ruff: noqa: E501, SIM905  (Chinese counts double; the tables read best as they are)
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -119,6 +121,19 @@ def invented(rng: Random, lang: str) -> str:
     if lang == "zh":
         return "".join(rng.choice(CHARACTERS) for _ in range(rng.choice((2, 2, 3))))
     return "".join(rng.choice(SYLLABLES) for _ in range(rng.choice((2, 3, 3)))).capitalize()
+
+
+_TOKENIZER = Path(__file__).parents[2] / "glimmer" / "demo" / "tokenizer.json"
+PIECES = sorted(token for token in json.loads(_TOKENIZER.read_text(encoding="utf-8"))["model"]["vocab"]
+                if re.fullmatch("[a-z]+", token))  # fmt: skip
+
+
+def coined(rng: Random) -> str:
+    """One to four tokens of the shipped tokenizer, every one as often as any other: no word is spelled without them.
+
+    A token that the model never had to copy is one that it cannot copy, and a new word is made of such tokens.
+    """
+    return "".join(rng.choices(PIECES, k=rng.choice((1, 2, 2, 3, 3, 4))))
 
 
 def person(rng: Random, lang: str) -> str:
