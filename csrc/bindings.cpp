@@ -143,6 +143,12 @@ NB_MODULE(_native, m) {
         },
         Free());
     m.def(
+        "add",
+        [](uintptr_t y, bool y_bf16, uintptr_t x, bool x_bf16, long rows, long n) {
+            add({at<void>(y), y_bf16}, {at<void>(x), x_bf16}, rows, n);
+        },
+        Free());
+    m.def(
         "swiglu",
         [](uintptr_t x, bool narrow, long rows, long n, uintptr_t y) {
             swiglu({at<void>(x), narrow}, rows, n, {at<void>(y), narrow});

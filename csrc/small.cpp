@@ -52,6 +52,11 @@ void add_rms_norm(Values x, Values residual, long rows, long n, Values weight, f
     });
 }
 
+void add(Values y, Values x, long rows, long n) {
+    const SmallLoops& ops = kernels().small;
+    over(rows, n, [&](long t) { ops.add(x + t * n, y + t * n, n, y + t * n); });
+}
+
 void swiglu(Values x, long rows, long n, Values y) {
     const SmallLoops& ops = kernels().small;
     over(rows, 2 * n, [&](long t) { ops.swiglu(x + t * 2 * n, n, y + t * n); });

@@ -38,6 +38,9 @@ void rms_norm(Values x, long rows, long heads, long n, long stride, Values weigh
 // total (rows, n) = residual + x, rounded to total's type; y = the norm of what was kept. All contiguous.
 void add_rms_norm(Values x, Values residual, long rows, long n, Values weight, float eps, Values total, Values y);
 
+// y (rows, n) += x.
+void add(Values y, Values x, long rows, long n);
+
 // y (rows, n) of x (rows, 2n).
 void swiglu(Values x, long rows, long n, Values y);
 

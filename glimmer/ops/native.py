@@ -234,7 +234,11 @@ def _sound(rows: Tensor, keys: Tensor, values: Tensor) -> bool:
 
 def add_(y: Tensor, x: Tensor) -> None:
     """y (T, H) += x."""
-    _run((), Tensor.add_, y, x)
+    if y.ndim != 2 or x.shape != y.shape or y.dtype not in FLOATS or x.dtype not in FLOATS or not y.is_contiguous():
+        _refuse("add_", y, x)
+    x, (rows, n) = _whole(x), y.shape
+    narrow = x.dtype == torch.bfloat16
+    _run((), _native.add, y.data_ptr(), y.dtype == torch.bfloat16, x.data_ptr(), narrow, rows, n)
 
 
 def linear(x: Tensor, packed: _native.Packed, bias: Tensor | None) -> Tensor:

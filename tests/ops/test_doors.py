@@ -143,6 +143,16 @@ def test_add_rms_norm(rows, kept, doors, dtype, noise):
     assert_close(normed, rms_norm, total.cpu().to(dtype) if dtype == kept else total.cpu().float(), weight, 1e-5)
 
 
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=["sum float32", "sum bfloat16"])
+@pytest.mark.parametrize("rows, width", [(1, 44), (7, 88), (300, 176)])
+def test_add(rows, width, kept, doors, dtype, noise):
+    ops, device = doors
+    x, y = noise(rows, width, dtype=dtype), noise(rows, width, dtype=kept, scale=4)
+    (found,) = call(ops.add_, device, y.clone(), x, changes=(0,))
+    assert found.dtype == kept
+    assert_close(found, lambda x, y: (y + x).to(y.dtype), x, y)
+
+
 @pytest.mark.parametrize("rows, width", [(1, 44), (7, 88), (33, 176), (2, 1408)])
 def test_swiglu(rows, width, doors, dtype, noise):
     ops, device = doors

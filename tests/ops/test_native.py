@@ -254,6 +254,8 @@ def test_what_does_not_fit_is_refused(noise):
         lambda: native.rms_norm(x, noise(31), 1e-5),
         lambda: native.rms_norm(x.double(), noise(32), 1e-5),
         lambda: native.add_rms_norm(x[0], noise(3, 32), noise(32), 1e-5),
+        lambda: native.add_(noise(3, 5), noise(3, 4)),
+        lambda: native.add_(noise(5, 3).T, noise(3, 5)),
         lambda: native.swiglu(noise(3, 5)),
         lambda: native.embed(one[0].int(), noise(4, 4), 0),
         lambda: native.rope_(x, x[:2], noise(3, 4), noise(3, 4)),
