@@ -5,7 +5,7 @@ import json
 import numpy as np
 import torch
 import torch.nn.functional as F
-from export import config, load, official
+from export import between, config, load, official
 from model import DemoModel, MixExperts, Shape, layout_of
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -50,6 +50,14 @@ def test_a_stored_model_comes_back(tmp_path, demo):
     save_file(official(model), tmp_path / "model.safetensors")
     for name, tensor in load(tmp_path).state_dict().items():
         torch.testing.assert_close(tensor, model.state_dict()[name], msg=name)
+
+
+def test_between_two_models_lie_their_weighted_means():
+    earlier, later = random_model(), DemoModel(SHAPE)
+    first, last = ({k: v.clone() for k, v in m.state_dict().items()} for m in (earlier, later))
+    found = between(earlier, later, 0.75).state_dict()
+    assert all(torch.allclose(found[k], 0.25 * first[k] + 0.75 * last[k]) for k in first)
+    assert any(not torch.equal(first[k], last[k]) for k in first)
 
 
 def test_neighbours_and_padding_do_not_matter():

@@ -2,6 +2,9 @@
 
     python tools/demo_model/export.py --data build/demo_model --out build/demo_model/checkpoint
 
+With --between EARLIER LATER SHARE, two checkpoints of one training, not the trained state is written but weights that
+share of the way from the first to the second: what the later stage learnt, with less of what it forgot.
+
 The MTP layer is `model.layers.N` with N = num_hidden_layers, and brings no copies of the embedding and the head.
 """
 
@@ -88,13 +91,25 @@ def export(model: DemoModel, data: Path, out: Path) -> None:
     (out / "model.safetensors").chmod(0o644)  # save_file leaves it to its owner
 
 
+def between(earlier: DemoModel, later: DemoModel, share: float) -> DemoModel:
+    """`earlier`, each of its weights moved by `share` of the way to that of `later`."""
+    mine, theirs = earlier.state_dict(), later.state_dict()
+    earlier.load_state_dict({name: (1 - share) * mine[name] + share * theirs[name] for name in mine})
+    return earlier
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("build/demo_model"))
     parser.add_argument("--out", type=Path, default=Path("build/demo_model/checkpoint"))
+    parser.add_argument("--between", nargs=3, metavar=("EARLIER", "LATER", "SHARE"))
     args = parser.parse_args()
-    model = DemoModel(Shape())
-    model.load_state_dict(torch.load(args.data / "state.pt", map_location="cpu")["model"])
+    if args.between:
+        earlier, later, share = args.between
+        model = between(load(Path(earlier)), load(Path(later)), float(share))
+    else:
+        model = DemoModel(Shape())
+        model.load_state_dict(torch.load(args.data / "state.pt", map_location="cpu")["model"])
     export(model, args.data, args.out)
 
 
