@@ -58,14 +58,14 @@ struct Kernels {
     // a int8; sums (m): the sum of each row of a, exact. c: the integer product, as float.
     void (*int8)(const int8_t* a, long lda, int m, const uint8_t* panel, int k, const float* sums, float* c,
                  const void* next);
-    // a int8 with a scale and a sum for each group, (m, k / size).
-    void (*int4)(const int8_t* a, long lda, int m, const uint8_t* panel, int k, Groups groups, const float* scales,
-                 const float* sums, float* c, const void* next);
+    // A row of a: for each of k / size groups its int8 codes, then their scale and their sum, float32.
+    void (*int4)(const int8_t* a, long lda, int m, const uint8_t* panel, int k, Groups groups, float* c, const void* next);
     // Rows of float or bf16 -> what the loops above take, padded with zeros.
     void (*load_bf16)(const uint16_t* x, int k, float* y);
     void (*to_bf16)(const float* x, int k, uint16_t* y);                      // round to nearest even
     void (*to_fp8)(const float* x, int k, uint16_t* y, float* scale);         // e4m3 values, held in bf16
-    void (*to_int8)(const float* x, int k, int group, int8_t* y, float* scales, float* sums);  // group k: one scale
+    // zeros from k to depth; scale and sum need not be aligned
+    void (*to_int8)(const float* x, int k, int depth, int8_t* y, float* scale, float* sum);
     // y = silu(gate) * up
     void (*swiglu)(const float* gate, const float* up, int n, float* y);
     // What becomes of sums c (m, 32), of which n columns count. Each is first multiplied by its row's and its column's scale,

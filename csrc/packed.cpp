@@ -189,29 +189,33 @@ void Packed::fill(long e, int first, int rows, const void* codes, size_t stride,
 
 namespace {
 
+// Bytes of a group of an int4 row: codes, scale, sum.
+size_t group_stride(const Groups& groups) { return groups.size + 2 * sizeof(float); }
+
 size_t row_stride(const Packed& w) {
     const size_t d = w.depth();
-    const size_t stride = w.kind == Kind::f32 ? d * 4 : w.kind == Kind::int8 || w.kind == Kind::int4 ? d : d * 2;
+    const size_t stride = w.kind == Kind::f32    ? d * 4
+                          : w.kind == Kind::int8 ? d
+                          : w.kind == Kind::int4 ? d / w.groups.size * group_stride(w.groups)
+                                                 : d * 2;
     if (stride < 512) return stride;
     // An odd number of cache lines: rows a power of two apart would crowd into a few sets of the cache.
     const size_t lines = (stride + 63) / 64;
     return (lines + (lines % 2 ? 0 : 1)) * 64;
 }
 
-int row_groups(const Packed& w) { return w.kind == Kind::int4 ? w.depth() / w.groups.size : 1; }
 size_t values_size(const Packed& w, long m) { return round_up((m + BEYOND) * row_stride(w), 64); }
-size_t scales_size(const Packed& w, long m) { return round_up((size_t)(m + BEYOND) * row_groups(w) * 4, 64); }
+size_t scales_size(long m) { return round_up((size_t)(m + BEYOND) * 4, 64); }
 
 }  // namespace
 
-size_t Rows::bytes(const Packed& w, long m) { return values_size(w, m) + 2 * scales_size(w, m); }
+size_t Rows::bytes(const Packed& w, long m) { return values_size(w, m) + 2 * scales_size(m); }
 
 Rows::Rows(const Packed& w, long m, void* memory)
     : values((char*)memory),
       scales((float*)(values + values_size(w, m))),
-      sums((float*)((char*)scales + scales_size(w, m))),
-      stride(row_stride(w)),
-      groups(row_groups(w)) {}
+      sums((float*)((char*)scales + scales_size(m))),
+      stride(row_stride(w)) {}
 
 void Rows::set(const Packed& w, long i, const float* x) {
     const Kernels& ops = kernels();
@@ -220,8 +224,13 @@ void Rows::set(const Packed& w, long i, const float* x) {
         case Kind::f32: std::memcpy(y, x, (size_t)w.k * 4); break;
         case Kind::bf16: ops.to_bf16(x, w.k, (uint16_t*)y); break;
         case Kind::fp8: ops.to_fp8(x, w.k, (uint16_t*)y, scales + i); break;
-        case Kind::int8: ops.to_int8(x, w.k, w.k, (int8_t*)y, scales + i, sums + i); break;
-        case Kind::int4: ops.to_int8(x, w.k, w.groups.size, (int8_t*)y, scales + i * groups, sums + i * groups); break;
+        case Kind::int8: ops.to_int8(x, w.k, w.depth(), (int8_t*)y, scales + i, sums + i); break;
+        case Kind::int4:
+            for (int first = 0; first < w.k; first += w.groups.size, y += group_stride(w.groups)) {
+                const int size = w.groups.size, n = w.k - first < size ? w.k - first : size;
+                ops.to_int8(x + first, n, size, (int8_t*)y, (float*)(y + size), (float*)(y + size) + 1);
+            }
+            break;
     }
 }
 
@@ -242,8 +251,7 @@ void Rows::set(const Packed& w, long i, const uint16_t* x) {
 
 void Rows::copy(long i, const Rows& from, long j) {
     std::memcpy(values + i * stride, from.values + j * stride, stride);
-    std::memcpy(scales + i * groups, from.scales + j * groups, (size_t)groups * 4);
-    std::memcpy(sums + i * groups, from.sums + j * groups, (size_t)groups * 4);
+    scales[i] = from.scales[j], sums[i] = from.sums[j];
 }
 
 void Rows::times(const Packed& w, long e, int p, long first, int m, float* c, const void* next) const {
@@ -256,9 +264,7 @@ void Rows::times(const Packed& w, long e, int p, long first, int m, float* c, co
         case Kind::bf16: return ops.bf16((const uint16_t*)a, stride / 2, m, (const uint16_t*)panel, w.k, c, next);
         case Kind::fp8: return ops.fp8((const uint16_t*)a, stride / 2, m, panel, w.k, c, next);
         case Kind::int8: return ops.int8((const int8_t*)a, stride, m, panel, w.k, sums + first, c, next);
-        case Kind::int4:
-            return ops.int4((const int8_t*)a, stride, m, panel, d, w.groups, scales + first * groups, sums + first * groups, c,
-                            next);
+        case Kind::int4: return ops.int4((const int8_t*)a, stride, m, panel, d, w.groups, c, next);
     }
 }
 

@@ -40,13 +40,13 @@ private:
     size_t taken = 0;
 };
 
-// m rows as a kind wants them: values (m + BEYOND, depth) and, for the quantised kinds, scales and sums.
+// m rows as a kind wants them: values (m + BEYOND, depth) and, for fp8 and int8, a scale and a sum each; those of int4
+// lie among the values.
 struct Rows {
     char* values;
     float* scales;
     float* sums;
     size_t stride;  // bytes
-    int groups;     // scales and sums a row
 
     // In `memory` of bytes(w, m), 64-byte aligned.
     Rows(const Packed& w, long m, void* memory);
