@@ -1,6 +1,6 @@
 // The loops in AVX-512 with BF16, VNNI and VBMI: Zen 4 and later, Sapphire Rapids and later.
 #define LANES 16
-#define ROWS 14
+#define ROWS 12
 #include "kernels.inc"
 
 namespace glimmer {

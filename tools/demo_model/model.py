@@ -18,13 +18,13 @@ class Shape:
     """The numbers of config.json that this file needs, under the same names."""
 
     vocab_size: int = 4096
-    hidden_size: int = 192
+    hidden_size: int = 256
     num_hidden_layers: int = 5
-    num_attention_heads: int = 6
-    num_key_value_heads: int = 2
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
     head_dim: int = 32
-    intermediate_size: int = 512
-    moe_intermediate_size: int = 64
+    intermediate_size: int = 768
+    moe_intermediate_size: int = 96
     n_routed_experts: int = 16
     num_experts_per_tok: int = 4
     routed_scaling_factor: float = 1.0

@@ -34,6 +34,7 @@ HELPINGS = (  # from which step on, how many examples of each task
     (1600, (4, 2, 1, 14, 10, 2, 2, 4, 1, 1, 1, 0)),
     (2900, (6, 2, 2, 5, 5, 1, 1, 3, 2, 1, 1, 0)),
     (4500, (5, 1, 2, 4, 4, 1, 1, 2, 10, 1, 1, 2)),
+    (6200, (7, 2, 2, 6, 5, 2, 1, 2, 4, 1, 1, 1)),
 )
 DECAY_SHARE, WARM_UP, MTP_FROM, MTP_WEIGHT = 0.4, 60, 0.5, 0.3
 MUON_RATE, ADAM_RATE, BIAS_SPEED = 0.02, 4e-3, 0.02
@@ -190,6 +191,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2900)
     parser.add_argument("--weights", type=Path, help="a checkpoint to begin with")
     parser.add_argument("--first", type=int, default=0, help="the step to begin at, where weights have learnt already")
+    parser.add_argument("--rate", type=float, default=1.0, help="the highest learning rate, as a share of the usual one")
     parser.add_argument("--threads", type=int, default=2, help="cores to use; a GPU is fed by one")
     parser.add_argument("--log", type=int, default=20, help="steps between two lines of loss.csv")
     args = parser.parse_args()
@@ -215,8 +217,8 @@ def main() -> None:
     sums, counts, drafts = torch.zeros(len(TASKS)), torch.zeros(len(TASKS)), []
 
     for step in range(start, args.steps):
-        drafting = step >= MTP_FROM * args.steps
-        share = rate(step, args.steps, args.first)
+        drafting = step >= args.first + MTP_FROM * (args.steps - args.first)
+        share = args.rate * rate(step, args.steps, args.first)
         for learner, full in zip(learners, (MUON_RATE, ADAM_RATE)):
             for group in learner.param_groups:
                 group["lr"] = full * share
