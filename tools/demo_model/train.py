@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2900)
     parser.add_argument("--weights", type=Path, help="a checkpoint to begin with")
     parser.add_argument("--first", type=int, default=0, help="the step to begin at, where weights have learnt already")
-    parser.add_argument("--rate", type=float, default=1.0, help="the highest learning rate, as a share of the usual one")
+    parser.add_argument("--rate", type=float, default=1.0, help="the highest learning rate: a share of the usual")
     parser.add_argument("--threads", type=int, default=2, help="cores to use; a GPU is fed by one")
     parser.add_argument("--log", type=int, default=20, help="steps between two lines of loss.csv")
     args = parser.parse_args()
