@@ -171,6 +171,13 @@ NB_MODULE(_native, m) {
         },
         Free());
     m.def(
+        "quantize",
+        [](uintptr_t x, bool narrow, long stride, long rows, long inner, long group, uintptr_t codes, uintptr_t scales,
+           uintptr_t zeros) {
+            quantize({at<void>(x), narrow}, stride, rows, inner, group, at<uint8_t>(codes), at<float>(scales), at<uint8_t>(zeros));
+        },
+        Free());
+    m.def(
         "store_kv",
         [](uintptr_t k, long k_stride, uintptr_t v, long v_stride, bool narrow, long rows, uintptr_t slots, uintptr_t keys,
            uintptr_t values, bool codes, long blocks, int block_size, int heads, int width) {

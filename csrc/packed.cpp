@@ -60,6 +60,12 @@ std::pair<std::shared_ptr<Chunk>, uint8_t*> take(size_t bytes) {
     return {chunk, (uint8_t*)begin};
 }
 
+// Four nibbles, the first the lowest, as bytes.
+uint32_t spread(uint32_t x) {
+    x = (x | x << 8) & 0x00ff00ff;
+    return (x | x << 4) & 0x0f0f0f0f;
+}
+
 // Transposes rows of `unit`-byte elements into a panel: element i of row r goes to slot (i, column of r).
 template <class T> void transpose(const char* codes, size_t stride, int rows, int column, int elements, T* panel) {
     constexpr int BLOCK = 128 / sizeof(T);  // so much of each row at a time, and the next asked for: as many streams as
@@ -167,9 +173,13 @@ void Packed::fill(long e, int first, int rows, const void* codes, size_t stride,
                 for (int g = 0; g < per_row; g++) {
                     uint8_t* out = panel + g * groups.bytes();
                     int begin = g * groups.size, end = begin + groups.size < k ? begin + groups.size : k;
-                    for (int c = begin; c < end; c++) {
-                        int code = row[c / 2] >> (c % 2 * 4) & 15, l = (c - begin) / 8, t = (c - begin) % 8;
-                        out[(l * PANEL + column + i) * 4 + t % 4] |= (uint8_t)(code << (t / 4 * 4));
+                    for (int c = begin; c < end; c += 8) {
+                        const int left = end - c;
+                        uint32_t eight = 0;
+                        std::memcpy(&eight, row + c / 2, left < 8 ? (left + 1) / 2 : 4);
+                        if (left < 8) eight &= (1u << left * 4) - 1;
+                        eight = spread(eight & 0xffff) | spread(eight >> 16) << 4;
+                        std::memcpy(out + ((c - begin) / 8 * PANEL + column + i) * 4, &eight, 4);
                     }
                     float s = row_scales[(size_t)(r - first + i) * per_row + g];
                     uint8_t* to = out + groups.codes();

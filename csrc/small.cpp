@@ -131,4 +131,16 @@ void route(const float* logits, const float* bias, long rows, long experts, cons
     });
 }
 
+void quantize(Values x, long stride, long rows, long inner, long group, uint8_t* codes, float* scales, uint8_t* zeros) {
+    if (inner < 2 || inner % 2 || group < 2 || group % 2) throw std::invalid_argument("columns that do not pair");
+    const SmallLoops& ops = kernels().small;
+    const long groups = (inner + group - 1) / group;
+    over(rows, inner, [&](long r) {
+        for (long g = 0; g < groups; g++) {
+            const long first = g * group, n = inner - first < group ? inner - first : group;
+            ops.to_int4(x + (r * stride + first), n, codes + (r * inner + first) / 2, scales + r * groups + g, zeros + r * groups + g);
+        }
+    });
+}
+
 }  // namespace glimmer

@@ -1,4 +1,5 @@
-// The doors that read and write each number once: embedding, norms, rotary, SwiGLU, routing. Not here: matrices, attention.
+// The doors that read and write each number once: embedding, norms, rotary, SwiGLU, routing, and quantising a weight. Not
+// here: products of matrices, attention.
 #pragma once
 
 #include "kernels.h"
@@ -24,6 +25,8 @@ struct SmallLoops {
     void (*rope)(Values x, const float* cos, const float* sin, long half);
     // scores (n) = 1 / (1 + e^-x)
     void (*sigmoid)(const float* x, long n, float* scores);
+    // A group of n numbers, n even, as int4: codes two a byte, the even one low. As _to_int4 in glimmer/weight.py.
+    void (*to_int4)(Values x, long n, uint8_t* codes, float* scale, uint8_t* zero);
 };
 
 // The element of x that lies n further on.
@@ -55,5 +58,8 @@ void rope(Heads q, Heads k, long rows, long width, const float* cos, const float
 // ids, scores (rows, top_k), the best first, equals in ascending order; a NaN counts as best and comes out as NaN. Throws
 // std::invalid_argument if the rule does not fit the experts.
 void route(const float* logits, const float* bias, long rows, long experts, const Rule& rule, int64_t* ids, float* scores);
+
+// x (rows, inner), rows `stride` elements apart, inner even -> codes (rows, inner / 2), scales and zeros (rows, groups).
+void quantize(Values x, long stride, long rows, long inner, long group, uint8_t* codes, float* scales, uint8_t* zeros);
 
 }  // namespace glimmer

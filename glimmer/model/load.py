@@ -21,6 +21,7 @@ from glimmer.config import ModelConfig
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.model import names
 from glimmer.model.glm4_moe import Glm4Moe
+from glimmer.ops import quantizer
 from glimmer.parallel import Group
 from glimmer.weight import GROUP, Weight, layout
 
@@ -49,6 +50,7 @@ class Plan:
     ):
         formats.check(config.quantization_config)
         self.checkpoint, self.dtype, self._config = checkpoint, dtype, config
+        self._quantize = quantizer()
         self._asked = None if quantization is None else (quantization, group_size or GROUP)
         self._read = partial(formats.read, checkpoint, gptq_zeros=formats.gptq_zeros(config.quantization_config))
         self._prefix = names.mtp_prefix(config)
@@ -142,6 +144,7 @@ class Plan:
     def tensors(self, progress: Callable[[int], None] = lambda nbytes: None) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of a checkpoint that holds what `fill` would make of this one, matrix by matrix."""
         with _one_thread() as threads:
+            self._quantize = quantizer(threads)
             for entry in self.entries:
                 for weights, parts in zip(self._matrices(entry, threads, progress), entry.groups):
                     for part, weight in zip(parts, weights):
@@ -183,7 +186,7 @@ class Plan:
         """Our cuts of matrices that are computed together, as they will be held."""
         weights = [self._read(part.name, part.rows, part.cols) for part in parts]
         if self._quantises(entry):
-            weights = [weight.quantize(*self._target(entry, part)) for weight, part in zip(weights, parts)]
+            weights = [self._quantize(weight, *self._target(entry, part)) for weight, part in zip(weights, parts)]
         if len({(w.kind, w.group) for w in weights}) > 1:
             kind = lambda w: w.kind if w.group is None else f"{w.kind} in groups of {w.group}"
             kinds = ", ".join(f"{part.name}: {kind(weight)}" for part, weight in zip(parts, weights))

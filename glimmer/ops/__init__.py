@@ -18,6 +18,7 @@ gets tensors and numbers, never a configuration; it writes over an input only if
                   dimension: codes, and the float32 scale of each slot and head)
     route         logits (T, E) float32, bias (E,) float32, rule -> ids (T, K) int64, scores (T, K) float32
     experts       x (T, H), ids, scores, gate_up, down (packed) -> (T, H) float32, a sum over K
+    quantize      plain or fp8 Weight, "int8" or "int4", group -> such a Weight, to be packed or stored
     pack_linear   Weights whose rows follow each other, dtype, device -> packed
     pack_experts  for each expert such Weights, their count, dtype, device -> packed; takes one expert at a time
 
@@ -34,6 +35,7 @@ from types import ModuleType
 from typing import Any
 
 from glimmer.errors import ConfigError
+from glimmer.weight import Weight
 
 log = logging.getLogger("glimmer")
 
@@ -64,6 +66,7 @@ class Ops:
     attention: Callable[..., Any]
     route: Callable[..., Any]
     experts: Callable[..., Any]
+    quantize: Callable[..., Any]
     pack_linear: Callable[..., Any]
     pack_experts: Callable[..., Any]
     record: Callable[[], Any] | None  # no door: what records the doors' calls, to be made again; None: nothing does
@@ -92,7 +95,8 @@ class Ops:
 
 
 # Modules of glimmer.ops that serve each kind of device, best first; reference completes them all.
-BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("native",), "cuda": (), "npu": ()}
+HOST = "cpu"
+BACKENDS: dict[str, tuple[str, ...]] = {HOST: ("native",), "cuda": (), "npu": ()}
 
 
 def choose(device: str, threads: int = 1) -> Ops:
@@ -100,6 +104,26 @@ def choose(device: str, threads: int = 1) -> Ops:
 
     Raises ConfigError when GLIMMER_OPS names no backend that is here.
     """
+    modules = _modules(device)
+    for module in modules:
+        if hasattr(module, "set_threads"):
+            module.set_threads(threads)
+    return Ops(**{f.name: _first(modules, f.name) for f in fields(Ops)})
+
+
+def quantizer(threads: int | None = None) -> Callable[[Weight, str, int | None], Weight]:
+    """The door `quantize` for matrices in the host's memory, where all are read, whatever device serves the model.
+
+    threads: for a backend that nobody has told yet how many it has. Raises ConfigError as `choose` does.
+    """
+    modules = _modules(HOST)
+    if threads is not None and hasattr(modules[0], "set_threads"):
+        modules[0].set_threads(threads)
+    return _first(modules, "quantize")
+
+
+def _modules(device: str) -> list[ModuleType]:
+    """What serves this kind of device, best first, the reference last."""
     asked = os.environ.get("GLIMMER_OPS", "")
     modules = [m for m in map(_load, BACKENDS.get(device, ())) if m is not None] + [_load("reference")]
     available = [m.__name__.rpartition(".")[2] for m in modules]
@@ -107,12 +131,11 @@ def choose(device: str, threads: int = 1) -> Ops:
         raise ConfigError(
             f"GLIMMER_OPS={asked!r}", " or ".join(map(repr, available)), "unset GLIMMER_OPS, or set it to one of these"
         )
-    if asked:
-        modules = [m for m in modules if m.__name__.endswith((f".{asked}", ".reference"))]
-    for module in modules:
-        if hasattr(module, "set_threads"):
-            module.set_threads(threads)
-    return Ops(**{f.name: next(getattr(m, f.name) for m in modules if hasattr(m, f.name)) for f in fields(Ops)})
+    return [m for m in modules if not asked or m.__name__.endswith((f".{asked}", ".reference"))]
+
+
+def _first(modules: list[ModuleType], name: str) -> Any:
+    return next(getattr(m, name) for m in modules if hasattr(m, name))
 
 
 @lru_cache

@@ -17,7 +17,7 @@ from torch import Tensor
 from glimmer import _native
 from glimmer.batch import Batch
 from glimmer.ops import RouteRule, reference
-from glimmer.weight import Weight
+from glimmer.weight import Weight, layout
 
 set_threads = _native.set_threads
 STRETCH = 4 << 20  # bytes of a plain matrix that are converted at once
@@ -268,6 +268,21 @@ def experts(x: Tensor, ids: Tensor, scores: Tensor, gate_up: _native.Packed, dow
         x.data_ptr(), narrow, len(x), ids.data_ptr(), scores.data_ptr(), ids.shape[1], gate_up, down, y.data_ptr()
     )
     return y
+
+
+def quantize(weight: Weight, kind: str, group: int | None) -> Weight:
+    """As the reference does, except that an int4 group's sums are added up in another order."""
+    kind, group = layout(kind, weight.shape[1], group)
+    if kind != "int4" or weight.codes.device.type != "cpu":
+        return reference.quantize(weight, kind, group)
+    values = weight.codes if weight.codes.dtype in FLOATS else weight.dequantize()
+    values = values if values.stride(1) == 1 else values.contiguous()
+    (out, inner), made = weight.shape, Weight.empty(kind, weight.shape, group, device=values.device)
+    _native.quantize(
+        values.data_ptr(), values.dtype == torch.bfloat16, values.stride(0), out, inner, group,
+        made.codes.data_ptr(), made.scales.data_ptr(), made.zeros.data_ptr(),
+    )  # fmt: skip
+    return made
 
 
 def pack_linear(parts: Sequence[Weight], dtype: torch.dtype, device: torch.device) -> _native.Packed:

@@ -105,6 +105,11 @@ def _linear_int4(x: Tensor, w: Weight) -> Tensor:
     return y
 
 
+def quantize(weight: Weight, kind: str, group: int | None) -> Weight:
+    """A plain or fp8 matrix as int8 or int4; see `Weight.quantize`."""
+    return weight.quantize(kind, group)
+
+
 def add_(y: Tensor, x: Tensor) -> None:
     """y (T, H) += x."""
     y.add_(x)

@@ -650,6 +650,41 @@ def test_experts_of_integers(how, hidden, case, doors, dtype, noise):
     assert_as_one_by_one(doors, dtype, x, ids, scores, halves, downs, 0.02)
 
 
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("inner", [2, 44, 88, 352, 1408])
+def test_quantize(inner, group, doors, dtype, noise):
+    """As the reference but for the last bits of sums, and each row the same whatever is beside it."""
+    values = noise(37, inner + 6, dtype=dtype)[:, :inner]  # rows that lie apart
+    values[3], values[5, 1], values[7, 0], values[9], values[11] = 0, torch.nan, -torch.inf, 1e-38, values[11].abs()
+    found, expected = (q(Weight("plain", values), "int4", group) for q in (doors[0].quantize, reference.quantize))
+    assert (found.kind, found.group, found.shape) == (expected.kind, expected.group, expected.shape)
+    assert torch.equal(found.scales, found.scales.bfloat16().float()) or found.scales.isnan().any()
+    ours, theirs = found.dequantize(), expected.dequantize()
+    assert torch.equal(ours.isnan(), theirs.isnan()) and ours[[5, 7]].isnan().any(1).all()
+    sound = [r for r in range(37) if r not in (5, 7)]
+    errors = [(x[sound] - values[sound].float()).square().sum(1) for x in (ours, theirs)]
+    assert (errors[0] <= 1.01 * errors[1] + 1e-12).all(), "no row is worse"
+    assert (found.nibbles() != expected.nibbles()).float().mean() < 0.01
+    for rows in (slice(0, 1), slice(4, 8), slice(30, 37)):
+        alone = doors[0].quantize(Weight("plain", values[rows]), "int4", group)
+        for part, whole in ((alone.codes, found.codes), (alone.scales, found.scales), (alone.zeros, found.zeros)):
+            assert torch.equal(part.nan_to_num(-1), whole[rows].nan_to_num(-1))
+
+
+@pytest.mark.parametrize("stored", ["fp8", "plain"])
+def test_quantize_of_what_is_stored_and_to_int8(stored, doors, noise):
+    values = noise(24, 96, scale=50)
+    weight = Weight("plain", values)
+    if stored == "fp8":
+        weight = Weight("fp8", values.to(torch.float8_e4m3fn), noise(24, 1).abs() + 0.1)
+    for kind, inner in (("int8", 96), ("int4", 95)):  # an odd width becomes int8
+        part = Weight(weight.kind, weight.codes[:, :inner], weight.scales)
+        found, expected = doors[0].quantize(part, kind, 32), part.quantize(kind, 32)
+        assert found.kind == "int8" and torch.equal(found.codes, expected.codes)
+    found, wide = doors[0].quantize(weight, "int4", 32), Weight("plain", weight.dequantize())
+    assert torch.equal(found.codes, doors[0].quantize(wide, "int4", 32).codes)
+
+
 def test_the_table_names_every_door(doors):
     ops, _ = doors
     assert [name for name, _ in ops.table()] == [name for name in Ops.__dataclass_fields__ if name != "record"]
