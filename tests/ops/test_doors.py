@@ -216,7 +216,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     return x @ w.T if bias is None else x @ w.T + bias
 
 
-SIZES = [(1, 64, 44), (7, 44, 88), (3, 88, 176), (4, 176, 1408), (33, 1408, 64), (2, 4096, 5)]
+SIZES = [(1, 64, 44), (7, 44, 88), (3, 88, 176), (4, 176, 1408), (33, 1408, 64), (2, 4096, 5), (30, 10944, 33)]
 
 
 @pytest.mark.parametrize("rows, inner, out", SIZES, ids=str)

@@ -182,7 +182,8 @@ def doors_of_rows(noise, dtype: torch.dtype) -> dict:
             case "int8":
                 return Weight("int8", (codes * 50).clamp(-127, 127).to(torch.int8), scales)
         nibbles = (codes[:, : inner // 2] * 1e4).long().remainder(256).to(torch.uint8)
-        return Weight("int4", nibbles, noise(out, inner // 32).abs(), None, 32)
+        zeros = nibbles[:, : inner // 32] % 16 if kind == "int4 with zeros" else None
+        return Weight("int4", nibbles, noise(out, inner // 32).abs(), zeros, 32)
 
     rule = RouteRule(8, 1, 1, True, 1.0)
     weight, bias = noise(512, dtype=dtype), noise(64)
@@ -194,7 +195,7 @@ def doors_of_rows(noise, dtype: torch.dtype) -> dict:
         "swiglu": native.swiglu,
         "route": lambda x: torch.cat(native.route(x[:, :64].float(), bias, rule), 1),
     }
-    for kind in ("plain", "fp8", "int8", "int4"):
+    for kind in ("plain", "fp8", "int8", "int4", "int4 with zeros"):
         one = native.pack_linear([packed(kind, 100, 512)], dtype, CPU)
         gate_up = native.pack_experts(([packed(kind, 96, 512), packed(kind, 96, 512)] for _ in range(8)), 8, dtype, CPU)
         down = native.pack_experts(([packed(kind, 512, 96)] for _ in range(8)), 8, dtype, CPU)
@@ -216,6 +217,15 @@ def test_rows_are_the_same_alone_and_among_others(dtype, noise, threads):
         threads(1)
         for a, b in ((0, 1), (7, 8), (299, 300), (3, 9), (0, 32), (100, 143)):
             assert same(door(x[a:b]), whole[a:b]), f"{name}: rows {a}..{b}"
+
+
+def test_rows_of_a_wide_matrix_are_the_same_alone_and_among_others(dtype, noise):
+    """Many rows of fp8 take a wide matrix in stretches."""
+    x, codes = noise(40, 9000, dtype=dtype), (noise(70, 9000) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+    packed = native.pack_linear([Weight("fp8", codes, noise(70, 1).abs())], dtype, CPU)
+    whole = native.linear(x, packed, None)
+    for a, b in ((0, 1), (39, 40), (5, 18)):
+        assert same(native.linear(x[a:b], packed, None), whole[a:b])
 
 
 def test_broken_rows_stay_alone(dtype, noise):
