@@ -50,7 +50,7 @@ class Plan:
     ):
         formats.check(config.quantization_config)
         self.checkpoint, self.dtype, self._config = checkpoint, dtype, config
-        self._quantize = quantizer()
+        self._quantize = None if quantization is None else quantizer()
         self._asked = None if quantization is None else (quantization, group_size or GROUP)
         self._read = partial(formats.read, checkpoint, gptq_zeros=formats.gptq_zeros(config.quantization_config))
         self._prefix = names.mtp_prefix(config)
