@@ -50,7 +50,6 @@ class Plan:
     ):
         formats.check(config.quantization_config)
         self.checkpoint, self.dtype, self._config = checkpoint, dtype, config
-        self._quantize = None if quantization is None else quantizer()
         self._asked = None if quantization is None else (quantization, group_size or GROUP)
         self._read = partial(formats.read, checkpoint, gptq_zeros=formats.gptq_zeros(config.quantization_config))
         self._prefix = names.mtp_prefix(config)
@@ -144,7 +143,6 @@ class Plan:
     def tensors(self, progress: Callable[[int], None] = lambda nbytes: None) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of a checkpoint that holds what `fill` would make of this one, matrix by matrix."""
         with _one_thread() as threads:
-            self._quantize = quantizer(threads)
             for entry in self.entries:
                 for weights, parts in zip(self._matrices(entry, threads, progress), entry.groups):
                     for part, weight in zip(parts, weights):
@@ -175,18 +173,21 @@ class Plan:
         """
         quantised = entry.groups and self._target(entry, entry.groups[0][0])[0] not in ("plain", "fp8")
         width = threads if quantised else 1
+        quantize = quantizer(threads) if self._quantises(entry) else Weight.quantize
         with ThreadPoolExecutor(width, initializer=lambda: torch.set_num_threads(1)) as workers:
             work = map if width == 1 or len(entry.groups) == 1 else workers.map
             for i in range(0, len(entry.groups), width):
-                yield from work(partial(self._weights, entry), entry.groups[i : i + width])
+                yield from work(partial(self._weights, entry, quantize=quantize), entry.groups[i : i + width])
                 self.checkpoint.release()
                 progress(sum(self._nbytes(entry, part) for g in entry.groups[i : i + width] for part in g))
 
-    def _weights(self, entry: names.Entry, parts: tuple[names.Part, ...]) -> list[Weight]:
-        """Our cuts of matrices that are computed together, as they will be held."""
+    def _weights(
+        self, entry: names.Entry, parts: tuple[names.Part, ...], quantize: Callable[..., Weight] = Weight.quantize
+    ) -> list[Weight]:
+        """Our cuts of matrices that are computed together, as they will be held; quantize: as the door of ops."""
         weights = [self._read(part.name, part.rows, part.cols) for part in parts]
         if self._quantises(entry):
-            weights = [self._quantize(weight, *self._target(entry, part)) for weight, part in zip(weights, parts)]
+            weights = [quantize(weight, *self._target(entry, part)) for weight, part in zip(weights, parts)]
         if len({(w.kind, w.group) for w in weights}) > 1:
             kind = lambda w: w.kind if w.group is None else f"{w.kind} in groups of {w.group}"
             kinds = ", ".join(f"{part.name}: {kind(weight)}" for part, weight in zip(parts, weights))

@@ -105,20 +105,18 @@ def choose(device: str, threads: int = 1) -> Ops:
     Raises ConfigError when GLIMMER_OPS names no backend that is here.
     """
     modules = _modules(device)
-    for module in modules:
-        if hasattr(module, "set_threads"):
-            module.set_threads(threads)
+    _tell(modules, threads)
     return Ops(**{f.name: _first(modules, f.name) for f in fields(Ops)})
 
 
-def quantizer(threads: int | None = None) -> Callable[[Weight, str, int | None], Weight]:
+def quantizer(threads: int) -> Callable[[Weight, str, int | None], Weight]:
     """The door `quantize` for matrices in the host's memory, where all are read, whatever device serves the model.
 
-    threads: for a backend that nobody has told yet how many it has. Raises ConfigError as `choose` does.
+    threads: as for `choose`, which has told them to no backend of the host's where another device serves. Raises
+    ConfigError as it does.
     """
     modules = _modules(HOST)
-    if threads is not None and hasattr(modules[0], "set_threads"):
-        modules[0].set_threads(threads)
+    _tell(modules, threads)
     return _first(modules, "quantize")
 
 
@@ -132,6 +130,12 @@ def _modules(device: str) -> list[ModuleType]:
             f"GLIMMER_OPS={asked!r}", " or ".join(map(repr, available)), "unset GLIMMER_OPS, or set it to one of these"
         )
     return [m for m in modules if not asked or m.__name__.endswith((f".{asked}", ".reference"))]
+
+
+def _tell(modules: list[ModuleType], threads: int) -> None:
+    for module in modules:
+        if hasattr(module, "set_threads"):
+            module.set_threads(threads)
 
 
 def _first(modules: list[ModuleType], name: str) -> Any:

@@ -658,7 +658,7 @@ def test_quantize(inner, group, doors, dtype, noise):
     values[3], values[5, 1], values[7, 0], values[9], values[11] = 0, torch.nan, -torch.inf, 1e-38, values[11].abs()
     found, expected = (q(Weight("plain", values), "int4", group) for q in (doors[0].quantize, reference.quantize))
     assert (found.kind, found.group, found.shape) == (expected.kind, expected.group, expected.shape)
-    assert torch.equal(found.scales, found.scales.bfloat16().float()) or found.scales.isnan().any()
+    assert torch.equal(found.scales.nan_to_num(), found.scales.bfloat16().float().nan_to_num())
     ours, theirs = found.dequantize(), expected.dequantize()
     assert torch.equal(ours.isnan(), theirs.isnan()) and ours[[5, 7]].isnan().any(1).all()
     sound = [r for r in range(37) if r not in (5, 7)]
