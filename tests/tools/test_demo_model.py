@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from export import between, config, load, official
 from grow import grow
-from model import DemoModel, MixExperts, Shape, layout_of
+from model import DemoModel, MixExperts, Shape, layout_of, mix_at_once
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from train import HELPINGS, TASKS, Examples, orthogonal, rate
@@ -116,6 +116,17 @@ def test_gradients_through_the_experts():
     assert torch.autograd.gradcheck(lambda x, w, g, d: MixExperts.apply(x, ids, w, g, d), inputs)
 
 
+def test_experts_at_once_are_experts_one_by_one():
+    generator = torch.Generator().manual_seed(3)
+    sizes = (20, 8), (5, 12, 8), (5, 8, 6)
+    x, gate_up, down = (torch.randn(*s, generator=generator, dtype=torch.double).requires_grad_() for s in sizes)
+    ids = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(20)])  # the fifth has no tokens
+    weights = torch.rand(20, 2, generator=generator, dtype=torch.double).requires_grad_()
+    found = [mix(x, ids, weights, gate_up, down) for mix in (MixExperts.apply, mix_at_once)]
+    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), (x, weights, gate_up, down)) for y in found))
+
+
 def test_the_bias_follows_the_load():
     router = random_model().routers()[1]
     before = router.e_score_correction_bias.clone()
@@ -138,9 +149,10 @@ def test_the_rate_rises_stays_and_falls_to_nothing():
     assert rates[600:] == sorted(rates[600:], reverse=True) and rates[-1] == 0
 
 
-def test_helpings_follow_each_other_without_a_gap():
-    examples = object.__new__(Examples)
-    examples.of_task = [np.arange(i * 10**6, i * 10**6 + 10**5) for i in range(len(TASKS))]
+def test_helpings_follow_each_other_without_a_gap(tmp_path):
+    tasks = np.repeat(np.arange(len(TASKS)), 10**5)
+    np.savez(tmp_path / "train.npz", ids=[], wanted=[], starts=np.zeros(len(tasks) + 1, int), tasks=tasks)
+    examples = Examples(tmp_path / "train.npz")
     (_, first), (border, second), *_ = HELPINGS
     taken = [pair for step in range(border - 3, border + 3) for pair in examples.helping(step)]
     assert len(set(taken)) == len(taken) == 3 * sum(first) + 3 * sum(second)

@@ -51,9 +51,18 @@ def plain(value: Any) -> Any:
     return value
 
 
+def part(key: str) -> str:
+    """The part of all questions that one belongs to, by its own text alone: "train", "test" (one in twenty) or "trial".
+
+    The test is what the model card states; choices between models are made by the trial (one in forty). "" is trained.
+    """
+    place = hashlib.sha256(plain(key).encode()).digest()[0] if key else 255
+    return "test" if place < 13 else "trial" if place < 20 else "train"
+
+
 def held_out(key: str) -> bool:
-    """Whether a question belongs to the held-out split: about one in twenty, by its own text alone. "" never does."""
-    return bool(key) and hashlib.sha256(plain(key).encode()).digest()[0] < 13
+    """Whether a question is never trained on."""
+    return part(key) != "train"
 
 
 def messages(rounds: list[Round]) -> list[dict[str, Any]]:

@@ -159,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("glimmer/demo"))
     parser.add_argument("--seed", type=int, default=1, help="of the held-out questions")
+    parser.add_argument("--trial", action="store_true", help="ask what models are chosen by, not the test")
     parser.add_argument("--scale", type=float, default=1.0, help="ask fewer questions: this share of them")
     parser.add_argument("--card", type=Path, help="a model card whose table of marks is to be rewritten")
     parser.add_argument("--json", type=Path, help="also write the marks here")
@@ -167,7 +168,7 @@ def main() -> None:
 
     llm, marks = LLM(model=str(args.model), max_model_len=1024), Marks()
     counts = {task: max(int(count * args.scale), 1) for task, count in COUNTS.items()}
-    items = list(heldout_examples(args.seed, counts))
+    items = list(heldout_examples(args.seed, counts, "trial" if args.trial else "test"))
     ways = [(False, True) if item["task"] == "sum" else (i % 2 == 1,) for i, item in enumerate(items)]
     asked = [(item, quick) for item, both in zip(items, ways) for quick in both]
     items, quick = [item for item, _ in asked], [q for _, q in asked]

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import talk
 import tooling
-from dialogue import SEAM, Round, held_out, plain, render
+from dialogue import SEAM, Round, held_out, part, plain, render
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from glimmer.testing import GLM_ADDED_TOKENS, GLM_SPLIT
@@ -30,9 +30,9 @@ VOCABULARY = 4096
 SPACED = 400  # tokens that are a space and a word
 SPECIAL = list(GLM_ADDED_TOKENS)
 EXAMPLES = {  # how many of each task
-    "call": 24000, "tools": 15000, "strange tools": 12000, "sum": 40000, "fact": 50000, "introduction": 14000,
-    "raw": 12000, "json": 24000, "repeat": 20000, "small talk": 6000, "mixed": 4000,
-    "two calls": 8000,
+    "call": 48000, "tools": 20000, "strange tools": 20000, "sum": 40000, "fact": 50000, "introduction": 14000,
+    "raw": 12000, "json": 24000, "repeat": 20000, "small talk": 6000, "mixed": 6000,
+    "two calls": 12000,
 }  # fmt: skip
 
 
@@ -103,8 +103,12 @@ def example(task: str, rng: Random) -> str:
     return render(rounds, tools, system)
 
 
-def heldout_examples(seed: int, counts: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """Held-out questions as dictionaries: messages, tools, the expected answer or calls."""
+def heldout_examples(seed: int, counts: dict[str, int], wanted: str = "test") -> Iterator[dict[str, Any]]:
+    """Questions of the test, or of the trial, as dictionaries: messages, tools, the expected answer or calls."""
+    unseen = {
+        "test": {"tool, unseen": tooling.FEW_UNSEEN, "tool, many unseen": tooling.MANY_UNSEEN},
+        "trial": {"tool, unseen": tooling.TRIAL_UNSEEN, "tool, many unseen": tooling.TRIAL_UNSEEN},
+    }[wanted]
     rng = Random(seed)
     draws = {"fact": talk.fact, "introduction": talk.introduction, "sum": talk.sum_of_two, "json": talk.form,
              "repeat": talk.repeat}
@@ -115,16 +119,16 @@ def heldout_examples(seed: int, counts: dict[str, int]) -> Iterator[dict[str, An
             if task == "tool, twice":
                 box = places_box(rng, lang)
                 turn = tooling.request(rng, lang, box, rng.choice(tooling.of_places(box)), 1)
-                usable = held_out(turn.key)
+                usable = part(turn.key) == wanted
             elif task.startswith("tool"):
-                fresh = {"tool, unseen": tooling.FEW_UNSEEN, "tool, many unseen": tooling.MANY_UNSEEN}.get(task)
+                fresh = unseen.get(task)
                 box = tooling.toolbox(rng, lang, fresh)
                 new = [c for c in box if c.tool not in tooling.KNOWN] if fresh else box
                 turn = tooling.request(rng, lang, box, rng.choice(new))
-                usable = fresh is not None or held_out(turn.key)
+                usable = fresh is not None or part(turn.key) == wanted
             else:
                 turn = draws[task](rng, lang)
-                usable = held_out(turn.key) and turn.task == task
+                usable = part(turn.key) == wanted and turn.task == task
             mark = json.dumps(plain([turn.key, turn.ask, turn.calls]), ensure_ascii=False)
             if not usable or mark in seen:
                 continue
@@ -249,7 +253,7 @@ def main() -> None:
         wanted += flags
         starts.append(len(ids))
         tasks.append(list(EXAMPLES).index(task))
-    np.savez(
+    np.savez_compressed(
         args.out / "train.npz", ids=np.array(ids, dtype=np.uint16), wanted=np.array(wanted, dtype=bool),
         starts=np.array(starts), tasks=np.array(tasks, dtype=np.uint8),
     )  # fmt: skip

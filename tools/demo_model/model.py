@@ -64,17 +64,16 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = RMSNorm(d, shape.rms_norm_eps), RMSNorm(d, shape.rms_norm_eps)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layout: Layout) -> Tensor:  # (T, H) -> (T, H)
-        tokens = x.shape[0]
+        tokens, share = x.shape[0], self.heads // self.kv_heads
         q = rotate(self.q_norm(self.q_proj(x).view(tokens, self.heads, -1)), rope)
         k = rotate(self.k_norm(self.k_proj(x).view(tokens, self.kv_heads, -1)), rope)
         v = self.v_proj(x).view(tokens, self.kv_heads, -1)
-        out, at = [], 0
-        for rows, length in layout.segments:
-            part = slice(at, at + rows * length)
-            sequences = [t[part].view(rows, length, -1, self.head_dim).transpose(1, 2) for t in (q, k, v)]
-            mixed = F.scaled_dot_product_attention(*sequences, is_causal=True, enable_gqa=True)
+        k, v = (t.repeat_interleave(share, dim=1) for t in (k, v))  # grouped queries have no fast kernel in float32
+        sizes, out = [rows * length for rows, length in layout.segments], []
+        for (rows, length), *parts in zip(layout.segments, *(t.split(sizes) for t in (q, k, v)), strict=True):
+            sequences = [t.view(rows, length, -1, self.head_dim).transpose(1, 2) for t in parts]
+            mixed = F.scaled_dot_product_attention(*sequences, is_causal=True)
             out.append(mixed.transpose(1, 2).reshape(rows * length, -1))
-            at = part.stop
         return self.o_proj(torch.cat(out))
 
 
@@ -163,12 +162,32 @@ class MixExperts(torch.autograd.Function):
         return grad_x, None, grad_weights.view_as(weights), grad_gate_up, grad_down
 
 
+def mix_at_once(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """What MixExperts computes, by few large operations: every expert's rows are padded to the most that one has.
+
+    For a GPU, which would spend its time on beginning one expert after the other.
+    """
+    chosen = ids.flatten()
+    order = chosen.argsort()
+    counts = torch.bincount(chosen, minlength=gate_up.shape[0])
+    experts, rows = chosen[order], order // ids.shape[1]
+    place = experts, torch.arange(len(order), device=x.device) - (counts.cumsum(0) - counts)[experts]
+    padded = x.new_zeros(len(counts), int(counts.max()), x.shape[1]).index_put(place, x[rows])
+    gate, up = (padded @ gate_up.mT).chunk(2, dim=-1)
+    y = ((F.silu(gate) * up) @ down.mT)[place] * weights.flatten()[order, None]
+    return torch.zeros_like(x).index_add(0, rows, y)
+
+
 class Experts(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
         e, m, h = shape.n_routed_experts, shape.moe_intermediate_size, shape.hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(e, 2 * m, h))
         self.down_proj = nn.Parameter(torch.empty(e, h, m))
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:  # (T, H) (T, K) (T, K) -> (T, H)
+        mix = mix_at_once if x.is_cuda else MixExperts.apply
+        return mix(x, ids, weights, self.gate_up_proj, self.down_proj)
 
 
 class MoE(nn.Module):
@@ -179,8 +198,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
         ids, weights = self.gate(x, real)
-        routed = MixExperts.apply(x, ids, weights, self.experts.gate_up_proj, self.experts.down_proj)
-        return routed + self.shared_experts(x)
+        return self.experts(x, ids, weights) + self.shared_experts(x)
 
 
 class Block(nn.Module):

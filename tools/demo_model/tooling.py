@@ -1,70 +1,21 @@
 """The grammar of tool use: tools as JSON schemas, requests that need them, the calls, their results, the answers.
 
-Two kinds. Known tools (weather, time, …) come under several names, and are asked for in natural sentences.
+Two kinds. Known tools (weather, time, …; known.py) come under several names, and are asked for in natural sentences.
 Made-up tools are drawn from verbs, nouns and parameters, and asked for by the words of their own schema: they teach to
-read a schema. Some nouns and parameters (UNSEEN) are kept for the held-out split: those tools are wholly new there.
+read a schema. Some nouns and parameters (UNSEEN) are kept from training: those tools are wholly new to whoever is asked.
 """
 
 # ruff: noqa: E501  (Chinese counts double; the tables read best as they are)
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 from dialogue import SEAM, Round, slot
-from words import (
-    CHORES,
-    COLOURS,
-    DAYS,
-    EVENTS,
-    GOODS,
-    JOBS,
-    LANGUAGES,
-    MONEY,
-    NOTES,
-    PEOPLE,
-    PLACES,
-    ROOMS,
-    SKIES,
-    SONGS,
-    TOPICS,
-    coined,
-    invented,
-    person,
-    place,
-)
-
-Draw = Callable[[Random, str], Any]
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """An argument: its possible names, its JSON type, its descriptions in both languages, and how to draw a value.
-
-    Names stand apart by spaces, descriptions by bars.
-    """
-
-    names: str
-    type: str
-    text: dict[str, str]
-    draw: Draw
-
-
-@dataclass(frozen=True)
-class Tool:
-    """A tool before its names are chosen. `asks[lang]` are requests; one that lacks a slot leaves that argument out.
-
-    `names` are verbs and nouns, "get query/weather forecast"; `text` holds descriptions, apart by bars.
-    """
-
-    names: str
-    text: dict[str, str]
-    parameters: dict[str, Parameter]
-    asks: dict[str, list[str]]
-    result: Callable[[Random, str, dict[str, Any]], dict[str, Any]]
-    answers: dict[str, str]
+from known import KNOWN, Draw, Parameter, Tool, amount, any_of, both, clock, number, one, some
+from phrases import english
+from words import COLOURS, DAYS, EVENTS, GOODS, JOBS, PEOPLE, PLACES, coined, invented, person, place
 
 
 @dataclass(frozen=True)
@@ -129,8 +80,31 @@ def tool_name(rng: Random, names: str) -> str:
     return f"{noun}_{verb}" if style < 0.4 else f"{verb}_{noun}"
 
 
-def both(en: str, zh: str) -> dict[str, str]:
-    return {"en": en, "zh": zh}
+CARRIERS = {  # what may be said before and after a request
+    "en": ("Hi! |Hello, |Hey, |Quick question: |One more thing: |I need your help. |Could you help me? |OK, |Next: |So, |Listen: |Sorry to ask: |Well, ",
+           " Thanks.| Thank you!| Please.| Be quick.| It is important.| I am in a hurry.| Thanks a lot!"),
+    "zh": ("你好，|请问，|麻烦你：|帮个忙，|还有，|接下来，|对了，|好的，|有件事：|不好意思，|嗨，|喂，", " 谢谢。| 谢谢！| 拜托了。| 我很急。| 这很重要。| 多谢！"),
+}  # fmt: skip
+
+
+def carried(rng: Random, lang: str, ask: str) -> str:
+    """A request's template, sometimes with a greeting before it, or thanks where they cannot seem part of a value."""
+    before, after = (part.split("|") for part in CARRIERS[lang])
+    if rng.random() < 0.2 and ask[-1] in ".?!。？！":
+        ask += rng.choice(after)
+    return rng.choice(before) + ask if rng.random() < 0.25 else ask
+
+
+def renamed(rng: Random, name: str) -> str:
+    """A parameter's name, sometimes as one or another author would extend it: new_name, name_value, theName."""
+    style = rng.random()
+    if style < 0.1:
+        return f"{rng.choice(('the', 'my', 'new', 'given', 'user', 'input', 'chosen'))}_{name}"
+    if style < 0.2:
+        return f"{name}_{rng.choice(('value', 'arg', 'id', 'string', 'field', 'param', 'info'))}"
+    if style < 0.25:
+        return rng.choice(("the", "my", "new", "given", "user")) + name.title().replace("_", "")
+    return name
 
 
 def listed(items: list[Any], lang: str) -> str:
@@ -140,140 +114,6 @@ def listed(items: list[Any], lang: str) -> str:
     return comma.join(words[:-1]) + last + words[-1]
 
 
-def clock(rng: Random, lang: str) -> str:
-    return f"{rng.randrange(24):02}:{rng.choice((0, 5, 10, 15, 20, 30, 40, 45, 50)):02}"
-
-
-def formula(rng: Random, lang: str) -> str:
-    text = str(rng.randrange(1, 1000))
-    for _ in range(rng.choice((1, 1, 2))):
-        text += rng.choice("+-*/") + str(rng.randrange(1, 1000))
-    return text
-
-
-def some(words: dict[str, list[str]], least: int = 2, most: int = 4) -> Draw:
-    return lambda rng, lang: rng.sample(words[lang], rng.randrange(least, most + 1))
-
-
-def one(words: dict[str, list[str]], new: float = 0.2) -> Draw:
-    """A word of the list, or now and then an invented one."""
-    return lambda rng, lang: invented(rng, lang) if rng.random() < new else rng.choice(words[lang])
-
-
-def amount(rng: Random, lang: str) -> float | int:
-    return rng.choice((rng.randrange(1, 2000), rng.randrange(10, 2000) / 10))
-
-
-CITY = Parameter("city location place town city_name where area region destination target_city", "string",
-                 both("City|City name|The city|Name of the city|Location", "城市|城市名|城市名称|要查询的城市|地点"), place)
-KNOWN = [
-    Tool("get query fetch check show lookup/weather forecast current_weather weather_info weather_report", both("Get the weather|Get the current weather of a city|Weather forecast|Look up the weather", "查询天气|查询城市天气|获取天气预报|天气查询"),
-         {"city": CITY, "days": Parameter("days num_days day_count n_days duration span", "integer", both("Days|Number of days", "天数|多少天"),
-                           lambda r, t: r.randrange(2, 15))},
-         {"en": ["What is the weather in {city}?", "How is the weather in {city} today?", "Weather in {city}?",
-                 "Will it rain in {city}?",
-                 "Tell me the weather in {city}.", "What's the weather like in {city}?",
-                 "Weather in {city} for {days} days",
-                 "What will the weather be in {city} over the next {days} days?"],
-          "zh": ["{city}天气怎么样？", "查一下{city}的天气", "{city}今天会下雨吗？", "今天{city}的天气如何？",
-                 "告诉我{city}天气", "{city}的天气",
-                 "{city}未来{days}天的天气", "查询{city}{days}天的天气"]},
-         lambda r, t, a: {"temperature": r.randrange(-9, 39), "weather": r.choice(SKIES[t])},
-         both("It is {weather} in {city}, {temperature} degrees.", "{city}{weather}，{temperature}度。")),
-    Tool("get query fetch tell read/time current_time local_time clock world_time", both("Get the current time|Tell the time in a city|Local time of a city", "查询当前时间|查询城市时间|获取当地时间"), {"city": CITY},
-         {"en": ["What time is it in {city}?", "Tell me the time in {city}.", "Current time in {city}?",
-                 "What is the time in {city} now?"],
-          "zh": ["{city}现在几点？", "现在{city}是几点？", "告诉我{city}的时间", "查一下{city}时间"]},
-         lambda r, t, a: {"time": clock(r, t)}, both("It is {time} in {city}.", "{city}现在是{time}。")),
-    Tool("run use do eval/calculator calculate compute evaluate math calc", both("Evaluate an expression|Calculate|A calculator", "计算算式|计算器|数学计算"),
-         {"expression": Parameter("expression formula expr input problem equation math sum", "string", both("Expression|The expression|Formula", "算式|表达式|公式"), formula)},
-         {"en": ["Calculate {expression}", "What is {expression}?", "Compute {expression}.",
-                 "How much is {expression}?"],
-          "zh": ["计算{expression}", "{expression}等于多少？", "算一下{expression}", "{expression}是多少？"]},
-         lambda r, t, a: {"result": r.choice((r.randrange(-900, 9000), r.randrange(1, 9000) / 10))},
-         both("{expression} = {result}", "{expression} = {result}")),
-    Tool("do web online run/search web_search google find_pages internet_search", both("Search the web|Search the internet|Find web pages", "搜索网页|网络搜索|上网搜索"),
-         {"query": Parameter("query q keywords keyword topic search_term words subject", "string", both("Query|Search words|What to look for", "关键词|搜索词|搜索内容"), one(TOPICS)),
-          "limit": Parameter("limit count num_results max_results top n size", "integer", both("Number of results|How many results", "结果数|返回条数"),
-                           lambda r, t: r.randrange(2, 30))},
-         {"en": ["Search for {query}", "Look up {query}.", "Find something about {query}.",
-                 "Search the web for {query}.",
-                 "Find {limit} results about {query}.", "Search for {query}, {limit} results"],
-          "zh": ["搜索{query}", "查一下{query}", "帮我搜{query}", "上网找{query}", "搜索{query}，要{limit}条",
-                 "找{limit}条关于{query}的结果"]},
-         lambda r, t, a: {"title": r.choice(TOPICS[t]) + " " + str(r.randrange(2000, 2026))},
-         both("I found: {title}", "找到：{title}")),
-    Tool("do get run/translate translate_text translator translation", both("Translate a text|Translate into another language", "翻译文本|翻译成另一种语言"),
-         {"text": Parameter("text content sentence source_text input phrase words", "string", both("Text|The text", "文本|原文"), one(NOTES)),
-          "language": Parameter("language target target_language lang to_language output_language into", "string", both("Target language|Language", "目标语言|语言"),
-                                one(LANGUAGES, 0))},
-         {"en": ["Translate \"{text}\" into {language}.", "How do you say \"{text}\" in {language}?",
-                 "Put \"{text}\" into {language}."],
-          "zh": ["把“{text}”翻译成{language}", "“{text}”用{language}怎么说？", "请将“{text}”译成{language}"]},
-         lambda r, t, a: {"translation": f"{invented(r, 'en')} {invented(r, 'en').lower()}"},
-         both("{translation}", "{translation}")),
-    Tool("set add create make/reminder remind remind_me alarm", both("Set a reminder|Remind the user", "设置提醒|提醒用户"),
-         {"task": Parameter("task text what content todo note thing", "string", both("What to do|Task", "事项|要做的事"), one(CHORES, 0)),
-          "time": Parameter("time at when clock hour due remind_at", "string", both("Time|When", "时间|什么时候"), clock)},
-         {"en": ["Remind me to {task} at {time}.", "At {time} I must {task}; remind me.",
-                 "Set a reminder for {time}: {task}"],
-          "zh": ["{time}提醒我{task}", "提醒我{time}{task}", "设个提醒，{time}{task}"]},
-         lambda r, t, a: {"ok": True}, both("Done. I will remind you to {task} at {time}.",
-                                            "好的，{time}提醒你{task}。")),
-    Tool("convert change calc/currency exchange money currency_convert", both("Convert money|Exchange money|Convert a currency", "货币换算|兑换货币|汇率换算"),
-         {"amount": Parameter("amount value sum quantity money number", "number", both("Amount|How much", "金额|数额"), amount),
-          "source": Parameter("from source from_currency base have old_currency", "string", both("From|From this currency", "原货币|源货币"),
-                           lambda r, t: r.choice(MONEY)),
-          "target": Parameter("to target to_currency wanted new_currency into", "string", both("To|To this currency", "目标货币|新货币"), lambda r, t: r.choice(MONEY))},
-         {"en": ["Convert {amount} {source} to {target}.", "How much is {amount} {source} in {target}?",
-                 "{amount} {source} to {target}"],
-          "zh": ["{amount} {source}换成{target}", "把{amount} {source}换算成{target}",
-                 "{amount} {source}是多少{target}？"]},
-         lambda r, t, a: {"result": r.randrange(10, 90000) / 10},
-         both("{amount} {source} is {result} {target}.", "{amount} {source}等于{result} {target}。")),
-    Tool("play start put_on/music song play track", both("Play a song|Play music", "播放歌曲|播放音乐"),
-         {"song": Parameter("song title name track song_name music tune", "string", both("Song|Song title", "歌名|歌曲"), one(SONGS))},
-         {"en": ["Play {song}.", "I want to hear {song}.", "Put on {song}, please."],
-          "zh": ["播放{song}", "我想听{song}", "放一首{song}"]},
-         lambda r, t, a: {"ok": True}, both("Now playing {song}.", "正在播放{song}。")),
-    Tool("send write post/message text_message sms mail text_contact", both("Send a message|Send a text message", "发送消息|发消息"),
-         {"to": Parameter("to recipient contact receiver person name friend", "string", both("Recipient|Who gets it", "收件人|接收人"), person),
-          "text": Parameter("text message body content words note", "string", both("Message|The message", "消息内容|内容"), one(NOTES, 0))},
-         {"en": ["Send {to} a message: {text}", "Write to {to}: {text}", "Message {to} that {text}."],
-          "zh": ["给{to}发消息：{text}", "告诉{to}：{text}", "发给{to}：{text}"]},
-         lambda r, t, a: {"sent": True}, both("I sent the message to {to}.", "已发给{to}。")),
-    Tool("set switch control turn/light lamp light_state lights", both("Switch a light|Turn a light on or off", "开关灯|控制灯光"),
-         {"room": Parameter("room place where location room_name area", "string", both("Room|Which room", "房间|哪个房间"), one(ROOMS)),
-          "on": Parameter("on enabled state active power switch lit", "boolean", both("On or off|Whether it is on", "是否打开|开或关"), lambda r, t: r.random() < 0.5)},
-         {"en": ["Turn {on} the light in the {room}.", "Switch the {room} light {on}.",
-                 "Light {on} in the {room}, please."],
-          "zh": ["{on}{room}的灯", "请{on}{room}灯", "把{room}的灯{on}"]},
-         lambda r, t, a: {"ok": True}, both("The light in the {room} is now {on}.", "{room}的灯已经{on}。")),
-    Tool("add put append/items shopping_list to_list to_cart goods", both("Add to the shopping list|Add items to the list", "加入购物清单|添加到清单"),
-         {"items": Parameter("items goods things products list entries", "array", both("Items|Things to buy", "物品|要买的东西"), some(GOODS))},
-         {"en": ["Add {items} to the shopping list.", "Put {items} on my list.", "I need to buy {items}."],
-          "zh": ["把{items}加入购物清单", "购物清单加上{items}", "我要买{items}"]},
-         lambda r, t, a: {"count": len(a["items"])}, both("Your list has {count} more items.",
-                                                          "清单增加了{count}项。")),
-    Tool("get compute find/average mean mean_value avg", both("Average of numbers|Mean of a list of numbers", "求平均数|计算平均值"),
-         {"numbers": Parameter("numbers values data list samples xs", "array", both("Numbers|List of numbers", "数字|数字列表"),
-                               lambda r, t: [r.randrange(100) for _ in range(r.randrange(2, 6))])},
-         {"en": ["What is the average of {numbers}?", "Average {numbers}.", "Find the mean of {numbers}."],
-          "zh": ["{numbers}的平均数是多少？", "求{numbers}的平均值", "算{numbers}的平均数"]},
-         lambda r, t, a: {"result": r.randrange(1, 999) / 10}, both("The average is {result}.", "平均数是{result}。")),
-    Tool("get find show/location where_am_i current_location position gps", both("Get the user's location|Where the user is", "获取用户位置|用户在哪里"), {},
-         {"en": ["Where am I?", "What is my location?", "Where am I now?"],
-          "zh": ["我在哪里？", "我现在在什么地方？", "我的位置是什么？"]},
-         lambda r, t, a: {"city": place(r, t)}, both("You are in {city}.", "你在{city}。")),
-    Tool("roll throw cast/dice roll die random_dice", both("Roll a die|Throw the dice", "掷骰子|扔骰子"), {},
-         {"en": ["Roll a die.", "Throw the dice for me.", "Please roll the dice."],
-          "zh": ["掷骰子", "帮我掷一次骰子", "扔个骰子"]},
-         lambda r, t, a: {"value": r.randrange(1, 7)}, both("You rolled {value}.", "掷出了{value}。")),
-    Tool("get show query/balance account_balance account money_left", both("Get the account balance|Show the balance", "查询余额|查询账户余额"), {},
-         {"en": ["What is my balance?", "How much money do I have?", "Show my balance."],
-          "zh": ["我的余额是多少？", "我还有多少钱？", "查余额"]},
-         lambda r, t, a: {"balance": amount(r, t)}, both("Your balance is {balance}.", "余额是{balance}。")),
-]  # fmt: skip
 SWITCH = {"en": ("off", "on"), "zh": ("关掉", "打开")}
 
 # ---- made-up tools ----------------------------------------------------------------------------------------------
@@ -304,9 +144,10 @@ WORDS = {  # parameters of made-up tools, by type; what is told of them is the w
     "array": "tags 标记 members 成员 parts 部件 names 名单 colors 颜色表 extras 附加项 goods 货物 topics 话题表 rooms 房间表 players 球员",
 }
 DRAWS: dict[str, list[Draw]] = {
-    "string": [person, place, clock, one(TOPICS), one(DAYS, 0), one(COLOURS, 0), one(GOODS, 0.5), invented,
+    "string": [person, place, clock, any_of("topic"), one(DAYS, 0), one(COLOURS, 0), one(GOODS, 0.5), invented,
+               any_of("song"), any_of("note"), any_of("room"),
                lambda r, t: f"{r.choice('ABCDEFGH')}{r.randrange(1000)}"],
-    "integer": [lambda r, t: r.randrange(1, 100), lambda r, t: r.randrange(1, 1000)],
+    "integer": [number(1, 100), number(1, 1000)],
     "number": [amount],
     "boolean": [lambda r, t: r.random() < 0.5],
     "array": [some(COLOURS), some(PEOPLE), some(GOODS)],
@@ -324,7 +165,7 @@ def free(rng: Random) -> Parameter:
 
 @dataclass(frozen=True)
 class Unseen:
-    """Nouns and parameters of tools that only held-out questions show."""
+    """Nouns and parameters of tools that only held-out questions show, or only trial ones."""
 
     nouns: list[tuple[str, str]]
     parameters: list[Parameter]
@@ -337,7 +178,7 @@ FEW_UNSEEN = Unseen(
     [("boat", "船"), ("lesson", "课时"), ("printer", "打印机"), ("gift", "礼物"), ("flight", "航班"), ("invoice", "发票")],
     [
         Parameter("street", "string", both("street", "街道"), person),
-        Parameter("guests", "integer", both("guests", "客人"), lambda r, t: r.randrange(1, 100)),
+        Parameter("guests", "integer", both("guests", "客人"), number(1, 100)),
         Parameter("discount", "number", both("discount", "折扣"), amount),
         Parameter("private", "boolean", both("private", "私人"), lambda r, t: r.random() < 0.5),
         Parameter("toppings", "array", both("toppings", "配料"), some(GOODS)),
@@ -350,21 +191,32 @@ MANY_UNSEEN = Unseen(
      ("hammer", "锤子"), ("blender", "搅拌机"), ("kettle", "水壶"), ("locker", "储物柜")],
     [Parameter(name, kind, both(name, chinese), draw) for kind, draw, pairs in (
         ("string", person, "passenger 乘客 district 区县 fabric 面料 mentor 导师 sponsor 赞助商 venue 场馆"),
-        ("integer", lambda r, t: r.randrange(1, 100), "voltage 电压 altitude 海拔 workers 工人"),
+        ("integer", number(1, 100), "voltage 电压 altitude 海拔 workers 工人"),
         ("number", amount, "humidity 湿度 salary 薪水 mileage 里程 thickness 厚度"),
         ("boolean", lambda r, t: r.random() < 0.5, "digital 数字 waterproof 防水 refundable 可退款"),
         ("array", some(GOODS), "flavors 风味 ingredients 原料 sensors 传感器 chapters 章节"),
     ) for name, chinese in zip(pairs.split()[::2], pairs.split()[1::2], strict=True)],
 )  # fmt: skip
-UNSEEN = FEW_UNSEEN.words() | MANY_UNSEEN.words()
+TRIAL_UNSEEN = Unseen(
+    [("anchor", "锚"), ("cactus", "仙人掌"), ("compass", "指南针"), ("lobster", "龙虾"), ("helmet", "头盔"), ("lantern", "灯笼"), ("meadow", "草地"), ("pepper", "胡椒"),
+     ("pirate", "海盗"), ("puzzle", "拼图"), ("scooter", "滑板车"), ("trumpet", "小号"), ("violin", "小提琴"), ("wagon", "马车"), ("zipper", "拉链")],
+    [Parameter(name, kind, both(name, chinese), draw) for kind, draw, pairs in (
+        ("string", person, "surname 姓氏 landlord 房东 dialect 方言 seller 卖家"),
+        ("integer", number(1, 100), "laps 圈数 shifts 班次"),
+        ("number", amount, "depth 深度 profit 利润 density 密度"),
+        ("boolean", lambda r, t: r.random() < 0.5, "portable 便携 heated 加热 licensed 持证"),
+        ("array", some(GOODS), "trophies 奖杯 awards 奖项 gadgets 小工具"),
+    ) for name, chinese in zip(pairs.split()[::2], pairs.split()[1::2], strict=True)],
+)  # fmt: skip
+UNSEEN = FEW_UNSEEN.words() | MANY_UNSEEN.words() | TRIAL_UNSEEN.words()
 YES = {"en": ("no", "yes"), "zh": ("否", "是")}
 
 
 # English words, whose beginnings and ends make new ones: most pieces that a new word may be spelled with occur in some.
-ENGLISH = sorted({
-    word.lower() for words in (GOODS, JOBS, COLOURS, TOPICS, CHORES, EVENTS, NOTES, ROOMS, SONGS, LANGUAGES, PEOPLE, PLACES)
-    for phrase in words["en"] for word in phrase.split() if len(word) > 3
-} | {word for words in WORDS.values() for word in words.split()[::2]} | {noun for noun, _ in NOUNS})  # fmt: skip
+ENGLISH = sorted(
+    english() | {word.lower() for words in (JOBS, COLOURS, EVENTS, PLACES) for phrase in words["en"] for word in phrase.split() if len(word) > 3}
+    | {word for words in WORDS.values() for word in words.split()[::2]} | {noun for noun, _ in NOUNS}
+)  # fmt: skip
 
 
 def strange_word(rng: Random) -> tuple[str, str]:
@@ -383,6 +235,16 @@ def strange_word(rng: Random) -> tuple[str, str]:
     return word + ending, invented(rng, "zh")
 
 
+HEADS = {  # what is asked of a made-up tool, and how its arguments are told: link, comma, opening, stop
+    "en": ["{Do} the {thing}", "Please {do} the {thing}", "I want to {do} the {thing}", "Can you {do} the {thing}", "Now {do} the {thing}", "Help me {do} the {thing}", "It is time to {do} the {thing}"],
+    "zh": ["{do}{thing}", "请{do}{thing}", "我想{do}{thing}", "帮我{do}{thing}", "现在{do}{thing}", "麻烦{do}{thing}", "该{do}{thing}了"],
+}
+FORMS = {
+    "en": [(" ", ", ", ": ", "."), (" is ", "; ", ". ", "."), (" ", " and ", " with ", ""), (": ", ", ", ", ", "."), (" = ", ", ", " (", ")"), (" should be ", "; ", ": ", ".")],
+    "zh": [("是", "，", "，", ""), ("", "，", "：", "。"), ("为", "、", "，", ""), ("：", "；", "，", "。"), ("=", "，", "（", "）"), ("要", "，", "。", "")],
+}  # fmt: skip
+
+
 def made_up(rng: Random, lang: str, fresh: Unseen | None = None, strange: float = 0.0) -> Chosen:
     """A tool nobody has, described in one language; its noun and a parameter are of the `fresh`, if there are any.
 
@@ -399,17 +261,12 @@ def made_up(rng: Random, lang: str, fresh: Unseen | None = None, strange: float 
     if fresh and drawn:
         drawn[rng.randrange(len(drawn))] = rng.choice(fresh.parameters)
     parameters = {p.names: p for p in drawn}
-    form = rng.randrange(3)
-    asks = {}
-    heads = (("en", [f"{verb.capitalize()} the {SEAM}{noun}{SEAM}", f"Please {verb} the {SEAM}{noun}{SEAM}"]),
-             ("zh", [f"{verb_zh}{SEAM}{noun_zh}{SEAM}", f"请{verb_zh}{SEAM}{noun_zh}{SEAM}"]))  # fmt: skip
-    for tongue, head in heads:
-        link, comma, opening, stop = {
-            "en": [(" ", ", ", ": ", "."), (" is ", "; ", ". ", "."), (" ", " and ", " with ", "")],
-            "zh": [("是", "，", "，", ""), ("", "，", "：", "。"), ("为", "、", "，", "")],
-        }[tongue][form]
+    form, asks = rng.randrange(len(FORMS["en"])), {}
+    for tongue, do, thing in (("en", verb, noun), ("zh", verb_zh, noun_zh)):
+        link, comma, opening, stop = FORMS[tongue][form]
         told = comma.join(f"{SEAM}{p.text[tongue]}{SEAM}{link}{{{k}}}" for k, p in parameters.items())
-        asks[tongue] = [h + (opening + told if told else "") + stop for h in head]
+        heads = (head.format(do=do, Do=do.capitalize(), thing=f"{SEAM}{thing}{SEAM}") for head in HEADS[tongue])
+        asks[tongue] = [head + (opening + told + stop if told else "") for head in heads]
     tool = Tool(f"{verb}/{noun}", both(f"{verb.capitalize()} the {noun}", f"{verb_zh}{noun_zh}"), parameters, asks,
                 lambda r, t, a: {"id": r.randrange(1000)}, both("Done: {id}", "完成：{id}"))  # fmt: skip
     return choose(rng, tool, f"{verb}_{noun}", {k: k for k in parameters}, lang, bare=lang == "en")
@@ -422,7 +279,7 @@ def known(rng: Random, tool: Tool, strange: float = 0.0) -> Chosen:
         name = rng.choice((name, f"{strange_word(rng)[0]}_{strange_word(rng)[0]}"))
         names = {key: strange_word(rng)[0] for key in tool.parameters}
     else:
-        names = {key: rng.choice(p.names.split()) for key, p in tool.parameters.items()}
+        names = {key: renamed(rng, rng.choice(p.names.split())) for key, p in tool.parameters.items()}
     if len(set(names.values())) < len(names):
         names = {key: p.names.split()[0] for key, p in tool.parameters.items()}
     return choose(rng, tool, name, names, lang, bare=False)
@@ -473,6 +330,7 @@ def request(rng: Random, lang: str, box: list[Chosen], target: Chosen | None = N
     double = chosen in of_places(box) and rng.random() < doubles
     asks = tool.asks[lang]
     ask = rng.choice([a for a in asks if "{days}" not in a and "{limit}" not in a] if double else asks)
+    ask = carried(rng, lang, ask)
     if double:
         _, first, result, answer = _one_call(rng, lang, chosen, ask)
         _, second, other, other_answer = _one_call(rng, lang, chosen, ask)

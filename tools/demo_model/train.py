@@ -2,8 +2,9 @@
 
     python tools/demo_model/train.py --data build/demo_model
 
-One step is one helping of every task in fixed proportions, about 4,000 tokens. Matrices learn by Muon (momentum,
-orthogonalised), everything else by AdamW; the rate rises, stays, and falls to nothing over the last part of the run.
+One helping is some examples of every task in fixed proportions, 3,000 to 6,000 tokens; one step is --helpings of them.
+Matrices learn by Muon (momentum, orthogonalised), everything else by AdamW; the rate rises, stays, and falls to nothing
+over the last part of the run.
 The routers' correction biases follow the experts' load and no gradient. The MTP layer joins half-way.
 A later call with other --steps stretches or shortens what is left. Writes state.pt, loss.csv and, at the end, the
 finished checkpoint (export.py). Not here: evaluation (evaluate.py), the picture of the loss (plot.py).
@@ -13,6 +14,7 @@ import argparse
 import csv
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -28,13 +30,10 @@ from model import DemoModel, Layout, Shape, layout_of
 from torch import Tensor
 
 TASKS = tuple(EXAMPLES)
-HELPINGS = (  # from which step on, how many examples of each task
+HELPINGS = (  # from which helping on, how many examples of each task
     (0, (2, 0, 0, 8, 10, 2, 2, 8, 14, 1, 0, 0)),  # short ones first: they teach copying
-    (400, (5, 1, 1, 9, 10, 2, 2, 6, 5, 1, 1, 0)),
-    (1600, (4, 2, 1, 14, 10, 2, 2, 4, 1, 1, 1, 0)),
-    (2900, (6, 2, 2, 5, 5, 1, 1, 3, 2, 1, 1, 0)),
-    (4500, (5, 1, 2, 4, 4, 1, 1, 2, 10, 1, 1, 2)),
-    (6200, (7, 2, 2, 6, 5, 2, 1, 2, 4, 1, 1, 1)),
+    (600, (5, 1, 1, 9, 10, 2, 2, 6, 5, 1, 1, 0)),
+    (2400, (7, 2, 2, 8, 8, 2, 1, 4, 4, 1, 1, 1)),
 )
 DECAY_SHARE, WARM_UP, MTP_FROM, MTP_WEIGHT = 0.4, 60, 0.5, 0.3
 MUON_RATE, ADAM_RATE, BIAS_SPEED = 0.02, 4e-3, 0.02
@@ -56,27 +55,35 @@ class Examples:
         arrays = np.load(path)
         self.ids, self.wanted, self.starts = arrays["ids"].astype(np.int64), arrays["wanted"], arrays["starts"]
         self.of_task = [np.flatnonzero(arrays["tasks"] == i) for i in range(len(TASKS))]
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
-    def helping(self, step: int) -> list[tuple[int, int]]:
-        """The (example, task) pairs of one step: the same for the same step, whatever ran before."""
+    def helping(self, number: int) -> list[tuple[int, int]]:
+        """The (example, task) pairs of one helping: the same for the same number, whatever was served before."""
         chosen = []
         for task, mine in enumerate(self.of_task):
             used, share = 0, 0
-            for (begin, shares), (end, _) in pairwise((*HELPINGS, (step + 1, ()))):
-                if begin <= step:
+            for (begin, shares), (end, _) in pairwise((*HELPINGS, (number + 1, ()))):
+                if begin <= number:
                     share = shares[task]
-                    used += (min(end, step) - begin) * share
-            at = used + np.arange(share)
-            epochs = {int(epoch) for epoch in at // len(mine)}
-            order = {epoch: np.random.default_rng((task, epoch)).permutation(mine) for epoch in epochs}
-            chosen += [(int(order[int(i) // len(mine)][int(i) % len(mine)]), task) for i in at]
+                    used += (min(end, number) - begin) * share
+            for i in range(used, used + share):
+                epoch, at = divmod(i, len(mine))
+                chosen.append((int(self._order(task, epoch)[at]), task))
         return chosen
 
-    def batch(self, step: int, device: torch.device, part: int = 0, parts: int = 1) -> Batch:
-        """One of the `parts` about equal parts of a step's helping."""
-        chosen = sorted(self.helping(step), key=lambda pair: self.length(pair[0]))[part::parts]
+    def _order(self, task: int, epoch: int) -> np.ndarray:
+        """A task's examples in the order of one epoch; the latest is kept."""
+        if self._orders.get(task, (None,))[0] != epoch:
+            order = np.random.default_rng((task, epoch)).permutation(self.of_task[task])
+            self._orders[task] = epoch, order
+        return self._orders[task][1]
+
+    def batch(self, helpings: range, device: torch.device, part: int = 0, parts: int = 1) -> Batch:
+        """One of the `parts` about equal parts of a step's helpings."""
+        served = [pair for number in helpings for pair in self.helping(number)]
+        chosen = sorted(served, key=lambda pair: self.length(pair[0]))[part::parts]
         segments, tokens, wanted, tasks, real = [], [], [], [], []
-        for group in self._alike(chosen):
+        for group in self._alike(chosen, 2.0 if device.type == "cuda" else 1.25):
             longest = self.length(group[-1][0])
             segments.append((len(group), longest))
             for example, task in group:
@@ -91,11 +98,14 @@ class Examples:
     def length(self, example: int) -> int:
         return int(self.starts[example + 1] - self.starts[example])
 
-    def _alike(self, chosen: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-        """Runs of examples, sorted by length, of which none is padded by more than a quarter."""
+    def _alike(self, chosen: list[tuple[int, int]], most: float) -> Iterator[list[tuple[int, int]]]:
+        """Runs of examples, sorted by length, of which none is `most` times as long as another.
+
+        A CPU pays for padding, a GPU for the number of runs.
+        """
         group: list[tuple[int, int]] = []
         for pair in chosen:
-            if group and self.length(pair[0]) > 1.25 * self.length(group[0][0]):
+            if group and self.length(pair[0]) > most * self.length(group[0][0]):
                 yield group
                 group = []
             group.append(pair)
@@ -103,7 +113,7 @@ class Examples:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrix is replaced by the nearest orthogonal one.
+    """Momentum whose matrix is replaced by the nearest orthogonal one; those of the same shape, all at once.
 
     Stacked matrices are treated one by one; a group's `halves` says how many lie on top of each other in one matrix.
     """
@@ -114,15 +124,20 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                speed = self.state[p].setdefault("speed", torch.zeros_like(p))
-                speed.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(speed, group["momentum"])
-                update = update.unflatten(-2, (group["halves"], -1))
+                if p.grad is not None:
+                    alike[p.shape].append(p)
+            for parameters in alike.values():
+                updates = []
+                for p in parameters:
+                    speed = self.state[p].setdefault("speed", torch.zeros_like(p))
+                    speed.lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(speed, group["momentum"]))
+                update = torch.stack(updates).unflatten(-2, (group["halves"], -1))
                 scale = max(1.0, update.shape[-2] / update.shape[-1]) ** 0.5
-                p.add_(orthogonal(update).view_as(p), alpha=-group["lr"] * scale)
+                for p, turn in zip(parameters, orthogonal(update)):
+                    p.add_(turn.view_as(p), alpha=-group["lr"] * scale)
 
 
 def orthogonal(x: Tensor, rounds: int = 5) -> Tensor:
@@ -192,11 +207,13 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="a checkpoint to begin with")
     parser.add_argument("--first", type=int, default=0, help="the step to begin at, where weights have learnt already")
     parser.add_argument("--rate", type=float, default=1.0, help="the highest learning rate: a share of the usual")
+    parser.add_argument("--helpings", type=int, default=1, help="in one step: a GPU is hardly busy with one")
     parser.add_argument("--threads", type=int, default=2, help="cores to use; a GPU is fed by one")
     parser.add_argument("--log", type=int, default=20, help="steps between two lines of loss.csv")
     args = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU; a CPU keeps to float32
     parts = 1 if device.type == "cuda" else args.threads
 
     examples, shape = Examples(args.data / "train.npz"), Shape()
@@ -222,7 +239,8 @@ def main() -> None:
         for learner, full in zip(learners, (MUON_RATE, ADAM_RATE)):
             for group in learner.param_groups:
                 group["lr"] = full * share
-        batches = [examples.batch(step, device, part, parts) for part in range(parts)]
+        helpings = range(step * args.helpings, (step + 1) * args.helpings)
+        batches = [examples.batch(helpings, device, part, parts) for part in range(parts)]
         loss, tasks, mtp = learn(model, batches, drafting)
         for learner in learners:
             learner.step()
