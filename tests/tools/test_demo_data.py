@@ -2,20 +2,23 @@
 
 import json
 import re
+import string
 from random import Random
 
 import generate
 import pytest
 import talk
 import tooling
-from dialogue import SEAM, Round, held_out, plain, render
+from dialogue import SEAM, Round, held_out, part, plain, render
 from hypothesis import given
 from hypothesis import strategies as st
+from known import KNOWN
+from phrases import GRAMMAR, phrase
 from tokenizers import Tokenizer
-from words import CITIES, PIECES, coined
+from words import CITIES, COMMON, PIECES, coined
 
 NUMBERS = st.integers(0, 999)
-UNSEEN = [None, tooling.FEW_UNSEEN, tooling.MANY_UNSEEN]
+UNSEEN = [None, tooling.FEW_UNSEEN, tooling.MANY_UNSEEN, tooling.TRIAL_UNSEEN]
 TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list}
 
 
@@ -93,7 +96,20 @@ def test_no_held_out_question_is_drawn_for_training():
         assert not any(held_out(generate.rounds_for(task, rng, lang).key) for lang in ("en", "zh") for _ in range(200))
     assert not any(held_out(turn.key) for _ in range(200) for turn in generate.tool_rounds(rng, "en")[0])
     held = [item for item in generate.heldout_examples(1, {"sum": 20, "fact": 20, "json": 20, "tool": 20})]
-    assert len(held) == 80 and all(held_out(item["key"]) for item in held)
+    assert len(held) == 80 and all(part(item["key"]) == "test" for item in held)
+
+
+def test_the_trial_is_neither_trained_on_nor_the_test():
+    keys = [f"question {i}" for i in range(20_000)]
+    shares = {name: sum(part(key) == name for key in keys) / len(keys) for name in ("train", "trial", "test")}
+    assert shares["trial"] == pytest.approx(7 / 256, abs=0.005) and shares["test"] == pytest.approx(13 / 256, abs=0.005)
+    assert all(held_out(key) == (part(key) != "train") for key in keys) and part("") == "train"
+    trial = list(generate.heldout_examples(1, {"sum": 20, "tool": 20, "tool, twice": 10, "tool, unseen": 20}, "trial"))
+    assert all(part(item["key"]) == "trial" for item in trial if item["task"] != "tool, unseen")
+    nouns = {noun for noun, _ in tooling.TRIAL_UNSEEN.nouns}
+    assert all(name.split("_")[1] in nouns for item in trial[50:] for name, _ in item["calls"])
+    few, many, own = (unseen.words() for unseen in UNSEEN[1:])
+    assert not own & (few | many)
 
 
 def test_unseen_tools_have_words_that_no_tool_of_training_has():
@@ -104,14 +120,54 @@ def test_unseen_tools_have_words_that_no_tool_of_training_has():
         for item in generate.heldout_examples(2, {task: 30}):
             assert all(name.split("_")[1] in nouns for name, _ in item["calls"])
     rng = Random(3)
-    strange = [tooling.strange_word(rng)[0] for _ in range(5000)]
-    assert not tooling.UNSEEN & {part for word in strange for part in word.split("_")}
+    strange = [tooling.strange_word(rng) for _ in range(5000)]
+    assert not tooling.UNSEEN & {part for word, _ in strange for part in word.split("_")}
+    assert not tooling.UNSEEN & {chinese for _, chinese in strange}
+
+
+def test_nothing_that_requests_are_about_holds_an_unseen_word():
+    for lang, kinds in GRAMMAR.items():
+        texts = [text for kind in kinds.values() for text in kind]
+        assert not tooling.UNSEEN & {word for text in texts for word in re.findall("[a-z]+", text.lower())}
+        chinese = [word for word in tooling.UNSEEN if not word.isascii()]
+        assert not [word for word in chinese if any(word in text for text in texts)], lang
+
+
+@pytest.mark.parametrize("tool", KNOWN, ids=lambda tool: tool.names.split("/")[1].split()[0])
+def test_every_way_to_ask_for_a_tool_gives_what_it_requires(tool):
+    slots = {ask: {field for _, field, _, _ in string.Formatter().parse(ask) if field} for lang in ("en", "zh")
+             for ask in tool.asks[lang]}  # fmt: skip
+    required = set.intersection(*(slots[ask] for ask in tool.asks["en"]))
+    assert all(required <= found <= set(tool.parameters) for found in slots.values())
+    assert set.union(*slots.values()) == set(tool.parameters)
+    first = [parameter.names.split()[0] for parameter in tool.parameters.values()]
+    assert len(set(first)) == len(first)
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["en", "zh"]), st.sampled_from(list(GRAMMAR["en"])))
+def test_phrases_are_whole(seed, lang, kind):
+    text = phrase(Random(seed), lang, kind)
+    assert text and not set(text) & set("<>\"“”") and text == phrase(Random(seed), lang, kind)
+
+
+def test_phrases_have_no_end():
+    rng = Random(8)
+    for lang, kind in [(lang, kind) for lang in GRAMMAR for kind in ("chore", "note", "topic", "song")]:
+        assert len({phrase(rng, lang, kind) for _ in range(1000)}) > 400
+
+
+def test_thanks_never_follow_a_value():
+    rng = Random(9)
+    for lang, end in (("en", ": {text}"), ("zh", "：{text}")):
+        assert {tooling.carried(rng, lang, end)[-1] for _ in range(300)} == {"}"}
+    assert len({tooling.carried(rng, "en", "What is the time?") for _ in range(1000)}) > 30
 
 
 def test_strange_words_are_made_of_all_tokens(tokenizer):
     rng = Random(4)
     drawn = {token for _ in range(20000) for token in tokenizer.encode(coined(rng)).tokens}
     assert len(set(PIECES) - drawn) < 0.02 * len(PIECES)
+    assert set(COMMON) == {character for _ in range(40000) for character in coined(rng, "zh")} and len(COMMON) == 3755
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])
@@ -161,7 +217,7 @@ def test_a_name_is_spelled_alike_wherever_it_stands(tokenizer):
 
 
 def test_a_tool_goes_by_many_names_and_its_schema_by_many_orders():
-    rng, weather = Random(5), tooling.KNOWN[0]
+    rng, weather = Random(5), KNOWN[0]
     boxes = [tooling.known(rng, weather) for _ in range(300)]
     assert len({c.name for c in boxes}) > 40 and len({c.arguments["city"] for c in boxes}) > 8
     orders = {tuple(c.arguments) for c in boxes}

@@ -290,7 +290,7 @@ def small_talk(rng: Random, lang: str) -> Round:
 def repeat(rng: Random, lang: str, strange: bool = False) -> Round:
     """Say it after me: the plainest exercise in copying; `strange` words are made of any tokens."""
     draw = {
-        "strange": lambda: rng.choice((str.lower, str.lower, str.title))(coined(rng)),
+        "strange": lambda: rng.choice((str.lower, str.lower, str.title))(coined(rng, lang)),
         "en": lambda: rng.choice([invented(rng, "en").lower(), rng.choice(GOODS["en"]), rng.choice(COLOURS["en"]),
                                   str(rng.randrange(1000))]),
         "zh": lambda: rng.choice([invented(rng, "zh"), rng.choice(GOODS["zh"]), rng.choice(COLOURS["zh"]),

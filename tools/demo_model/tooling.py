@@ -171,7 +171,8 @@ class Unseen:
     parameters: list[Parameter]
 
     def words(self) -> set[str]:
-        return {noun for noun, _ in self.nouns} | {p.names for p in self.parameters}
+        """In both languages."""
+        return {word for noun in self.nouns for word in noun} | {w for p in self.parameters for w in (p.names, p.text["zh"])}
 
 
 FEW_UNSEEN = Unseen(
@@ -230,9 +231,10 @@ def strange_word(rng: Random) -> tuple[str, str]:
     blend = first[: rng.randrange(2, 6)] + second[-rng.randrange(2, 6) :]
     word = rng.choice((letters, invented(rng, "en").lower(), blend, *(coined(rng) for _ in range(5))))
     ending = rng.choice(("", "", "", "", "_name", "_id", "_list", f"_{coined(rng)}"))
-    if UNSEEN & {word, ending[1:]}:
+    chinese = coined(rng, "zh") if rng.random() < 0.7 else invented(rng, "zh")
+    if UNSEEN & {word, ending[1:], chinese}:
         return strange_word(rng)
-    return word + ending, invented(rng, "zh")
+    return word + ending, chinese
 
 
 HEADS = {  # what is asked of a made-up tool, and how its arguments are told: link, comma, opening, stop

@@ -128,11 +128,19 @@ PIECES = sorted(token for token in json.loads(_TOKENIZER.read_text(encoding="utf
                 if re.fullmatch("[a-z]+", token))  # fmt: skip
 
 
-def coined(rng: Random) -> str:
+# The 3,755 characters that GB 2312 counts as common.
+COMMON = [bytes([high, low]).decode("gb2312") for high in range(0xB0, 0xD8) for low in range(0xA1, 0xFF)
+          if (high, low) < (0xD7, 0xFA)]  # fmt: skip
+
+
+def coined(rng: Random, lang: str = "en") -> str:
     """One to four tokens of the shipped tokenizer, every one as often as any other: no word is spelled without them.
 
-    A token that the model never had to copy is one that it cannot copy, and a new word is made of such tokens.
+    A token that the model never had to copy is one that it cannot copy, and a new word is made of such tokens. In
+    Chinese one to three common characters, most of which are two or three tokens.
     """
+    if lang == "zh":
+        return "".join(rng.choices(COMMON, k=rng.choice((1, 2, 2, 2, 3))))
     return "".join(rng.choices(PIECES, k=rng.choice((1, 2, 2, 3, 3, 4))))
 
 
