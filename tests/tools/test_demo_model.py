@@ -1,14 +1,11 @@
 """The training model: the same arithmetic as transformers', whatever the batch's layout, with gradients to match."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 from export import between, config, load, official
-from grow import grow
 from model import DemoModel, MixExperts, Shape, layout_of, mix_at_once
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -53,38 +50,6 @@ def test_a_stored_model_comes_back(tmp_path, demo):
     save_file(official(model), tmp_path / "model.safetensors")
     for name, tensor in load(tmp_path).state_dict().items():
         torch.testing.assert_close(tensor, model.state_dict()[name], msg=name)
-
-
-@pytest.mark.parametrize("heads", [(6, 2, 8, 4), (4, 4, 8, 4), (2, 1, 6, 3)])
-def test_a_grown_model_computes_the_same_and_learns_everywhere(heads):
-    q, kv, more_q, more_kv = heads
-    few = replace(SHAPE, num_attention_heads=q, num_key_value_heads=kv, rms_norm_eps=1e-12)
-    many = replace(few, hidden_size=48, num_attention_heads=more_q, num_key_value_heads=more_kv, intermediate_size=80,
-                   moe_intermediate_size=24)  # fmt: skip
-    small = random_model(few)
-    large, tokens = grow(small, many), torch.randint(0, 300, (40,))
-    with torch.inference_mode():
-        for model in (small, large):
-            hidden = model.trunk(tokens, one(tokens))
-            found = [model.lm_head(hidden), model.lm_head(model.draft(hidden, tokens.roll(-1), one(tokens)))]
-            if model is small:
-                wanted = found
-    torch.testing.assert_close(found, wanted, atol=2e-4, rtol=2e-4)
-    before = {name: p.detach().clone() for name, p in large.named_parameters()}
-    learner = torch.optim.SGD(large.parameters(), lr=0.1)
-    for _ in range(2):  # what is read by nobody learns once its reader has
-        hidden = large.trunk(tokens, one(tokens))
-        guess = large.draft(hidden, tokens.roll(-1), one(tokens))
-        learner.zero_grad()
-        (large.lm_head(hidden).square().mean() + large.lm_head(guess).square().mean()).backward()
-        learner.step()
-    still = [name for name, p in large.named_parameters() if p.ndim > 1 and (p == before[name]).all(-1).all()]
-    assert not still
-
-
-def test_heads_that_find_no_place_are_an_error():
-    with pytest.raises(ValueError, match="no place for all heads"):
-        grow(random_model(replace(SHAPE, num_attention_heads=12, num_key_value_heads=2)), SHAPE)
 
 
 def test_between_two_models_lie_their_weighted_means():
