@@ -34,7 +34,7 @@ HELPINGS = (  # from which helping on, how many examples of each task
     (0, (2, 0, 0, 8, 10, 2, 2, 8, 14, 1, 0, 0)),  # short ones first: they teach copying
     (600, (5, 1, 1, 9, 10, 2, 2, 6, 5, 1, 1, 0)),
     (2400, (7, 2, 2, 8, 8, 2, 1, 4, 4, 1, 1, 1)),
-    (12000, (8, 2, 3, 4, 3, 1, 1, 2, 6, 1, 1, 2)),
+    (12200, (8, 2, 3, 4, 3, 1, 1, 2, 6, 1, 1, 2)),
 )
 DECAY_SHARE, WARM_UP, MTP_FROM, MTP_WEIGHT = 0.4, 60, 0.5, 0.3
 MUON_RATE, ADAM_RATE, BIAS_SPEED = 0.02, 4e-3, 0.02
