@@ -175,39 +175,31 @@ class Unseen:
         return {word for noun in self.nouns for word in noun} | {w for p in self.parameters for w in (p.names, p.text["zh"])}
 
 
-FEW_UNSEEN = Unseen(
-    [("boat", "船"), ("lesson", "课时"), ("printer", "打印机"), ("gift", "礼物"), ("flight", "航班"), ("invoice", "发票")],
-    [
-        Parameter("street", "string", both("street", "街道"), person),
-        Parameter("guests", "integer", both("guests", "客人"), number(1, 100)),
-        Parameter("discount", "number", both("discount", "折扣"), amount),
-        Parameter("private", "boolean", both("private", "私人"), lambda r, t: r.random() < 0.5),
-        Parameter("toppings", "array", both("toppings", "配料"), some(GOODS)),
-    ],
-)
-MANY_UNSEEN = Unseen(
-    [("harbor", "港口"), ("ladder", "梯子"), ("magnet", "磁铁"), ("orchid", "兰花"), ("pillow", "枕头"), ("rocket", "火箭"),
-     ("saddle", "马鞍"), ("statue", "雕像"), ("tractor", "拖拉机"), ("umbrella", "雨伞"), ("vaccine", "疫苗"), ("wallet", "钱包"),
-     ("windmill", "风车"), ("blanket", "毯子"), ("canoe", "独木舟"), ("drawer", "抽屉"), ("engine", "发动机"), ("guitar", "吉他"),
-     ("hammer", "锤子"), ("blender", "搅拌机"), ("kettle", "水壶"), ("locker", "储物柜")],
-    [Parameter(name, kind, both(name, chinese), draw) for kind, draw, pairs in (
-        ("string", person, "passenger 乘客 district 区县 fabric 面料 mentor 导师 sponsor 赞助商 venue 场馆"),
-        ("integer", number(1, 100), "voltage 电压 altitude 海拔 workers 工人"),
-        ("number", amount, "humidity 湿度 salary 薪水 mileage 里程 thickness 厚度"),
-        ("boolean", lambda r, t: r.random() < 0.5, "digital 数字 waterproof 防水 refundable 可退款"),
-        ("array", some(GOODS), "flavors 风味 ingredients 原料 sensors 传感器 chapters 章节"),
-    ) for name, chinese in zip(pairs.split()[::2], pairs.split()[1::2], strict=True)],
+def unseen(nouns: str, **parameters: str) -> Unseen:
+    """From words and their Chinese in turn, "boat 船 lesson 课时"; the parameters' by JSON type."""
+    draws = {"string": person, "integer": number(1, 100), "number": amount, "boolean": lambda r, t: r.random() < 0.5,
+             "array": some(GOODS)}  # fmt: skip
+    pairs = lambda words: zip(words.split()[::2], words.split()[1::2], strict=True)
+    return Unseen(list(pairs(nouns)), [Parameter(name, kind, both(name, chinese), draws[kind])
+                                       for kind, words in parameters.items() for name, chinese in pairs(words)])  # fmt: skip
+
+
+FEW_UNSEEN = unseen(
+    "boat 船 lesson 课时 printer 打印机 gift 礼物 flight 航班 invoice 发票",
+    string="street 街道", integer="guests 客人", number="discount 折扣", boolean="private 私人", array="toppings 配料",
 )  # fmt: skip
-TRIAL_UNSEEN = Unseen(
-    [("anchor", "锚"), ("cactus", "仙人掌"), ("compass", "指南针"), ("lobster", "龙虾"), ("helmet", "头盔"), ("lantern", "灯笼"), ("meadow", "草地"), ("pepper", "胡椒"),
-     ("pirate", "海盗"), ("puzzle", "拼图"), ("scooter", "滑板车"), ("trumpet", "小号"), ("violin", "小提琴"), ("wagon", "马车"), ("zipper", "拉链")],
-    [Parameter(name, kind, both(name, chinese), draw) for kind, draw, pairs in (
-        ("string", person, "surname 姓氏 landlord 房东 dialect 方言 seller 卖家"),
-        ("integer", number(1, 100), "laps 圈数 shifts 班次"),
-        ("number", amount, "depth 深度 profit 利润 density 密度"),
-        ("boolean", lambda r, t: r.random() < 0.5, "portable 便携 heated 加热 licensed 持证"),
-        ("array", some(GOODS), "trophies 奖杯 awards 奖项 gadgets 小工具"),
-    ) for name, chinese in zip(pairs.split()[::2], pairs.split()[1::2], strict=True)],
+MANY_UNSEEN = unseen(
+    "harbor 港口 ladder 梯子 magnet 磁铁 orchid 兰花 pillow 枕头 rocket 火箭 saddle 马鞍 statue 雕像 tractor 拖拉机 umbrella 雨伞 vaccine 疫苗 "
+    "wallet 钱包 windmill 风车 blanket 毯子 canoe 独木舟 drawer 抽屉 engine 发动机 guitar 吉他 hammer 锤子 blender 搅拌机 kettle 水壶 locker 储物柜",
+    string="passenger 乘客 district 区县 fabric 面料 mentor 导师 sponsor 赞助商 venue 场馆",
+    integer="voltage 电压 altitude 海拔 workers 工人", number="humidity 湿度 salary 薪水 mileage 里程 thickness 厚度",
+    boolean="digital 数字 waterproof 防水 refundable 可退款", array="flavors 风味 ingredients 原料 sensors 传感器 chapters 章节",
+)  # fmt: skip
+TRIAL_UNSEEN = unseen(
+    "anchor 锚 cactus 仙人掌 compass 指南针 lobster 龙虾 helmet 头盔 lantern 灯笼 meadow 草地 pepper 胡椒 pirate 海盗 puzzle 拼图 scooter 滑板车 "
+    "trumpet 小号 violin 小提琴 wagon 马车 zipper 拉链",
+    string="surname 姓氏 landlord 房东 dialect 方言 seller 卖家", integer="laps 圈数 shifts 班次", number="depth 深度 profit 利润 density 密度",
+    boolean="portable 便携 heated 加热 licensed 持证", array="trophies 奖杯 awards 奖项 gadgets 小工具",
 )  # fmt: skip
 UNSEEN = FEW_UNSEEN.words() | MANY_UNSEEN.words() | TRIAL_UNSEEN.words()
 YES = {"en": ("no", "yes"), "zh": ("否", "是")}
