@@ -204,7 +204,7 @@ def learn(model: DemoModel, batches: list[Batch], draft: bool) -> tuple[Tensor, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("build/demo_model"))
-    parser.add_argument("--steps", type=int, default=2900)
+    parser.add_argument("--steps", type=int, default=13600)
     parser.add_argument("--weights", type=Path, help="a checkpoint to begin with")
     parser.add_argument("--first", type=int, default=0, help="the step to begin at, where weights have learnt already")
     parser.add_argument("--rate", type=float, default=1.0, help="the highest learning rate: a share of the usual")
