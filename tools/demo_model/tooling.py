@@ -216,8 +216,8 @@ def strange_word(rng: Random) -> tuple[str, str]:
     """A word and its Chinese, which belong together nowhere else; never one of the unseen."""
     if rng.random() < 0.3:
         at = rng.randrange(24)
-        english, chinese = rng.choice([list(words.values()) for words in (GOODS, JOBS, COLOURS)])
-        return english[at % len(english)], chinese[at % len(chinese)]
+        words, chinese = rng.choice([list(words.values()) for words in (GOODS, JOBS, COLOURS)])
+        return words[at % len(words)], chinese[at % len(chinese)]
     letters = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randrange(3, 8)))
     first, second = rng.choice(ENGLISH), rng.choice(ENGLISH)
     blend = first[: rng.randrange(2, 6)] + second[-rng.randrange(2, 6) :]

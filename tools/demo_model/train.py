@@ -214,8 +214,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU; a CPU keeps to float32
-    parts = 1 if device.type == "cuda" else args.threads
+    parts = args.threads
+    if device.type == "cuda":
+        parts = 1
+        torch.set_float32_matmul_precision("high")  # TF32
 
     examples, shape = Examples(args.data / "train.npz"), Shape()
     model = (load(args.weights) if args.weights else DemoModel(shape)).to(device)
