@@ -39,7 +39,7 @@ double seconds() {
 // Bytes a second that all threads together read from `bytes` of memory; the best of a few rounds.
 double read_bandwidth(size_t bytes) {
     constexpr size_t PIECE = 1 << 17;
-    Packed buffer(Kind::fp8, 1, (int)(bytes / PIECE), (int)PIECE, 1, 32, false, false);
+    Packed buffer(Kind::fp8, 1, (int)(bytes / PIECE), (int)PIECE, 1, 32, false);
     const uint8_t* data = buffer.panel(0, 0);
     const long pieces = (long)(bytes / PIECE);
     parallel(pieces, [&](long i) { std::memset(const_cast<uint8_t*>(data) + i * PIECE, 1, PIECE); });
@@ -86,8 +86,8 @@ NB_MODULE(_native, m) {
 
     nb::class_<Packed>(m, "Packed")
         .def("__init__",
-             [](Packed* self, const std::string& kind, long count, int n, int k, int parts, int group, bool wide, bool zeros) {
-                 new (self) Packed(kind_named(kind), count, n, k, parts, group, wide, zeros);
+             [](Packed* self, const std::string& kind, long count, int n, int k, int parts, int group, bool wide) {
+                 new (self) Packed(kind_named(kind), count, n, k, parts, group, wide);
              })
         .def_prop_ro("kind",
                      [](const Packed& p) {
@@ -98,7 +98,6 @@ NB_MODULE(_native, m) {
         .def_ro("n", &Packed::n)
         .def_ro("k", &Packed::k)
         .def_ro("parts", &Packed::parts)
-        .def_prop_ro("zeros", [](const Packed& p) { return p.kind == Kind::int4 && p.groups.zeros; })
         .def_prop_ro("nbytes", &Packed::bytes)
         .def(
             "fill",

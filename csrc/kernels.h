@@ -4,7 +4,7 @@
 // vector lanes are outputs and every output is one sum in ascending k, whatever the number of rows m beside it:
 //   f32   [k][32] float                  bf16  [k/2][32][2]        fp8   [k/2][32][2] one byte each
 //   int8  [k/4][32][4], code + 128       int4  for each group: [group/8][32][4], the low nibbles four k, the high
-//                                              nibbles the next four; then 32 scales and, if asymmetric, 32 zeros
+//                                              nibbles the next four; then 32 words of scale and zero (Groups)
 // k is padded with zeros (see padded). Products are exact or in float32, sums float32 (int32 within a group of int8, int4).
 // Not here: threads, and what becomes of the sums (linear.cpp).
 #pragma once
@@ -34,13 +34,14 @@ inline int padded(Kind kind, int k, int group = 32) {
     return (k + step - 1) / step * step;
 }
 
-// How a group of an int4 panel lies in memory.
+// How a group of an int4 panel lies in memory. A column's scale and zero share a word, the zero its low four bits. Above
+// them are 5 bits of exponent and 7 of mantissa, which say a scale's part of its column's largest power of two, exactly if
+// it is a bf16 number and above 2^-31; or, wide, the upper 28 bits of a float32.
 struct Groups {
-    int size;             // k in a group, a multiple of 32
-    bool wide;            // scales are float32, else bf16
-    bool zeros;           // asymmetric: a byte of zero point for each column
+    int size;   // k in a group, a multiple of 32
+    bool wide;  // words of 32 bits, else 16
     size_t codes() const { return (size_t)size / 2 * PANEL; }
-    size_t bytes() const { return codes() + PANEL * (wide ? 4 : 2) + (zeros ? PANEL : 0); }
+    size_t bytes() const { return codes() + PANEL * (wide ? 4 : 2); }
 };
 
 struct Kernels {

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstring>
 #include <mutex>
 #include <new>
@@ -66,6 +67,44 @@ uint32_t spread(uint32_t x) {
     return (x | x << 4) & 0x0f0f0f0f;
 }
 
+uint32_t bits(float x) {
+    uint32_t u;
+    std::memcpy(&u, &x, 4);
+    return u;
+}
+
+// The largest exponent, as float32 has it, of n scales, at least 1; 255 where one is no number.
+int largest_exponent(const float* scales, int n) {
+    int most = 1;
+    for (int i = 0; i < n; i++) most = std::max(most, (int)(bits(scales[i]) >> 23 & 255));
+    return most;
+}
+
+// 2^(exponent - 127); NaN for 255.
+float power_of_two(int exponent) {
+    const uint32_t u = exponent < 255 ? (uint32_t)exponent << 23 : 0x7fc00000u;
+    float x;
+    std::memcpy(&x, &u, 4);
+    return x;
+}
+
+// What a column has for a group (Groups), and what becomes of its codes: (codes & kept) ^ turned.
+struct Word {
+    uint32_t bits, kept, turned;
+};
+
+Word wide_word(float scale, uint32_t zero) {
+    return {(scale != scale ? 0x7fc00000u : (bits(scale) + 8) & ~15u) | zero, ~0u, 0};
+}
+
+Word narrow_word(float scale, uint32_t zero, int top) {
+    const uint32_t u = bits(scale);
+    const int exponent = (int)(u >> 23 & 255);
+    if (exponent == 0 || top - exponent > 31) return {zero, 0, zero * 0x11111111u};  // every code is the zero
+    if (u >> 31) return {((31 - top + exponent) << 11 | (u >> 16 & 0x7f) << 4) | (15 - zero), ~0u, ~0u};
+    return {((31 - top + exponent) << 11 | (u >> 16 & 0x7f) << 4) | zero, ~0u, 0};
+}
+
 // Transposes rows of `unit`-byte elements into a panel: element i of row r goes to slot (i, column of r).
 template <class T> void transpose(const char* codes, size_t stride, int rows, int column, int elements, T* panel) {
     constexpr int BLOCK = 128 / sizeof(T);  // so much of each row at a time, and the next asked for: as many streams as
@@ -85,13 +124,13 @@ template <class T> void transpose(const char* codes, size_t stride, int rows, in
 
 }  // namespace
 
-Packed::Packed(Kind kind, long count, int n, int k, int parts, int group, bool wide, bool zeros)
-    : kind(kind), count(count), n(n), k(k), parts(parts), groups{kind == Kind::int4 ? group : 32, wide, zeros} {
+Packed::Packed(Kind kind, long count, int n, int k, int parts, int group, bool wide)
+    : kind(kind), count(count), n(n), k(k), parts(parts), groups{kind == Kind::int4 ? group : 32, wide} {
     bool sound = count > 0 && n > 0 && k > 0 && parts > 0 && n % parts == 0 && groups.size > 0 && groups.size % 32 == 0;
     if (!sound || n > 1 << 24 || k > 1 << 17 || groups.size > 1 << 17)  // 2^17: a row of int8 sums to less than 2^24
         throw std::invalid_argument("no matrix of " + std::to_string(n) + " rows in " + std::to_string(parts) + " parts and " +
                                     std::to_string(k) + " columns in groups of " + std::to_string(group));
-    size_t per_row = kind == Kind::fp8 || kind == Kind::int8 ? (size_t)count * panels() * PANEL * 4 : 0;
+    size_t per_row = kind == Kind::f32 || kind == Kind::bf16 ? 0 : (size_t)count * panels() * PANEL * 4;
     size_t codes = round_up((size_t)count * panels() * panel_bytes() + 4096, 64);  // loops fetch a little beyond the end
     taken = codes + per_row;
     std::tie(chunk, data) = take(taken);
@@ -118,16 +157,13 @@ void Packed::fill(long e, int first, int rows, const void* codes, size_t stride,
                   const uint8_t* zeros) {
     if (e < 0 || e >= count || first < 0 || rows < 0 || first + rows > n) throw std::invalid_argument("rows out of range");
     bool scaled = kind != Kind::f32 && kind != Kind::bf16;
-    if (scaled != (row_scales != nullptr) || (zeros != nullptr) != (kind == Kind::int4 && groups.zeros))
-        throw std::invalid_argument("scales or zeros missing, or not wanted");
+    if (scaled != (row_scales != nullptr) || (zeros && kind != Kind::int4))
+        throw std::invalid_argument("scales missing, or scales or zeros not wanted");
     const int width = n / parts;
     const int per_row = (k + groups.size - 1) / groups.size;
     if (kind == Kind::int4 && !groups.wide)
-        for (size_t i = 0; i < (size_t)rows * per_row; i++) {
-            uint32_t u;
-            std::memcpy(&u, row_scales + i, 4);
-            if (u & 0xffff) throw std::invalid_argument("a scale that is no bf16 number");
-        }
+        for (size_t i = 0; i < (size_t)rows * per_row; i++)
+            if (bits(row_scales[i]) & 0xffff) throw std::invalid_argument("a scale that is no bf16 number");
     struct Piece {
         int row, rows;  // of one panel
     };
@@ -170,7 +206,12 @@ void Packed::fill(long e, int first, int rows, const void* codes, size_t stride,
         } else {
             for (int i = 0; i < done; i++) {
                 const uint8_t* row = (const uint8_t*)source + i * stride;
+                const float* own = row_scales + (size_t)(r - first + i) * per_row;
+                const int top = groups.wide ? 0 : largest_exponent(own, per_row);
+                scales[(e * panels() + p) * PANEL + column + i] = groups.wide ? 1.f : power_of_two(top);
                 for (int g = 0; g < per_row; g++) {
+                    const uint32_t zero = zeros ? zeros[(size_t)(r - first + i) * per_row + g] : 8;
+                    const Word word = groups.wide ? wide_word(own[g], zero) : narrow_word(own[g], zero, top);
                     uint8_t* out = panel + g * groups.bytes();
                     int begin = g * groups.size, end = begin + groups.size < k ? begin + groups.size : k;
                     for (int c = begin; c < end; c += 8) {
@@ -179,20 +220,15 @@ void Packed::fill(long e, int first, int rows, const void* codes, size_t stride,
                         std::memcpy(&eight, row + c / 2, left < 8 ? (left + 1) / 2 : 4);
                         if (left < 8) eight &= (1u << left * 4) - 1;
                         eight = spread(eight & 0xffff) | spread(eight >> 16) << 4;
+                        eight = (eight & word.kept) ^ word.turned;
                         std::memcpy(out + ((c - begin) / 8 * PANEL + column + i) * 4, &eight, 4);
                     }
-                    float s = row_scales[(size_t)(r - first + i) * per_row + g];
-                    uint8_t* to = out + groups.codes();
-                    uint32_t u;
-                    std::memcpy(&u, &s, 4);
-                    uint16_t half = (uint16_t)(u >> 16);
-                    if (groups.wide) std::memcpy(to + (column + i) * 4, &s, 4);
-                    else std::memcpy(to + (column + i) * 2, &half, 2);
-                    if (groups.zeros) to[PANEL * (groups.wide ? 4 : 2) + column + i] = zeros[(size_t)(r - first + i) * per_row + g];
+                    const int size = groups.wide ? 4 : 2;
+                    std::memcpy(out + groups.codes() + (column + i) * size, &word.bits, size);
                 }
             }
         }
-        if (scales)
+        if (kind == Kind::fp8 || kind == Kind::int8)
             for (int i = 0; i < done; i++) scales[(e * panels() + p) * PANEL + column + i] = row_scales[r - first + i];
     });
 }
@@ -268,6 +304,7 @@ void Rows::times(const Packed& w, long e, int p, long first, int m, float* c, co
     const Kernels& ops = kernels();
     const char* a = values + first * stride;
     const uint8_t* panel = w.panel(e, p);
+    if (const float* scales = w.panel_scales(e, p)) __builtin_prefetch(scales), __builtin_prefetch(scales + 16);
     int d = w.depth();
     switch (w.kind) {
         case Kind::f32: return ops.f32((const float*)a, stride / 4, m, (const float*)panel, w.k, c, next);

@@ -18,12 +18,14 @@ struct Packed {
     const Groups groups;  // int4 only
 
     // Throws std::invalid_argument for impossible sizes, std::bad_alloc.
-    Packed(Kind kind, long count, int n, int k, int parts, int group, bool wide, bool zeros);
+    Packed(Kind kind, long count, int n, int k, int parts, int group, bool wide);
     Packed(const Packed&) = delete;
     Packed& operator=(const Packed&) = delete;
 
     // Rows first..first+rows of matrix e from memory: codes (rows, stride bytes apart) in the kind's own storage; int4 two a
-    // byte, the even column low. scales: float32, one a row (fp8, int8) or k / group a row (int4); zeros: bytes alike.
+    // byte, the even column low. scales: float32, one a row (fp8, int8) or k / group a row (int4); zeros: bytes alike, int4
+    // only, null: 8. Scales of int4 that are not wide must be bf16 numbers; what is no number makes its row NaN, and below
+    // 2^-31 of the row's largest power of two a group is zero.
     void fill(long e, int first, int rows, const void* codes, size_t stride, const float* scales, const uint8_t* zeros);
 
     int depth() const { return padded(kind, k, groups.size); }  // k as it lies in memory

@@ -308,13 +308,11 @@ def _empty(parts: Sequence[Weight], dtype: torch.dtype, count: int, pieces: int)
     first = parts[0]
     kind = str(dtype).removeprefix("torch.") if first.kind == "plain" else first.kind
     rows, inner = sum(p.shape[0] for p in parts), first.shape[1]
-    int4 = kind == "int4"
     # float32 only where bfloat16 would lose something: a community checkpoint's float16 scales.
     exact = lambda scales: torch.equal(scales.bfloat16().float().nan_to_num(0), scales.nan_to_num(0))
-    wide = int4 and not all(exact(p.scales) for p in parts)
-    zeros = int4 and any(p.zeros is not None for p in parts)
-    group = -(-first.group // 32) * 32 if int4 else 32
-    return _native.Packed(kind, count, rows, inner, pieces, group, wide, zeros)
+    wide = kind == "int4" and not all(exact(p.scales) for p in parts)
+    group = -(-first.group // 32) * 32 if kind == "int4" else 32
+    return _native.Packed(kind, count, rows, inner, pieces, group, wide)
 
 
 def _fill(packed: _native.Packed, e: int, parts: Sequence[Weight], dtype: torch.dtype) -> None:
@@ -327,7 +325,7 @@ def _fill(packed: _native.Packed, e: int, parts: Sequence[Weight], dtype: torch.
             codes = codes.to(dtype) if part.kind == "plain" else codes
             codes = codes if codes.stride(1) == 1 else codes.contiguous()
             scales = None if part.scales is None else part.scales.contiguous()
-            zeros = part.centers().to(torch.uint8).contiguous() if packed.zeros else None
+            zeros = None if part.zeros is None else part.zeros.contiguous()
             stride = codes.stride(0) * codes.itemsize
             packed.fill(e, row, len(codes), codes.data_ptr(), stride, _address(scales), _address(zeros))
             row += len(codes)
