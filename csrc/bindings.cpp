@@ -24,7 +24,8 @@ struct Named {
     Kind kind;
 };
 constexpr Named KINDS[] = {
-    {"float32", Kind::f32}, {"bfloat16", Kind::bf16}, {"fp8", Kind::fp8}, {"int8", Kind::int8}, {"int4", Kind::int4}};
+    {"float32", Kind::f32}, {"float32 as bfloat16", Kind::f32_bf16}, {"bfloat16", Kind::bf16}, {"fp8", Kind::fp8},
+    {"int8", Kind::int8},   {"int4", Kind::int4}};
 
 Kind kind_named(const std::string& name) {
     for (const Named& k : KINDS)
@@ -93,7 +94,7 @@ NB_MODULE(_native, m) {
                      [](const Packed& p) {
                          return p.kind == Kind::fp8 ? "fp8" : p.kind == Kind::int8 ? "int8" : p.kind == Kind::int4 ? "int4" : "plain";
                      })
-        .def_prop_ro("float32", [](const Packed& p) { return p.kind == Kind::f32; })
+        .def_prop_ro("float32", [](const Packed& p) { return is_float32(p.kind); })
         .def_ro("count", &Packed::count)
         .def_ro("n", &Packed::n)
         .def_ro("k", &Packed::k)

@@ -184,8 +184,8 @@ double burn_int8_tiles(long rounds) {
 
 }  // namespace
 
-const Kernels amx = {"amx", 32, enter, leave, f32, bf16_tiles, fp8_tiles, int8_tiles, int4, load_bf16, to_bf16, to_fp8,
-                     to_int8, swiglu, finish, gated, add, burn_bf16_tiles, burn_int8_tiles, read,
+const Kernels amx = {"amx", 32, enter, leave, f32, f32_bf16, bf16_tiles, fp8_tiles, int8_tiles, int4, load_bf16, to_bf16,
+                     to_fp8, to_int8, swiglu, finish, gated, add, burn_bf16_tiles, burn_int8_tiles, read,
                      attention_by_tiles, small_loops};
 
 }  // namespace glimmer

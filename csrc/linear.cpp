@@ -119,14 +119,14 @@ void experts(Values x, long rows, const int64_t* ids, const float* scores, int t
         }
     }
     Turn turn;
-    const bool quantised = gate_up.kind != Kind::f32 && gate_up.kind != Kind::bf16;  // once a token, not once a pair
+    const bool quantised = !is_plain(gate_up.kind);  // once a token, not once a pair
     const long tokens = quantised ? rows : 0;
     Rows each(gate_up, tokens, scratch(0, Rows::bytes(gate_up, tokens))), h(down, pairs, scratch(1, Rows::bytes(down, pairs)));
     if (quantised) fill_rows(each, gate_up, x, rows);
 
     // A task is some columns of some experts, whose rows it gathers: they come from the second-level cache for each panel.
     const int M = down.k, H = down.n, halves = gate_up.panels() / 2;
-    const bool direct = down.kind == Kind::f32 || down.kind == Kind::bf16;
+    const bool direct = is_plain(down.kind);
     float* wide = direct ? nullptr : (float*)scratch(2, (size_t)pairs * M * 4);
     const int block = block_rows(each.stride);
     const long all = (long)used.size() * halves, run = panels_per_task(all, halves);

@@ -130,7 +130,7 @@ Packed::Packed(Kind kind, long count, int n, int k, int parts, int group, bool w
     if (!sound || n > 1 << 24 || k > 1 << 17 || groups.size > 1 << 17)  // 2^17: a row of int8 sums to less than 2^24
         throw std::invalid_argument("no matrix of " + std::to_string(n) + " rows in " + std::to_string(parts) + " parts and " +
                                     std::to_string(k) + " columns in groups of " + std::to_string(group));
-    size_t per_row = kind == Kind::f32 || kind == Kind::bf16 ? 0 : (size_t)count * panels() * PANEL * 4;
+    size_t per_row = is_plain(kind) ? 0 : (size_t)count * panels() * PANEL * 4;
     size_t codes = round_up((size_t)count * panels() * panel_bytes() + 4096, 64);  // loops fetch a little beyond the end
     taken = codes + per_row;
     std::tie(chunk, data) = take(taken);
@@ -147,6 +147,7 @@ size_t Packed::panel_bytes() const {
     size_t d = depth();
     switch (kind) {
         case Kind::f32: return d * PANEL * 4;
+        case Kind::f32_bf16:
         case Kind::bf16: return d * PANEL * 2;
         case Kind::int4: return d / groups.size * groups.bytes();
         default: return d * PANEL;
@@ -156,7 +157,7 @@ size_t Packed::panel_bytes() const {
 void Packed::fill(long e, int first, int rows, const void* codes, size_t stride, const float* row_scales,
                   const uint8_t* zeros) {
     if (e < 0 || e >= count || first < 0 || rows < 0 || first + rows > n) throw std::invalid_argument("rows out of range");
-    bool scaled = kind != Kind::f32 && kind != Kind::bf16;
+    bool scaled = !is_plain(kind);
     if (scaled != (row_scales != nullptr) || (zeros && kind != Kind::int4))
         throw std::invalid_argument("scales missing, or scales or zeros not wanted");
     const int width = n / parts;
@@ -182,12 +183,12 @@ void Packed::fill(long e, int first, int rows, const void* codes, size_t stride,
         // Elements are moved in the units that stay together: 4 bytes are a float, two bf16, or four bytes of int8.
         if (kind == Kind::f32) {
             transpose(source, stride, done, column, k, (uint32_t*)panel);
-        } else if (kind == Kind::bf16 || kind == Kind::fp8) {
+        } else if (kind == Kind::bf16 || kind == Kind::f32_bf16 || kind == Kind::fp8) {
             int pairs = k / 2;
-            if (kind == Kind::bf16) transpose(source, stride, done, column, pairs, (uint32_t*)panel);
+            if (kind != Kind::fp8) transpose(source, stride, done, column, pairs, (uint32_t*)panel);
             else transpose(source, stride, done, column, pairs, (uint16_t*)panel);
             if (k % 2) {
-                size_t unit = kind == Kind::bf16 ? 2 : 1;
+                size_t unit = kind == Kind::fp8 ? 1 : 2;
                 for (int i = 0; i < done; i++)
                     std::memcpy(panel + ((size_t)pairs * PANEL + column + i) * 2 * unit, source + i * stride + (k - 1) * unit, unit);
             }
@@ -240,7 +241,7 @@ size_t group_stride(const Groups& groups) { return groups.size + 2 * sizeof(floa
 
 size_t row_stride(const Packed& w) {
     const size_t d = w.depth();
-    const size_t stride = w.kind == Kind::f32    ? d * 4
+    const size_t stride = is_float32(w.kind)     ? d * 4
                           : w.kind == Kind::int8 ? d
                           : w.kind == Kind::int4 ? d / w.groups.size * group_stride(w.groups)
                                                  : d * 2;
@@ -267,7 +268,8 @@ void Rows::set(const Packed& w, long i, const float* x) {
     const Kernels& ops = kernels();
     char* y = values + i * stride;
     switch (w.kind) {
-        case Kind::f32: std::memcpy(y, x, (size_t)w.k * 4); break;
+        case Kind::f32:
+        case Kind::f32_bf16: std::memcpy(y, x, (size_t)w.k * 4); break;
         case Kind::bf16: ops.to_bf16(x, w.k, (uint16_t*)y); break;
         case Kind::fp8: ops.to_fp8(x, w.k, (uint16_t*)y, scales + i); break;
         case Kind::int8: ops.to_int8(x, w.k, w.depth(), (int8_t*)y, scales + i, sums + i); break;
@@ -287,7 +289,7 @@ void Rows::set(const Packed& w, long i, const uint16_t* x) {
         std::memset(y + (size_t)w.k * 2, 0, stride - (size_t)w.k * 2);
         return;
     }
-    if (w.kind == Kind::f32) return kernels().load_bf16(x, w.k, (float*)y);
+    if (is_float32(w.kind)) return kernels().load_bf16(x, w.k, (float*)y);
     constexpr int WIDE = 16384;
     float wide[WIDE];
     if (w.k > WIDE) throw std::length_error("an inner dimension above 16384");
@@ -308,6 +310,7 @@ void Rows::times(const Packed& w, long e, int p, long first, int m, float* c, co
     int d = w.depth();
     switch (w.kind) {
         case Kind::f32: return ops.f32((const float*)a, stride / 4, m, (const float*)panel, w.k, c, next);
+        case Kind::f32_bf16: return ops.f32_bf16((const float*)a, stride / 4, m, (const uint16_t*)panel, w.k, c, next);
         case Kind::bf16: return ops.bf16((const uint16_t*)a, stride / 2, m, (const uint16_t*)panel, w.k, c, next);
         case Kind::fp8: return ops.fp8((const uint16_t*)a, stride / 2, m, panel, w.k, c, next);
         case Kind::int8: return ops.int8((const int8_t*)a, stride, m, panel, w.k, sums + first, c, next);

@@ -287,7 +287,11 @@ def quantize(weight: Weight, kind: str, group: int | None) -> Weight:
 
 def pack_linear(parts: Sequence[Weight], dtype: torch.dtype, device: torch.device) -> _native.Packed:
     """One matrix holding the rows of all parts."""
-    packed = _empty(parts, dtype, 1, 1)
+    if dtype == torch.float32 and all(p.codes.dtype == torch.bfloat16 for p in parts):
+        kind, dtype = "float32 as bfloat16", torch.bfloat16  # half the bytes, the same sums
+    else:
+        kind = _kind(parts[0], dtype)
+    packed = _empty(parts, kind, 1, 1)
     _fill(packed, 0, parts, dtype)
     return packed
 
@@ -299,19 +303,21 @@ def pack_experts(
     packed = None
     for e, parts in enumerate(experts):
         if packed is None:
-            packed = _empty(parts, dtype, count, len(parts))
+            packed = _empty(parts, _kind(parts[0], dtype), count, len(parts))
         _fill(packed, e, parts, dtype)
     return packed
 
 
-def _empty(parts: Sequence[Weight], dtype: torch.dtype, count: int, pieces: int) -> _native.Packed:
-    first = parts[0]
-    kind = str(dtype).removeprefix("torch.") if first.kind == "plain" else first.kind
-    rows, inner = sum(p.shape[0] for p in parts), first.shape[1]
-    # float32 only where bfloat16 would lose something: a community checkpoint's float16 scales.
+def _kind(weight: Weight, dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.") if weight.kind == "plain" else weight.kind
+
+
+def _empty(parts: Sequence[Weight], kind: str, count: int, pieces: int) -> _native.Packed:
+    rows, inner = sum(p.shape[0] for p in parts), parts[0].shape[1]
+    # Wide only where bfloat16 would lose something: a community checkpoint's float16 scales.
     exact = lambda scales: torch.equal(scales.bfloat16().float().nan_to_num(0), scales.nan_to_num(0))
     wide = kind == "int4" and not all(exact(p.scales) for p in parts)
-    group = -(-first.group // 32) * 32 if kind == "int4" else 32
+    group = -(-parts[0].group // 32) * 32 if kind == "int4" else 32
     return _native.Packed(kind, count, rows, inner, pieces, group, wide)
 
 
