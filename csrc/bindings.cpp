@@ -1,6 +1,7 @@
 // glimmer._native: what native.py may call. Pointers arrive as integers, from tensors whose type, shape and contiguity
 // native.py has checked; sizes are checked again wherever a pointer is made from them.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -9,6 +10,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "memory.h"
 #include "pool.h"
 #include "small.h"
 
@@ -84,6 +86,13 @@ NB_MODULE(_native, m) {
     m.def("read_bandwidth", &read_bandwidth, Free());
     m.def("arithmetic", &arithmetic, Free());
     m.def("select", [](const std::string& name) { select(name.c_str()); });
+
+    // A result's memory, as a torch tensor of bytes.
+    m.def("lend", [](size_t bytes) {
+        Chunk* chunk = lend(bytes).release();
+        nb::capsule owner(chunk, [](void* p) noexcept { give_back(std::unique_ptr<Chunk>((Chunk*)p)); });
+        return nb::ndarray<nb::pytorch, uint8_t>(chunk->base, {bytes}, owner);
+    });
 
     nb::class_<Packed>(m, "Packed")
         .def("__init__",

@@ -1,7 +1,5 @@
 #include "packed.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstring>
 #include <mutex>
@@ -11,39 +9,13 @@
 #include <tuple>
 #include <vector>
 
+#include "memory.h"
 #include "pool.h"
 
 namespace glimmer {
 namespace {
 
-constexpr size_t HUGE = 2 << 20;
 constexpr size_t CHUNK = 32 << 20;
-
-size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
-
-}  // namespace
-
-// Memory of several matrices, in huge pages where the system gives them: walking the tables of small pages would cost a
-// decoding step more than a tenth of its time. Given back when the last of its matrices is gone.
-struct Chunk {
-    char* base;
-    size_t size, used = 0;
-
-    explicit Chunk(size_t bytes) : size(round_up(bytes, HUGE)) {
-        const size_t room = size + HUGE;
-        char* all = (char*)mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (all == MAP_FAILED) throw std::bad_alloc();
-        base = (char*)round_up((size_t)all, HUGE);
-        if (base > all) munmap(all, base - all);
-        if (base + size < all + room) munmap(base + size, all + room - base - size);
-#if defined(MADV_HUGEPAGE)
-        madvise(base, size, MADV_HUGEPAGE);  // a wish: without it everything works alike
-#endif
-    }
-    ~Chunk() { munmap(base, size); }
-};
-
-namespace {
 
 // `bytes` of zeros, at a multiple of 64.
 std::pair<std::shared_ptr<Chunk>, uint8_t*> take(size_t bytes) {
@@ -136,9 +108,9 @@ Packed::Packed(Kind kind, long count, int n, int k, int parts, int group, bool w
     std::tie(chunk, data) = take(taken);
     if (per_row) scales = (float*)(data + codes);
     // The kernel clears pages as they are first touched, and that by all threads: filling would do it one after the other.
-    parallel((long)(taken / HUGE + 2), [&](long i) {
-        const size_t page = round_up((size_t)data + 1, HUGE) - HUGE + i * HUGE, end = (size_t)data + taken;
-        for (size_t at = page < (size_t)data ? (size_t)data : page; at < page + HUGE && at < end; at += 4096)
+    parallel((long)(taken / HUGE_PAGE + 2), [&](long i) {
+        const size_t page = round_up((size_t)data + 1, HUGE_PAGE) - HUGE_PAGE + i * HUGE_PAGE, end = (size_t)data + taken;
+        for (size_t at = page < (size_t)data ? (size_t)data : page; at < page + HUGE_PAGE && at < end; at += 4096)
             *(volatile uint8_t*)at = 0;
     });
 }

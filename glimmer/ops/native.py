@@ -6,6 +6,7 @@ Not here: any arithmetic. Where the extension is not installed this module does 
 """
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +22,7 @@ from glimmer.weight import Weight, layout
 
 set_threads = _native.set_threads
 STRETCH = 4 << 20  # bytes of a plain matrix that are converted at once
+LENT = 1 << 20  # bytes of a result from which on its memory is the extension's, which keeps it from step to step
 FLOATS = (torch.float32, torch.bfloat16)
 
 
@@ -65,6 +67,13 @@ def _run(made: tuple, call: Callable, *args) -> None:
     call(*args)
 
 
+def _new(*shape: int, dtype: torch.dtype) -> Tensor:
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < LENT:
+        return torch.empty(shape, dtype=dtype)
+    return _native.lend(nbytes).view(dtype).view(shape)
+
+
 def _whole(x: Tensor) -> Tensor:
     """x, contiguous."""
     if x.is_contiguous():
@@ -97,7 +106,7 @@ def embed(tokens: Tensor, table: Tensor, first: int) -> Tensor:
     if tokens.dtype != torch.int64 or table.dtype not in FLOATS or not table.is_contiguous():
         _refuse("embed", tokens, table)
     tokens, (rows, n) = _whole(tokens), table.shape
-    narrow, y = table.dtype == torch.bfloat16, table.new_empty(len(tokens), n)
+    narrow, y = table.dtype == torch.bfloat16, _new(len(tokens), n, dtype=table.dtype)
     _run((y,), _native.embed, tokens.data_ptr(), len(tokens), table.data_ptr(), narrow, rows, n, first, y.data_ptr())
     return y
 
@@ -107,7 +116,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     n = x.shape[-1]
     if weight.shape != (n,) or x.dtype not in FLOATS or weight.dtype not in FLOATS or weight.stride(0) != 1:
         _refuse("rms_norm", x, weight)
-    y = torch.empty(x.shape, dtype=weight.dtype)
+    y = _new(*x.shape, dtype=weight.dtype)
     if x.ndim == 3:
         x = _heads(x)
         rows, heads, stride = len(x), x.shape[1], x.stride(0)
@@ -129,7 +138,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     if not floats or residual.shape != (rows, n) or weight.shape != (n,) or weight.stride(0) != 1:
         _refuse("add_rms_norm", x, residual, weight)
     x, residual = _whole(x), _whole(residual)
-    total, y = torch.empty_like(residual), torch.empty((rows, n), dtype=weight.dtype)
+    total, y = _new(rows, n, dtype=residual.dtype), _new(rows, n, dtype=weight.dtype)
     narrow, kept, result = (t.dtype == torch.bfloat16 for t in (x, residual, weight))
     _run(
         (total, y), _native.add_rms_norm,
@@ -144,7 +153,7 @@ def swiglu(x: Tensor) -> Tensor:
     rows, both = x.shape
     if x.dtype not in FLOATS or both % 2:
         _refuse("swiglu", x)
-    x, y = _whole(x), x.new_empty(rows, both // 2)
+    x, y = _whole(x), _new(rows, both // 2, dtype=x.dtype)
     _run((y,), _native.swiglu, x.data_ptr(), x.dtype == torch.bfloat16, rows, both // 2, y.data_ptr())
     return y
 
@@ -216,7 +225,7 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: floa
     fits = width == _width(keys) and rows == batch.starts[-1] and len(table) == len(batch.lengths)
     if not fits or table.dtype != torch.int64 or not _sound(q, keys, values):
         _refuse("attention", q, keys, values, table)
-    y = q.new_empty(rows, q_heads * width)
+    y = _new(rows, q_heads * width, dtype=q.dtype)
     _run(
         (y,), _native.attention,
         q.data_ptr(), q.stride(0), q_heads, q.dtype == torch.bfloat16, keys.data_ptr(), values.data_ptr(),
@@ -246,7 +255,7 @@ def linear(x: Tensor, packed: _native.Packed, bias: Tensor | None) -> Tensor:
     x = _input(x, packed.k)
     narrow = x.dtype == torch.bfloat16
     result = narrow and not packed.float32
-    y = torch.empty((len(x), packed.n), dtype=x.dtype if result else torch.float32)
+    y = _new(len(x), packed.n, dtype=x.dtype if result else torch.float32)
     bias = None if bias is None else bias.float()
     if bias is not None and bias.shape != (packed.n,):
         raise ValueError(f"a bias of shape {tuple(bias.shape)}, where ({packed.n},) is wanted")
@@ -261,7 +270,7 @@ def experts(x: Tensor, ids: Tensor, scores: Tensor, gate_up: _native.Packed, dow
         found = f"ids {ids.dtype} {tuple(ids.shape)}, scores {scores.dtype} {tuple(scores.shape)}"
         raise ValueError(f"{found} for {len(x)} rows, where int64 and float32 (rows, K) are wanted")
     ids, scores = _whole(ids), _whole(scores)
-    y = torch.empty(len(x), down.n)
+    y = _new(len(x), down.n, dtype=torch.float32)
     narrow = x.dtype == torch.bfloat16
     _run(
         (y,), _native.experts,
