@@ -2,7 +2,7 @@
 
 A block is free, or referenced by one or more sequences. A full block whose tokens are all computed is known by a hash
 of everything from the beginning of its sequence to its own end; a sequence that begins with the same tokens shares it.
-Free blocks keep their hash until they are taken for something else, the longest unused first.
+Free blocks keep their hash until they are taken for something else: first those that have none, then the longest unused.
 Only numbers here: the tensors are model/cache.py's.
 """
 
@@ -53,6 +53,8 @@ class Blocks:
             self._references[block] -= 1
             if self._references[block] == 0:
                 self._free[block] = None
+                if self._hash_of[block] is None:  # of no use to anyone, and its memory is in use already
+                    self._free.move_to_end(block, last=False)
         sequence.blocks.clear()
         sequence.computed = 0
 
