@@ -160,9 +160,8 @@ void experts(Values x, long rows, const int64_t* ids, const float* scores, int t
         });
 
     // Each task owns columns of the result and walks the experts in order: nothing is shared, and every sum has one order.
-    // Where experts have many rows, one task a thread: each reads all of h.
-    const bool many = pairs > 64 * (long)used.size();
-    const int step = many ? (down.panels() + threads() - 1) / threads() : panels_per_task(down.panels(), 8);
+    // Few tasks, since each reads all of h; two a thread, so that a slow one does not keep the others waiting for long.
+    const int step = (down.panels() + 2 * threads() - 1) / (2 * threads());
     const int down_block = block_rows(h.stride);
     parallel((down.panels() + step - 1) / step, [&](long task) {
         alignas(64) float c[MOST_ROWS * PANEL];
