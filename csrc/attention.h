@@ -51,7 +51,7 @@ struct Sequence {
 struct State {
     float* sum;    // (tiles(m), tiles(D)) of 2^(score - most) * value
     float* total;  // (m) of 2^(score - most)
-    float* most;   // (m) the largest score, a power of two
+    float* most;   // (m) a power of two, hardly below the largest score
     [[gnu::always_inline]] static size_t size(int m, int width) { return (size_t)tiles(m) * (tiles(width) + 2); }  // floats
     static State at(float* memory, int m, int width) {
         float* total = memory + (size_t)tiles(m) * tiles(width);

@@ -2,7 +2,7 @@
 //
 // A panel is 32 columns of a packed matrix (32 rows of the weight as stored), its inner dimension k in order, so that
 // vector lanes are outputs and every output is one sum in ascending k, whatever the number of rows m beside it:
-//   f32   [k][32] float                  bf16, f32_bf16  [k/2][32][2]        fp8   [k/2][32][2] one byte each
+//   f32   [k][32] float                  bf16  [k/2][32][2], f32_bf16 alike  fp8   [k/2][32][2] one byte each
 //   int8  [k/4][32][4], code + 128       int4  for each group: [group/8][32][4], the low nibbles four k, the high
 //                                              nibbles the next four; then 32 words of scale and zero (Groups)
 // k is padded with zeros (see padded). Products are exact or in float32, sums float32 (int32 within a group of int8, int4).
@@ -26,7 +26,8 @@ struct Values {
 struct AttentionLoops;  // attention.h
 struct SmallLoops;      // small.h
 
-enum class Kind : int { f32, f32_bf16, bf16, fp8, int8, int4 };  // f32_bf16: float32 numbers that bf16 holds exactly
+// f32_bf16: float32 numbers that bf16 holds, in half the memory.
+enum class Kind : int { f32, f32_bf16, bf16, fp8, int8, int4 };
 
 inline bool is_float32(Kind kind) { return kind == Kind::f32 || kind == Kind::f32_bf16; }
 inline bool is_plain(Kind kind) { return is_float32(kind) || kind == Kind::bf16; }  // without scales
@@ -53,10 +54,9 @@ struct Kernels {
     // Around a thread's part in a region; null where nothing is to be done.
     void (*enter)();
     void (*leave)();
-    // c (m, 32) float = a (m rows, k, stride lda elements) times one panel. a is float, or bf16 for bf16 and fp8. f32 and f32_bf16
-    // make the same sums. c has room
+    // c (m, 32) float = a (m rows, k, stride lda elements) times one panel. a is float, or bf16 for bf16 and fp8. c has room
     // for m rounded up to `rows`; what lies beyond m is anything. next: what this thread reads after the panel, to be
-    // fetched in advance; null if that is not known.
+    // fetched in advance; null if that is not known. f32 and f32_bf16 make the same sums.
     void (*f32)(const float* a, long lda, int m, const float* panel, int k, float* c, const void* next);
     void (*f32_bf16)(const float* a, long lda, int m, const uint16_t* panel, int k, float* c, const void* next);
     void (*bf16)(const uint16_t* a, long lda, int m, const uint16_t* panel, int k, float* c, const void* next);

@@ -23,7 +23,7 @@ struct Chunk {
 };
 
 // A chunk of at least `bytes` for a result of a step, its content undefined. What is given back serves the next step: the
-// system would take the pages away and clear them anew, a twentieth of a prompt's time. At most 512 MB are kept so.
+// system would take the pages away and clear them anew, a fortieth of a prompt's time. At most 512 MB are kept so.
 std::unique_ptr<Chunk> lend(size_t bytes);
 void give_back(std::unique_ptr<Chunk> chunk);
 
