@@ -2,7 +2,8 @@
 
 A block is free, or referenced by one or more sequences. A full block whose tokens are all computed is known by a hash
 of everything from the beginning of its sequence to its own end; a sequence that begins with the same tokens shares it.
-Free blocks keep their hash until they are taken for something else: first those that have none, then the longest unused.
+Free blocks keep their hash until they are taken for something else. First those go that have none, then the longest
+unused.
 Only numbers here: the tensors are model/cache.py's.
 """
 

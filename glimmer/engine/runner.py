@@ -57,8 +57,9 @@ class Runner:
         log.info("operations: %s", _served(doors.table()))
         with Checkpoint(config.model) as checkpoint:
             plan = Plan(
-                model_config, checkpoint, group, dtype, quantization=config.quantization, group_size=config.group_size
-            )
+                model_config, checkpoint, group, dtype, quantization=config.quantization, group_size=config.group_size,
+                packed_bytes=doors.packed_bytes,
+            )  # fmt: skip
             kept = torch.int8 if config.kv_cache_dtype == "int8" else dtype
             self.room = make_room(config, model_config, group, device, kept, plan.nbytes)
             residual = devices.residual_dtype(device, dtype)

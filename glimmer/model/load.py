@@ -34,7 +34,8 @@ class Plan:
     """What this rank will read. Raises CheckpointError with the names when the checkpoint is not exactly the model.
 
     nbytes: bytes of this rank's weights once loaded in `dtype`, or as quantised on disk or by us (quantization: None,
-    "int8" or "int4", the latter in groups of `group_size`, 32 if None).
+    "int8" or "int4", the latter in groups of `group_size`, 32 if None). packed_bytes: as of Ops; by default, what a
+    Weight takes.
     mtp: as Glm4Moe wants it, or None when not asked for.
     """
 
@@ -47,9 +48,10 @@ class Plan:
         mtp: bool = False,
         quantization: str | None = None,
         group_size: int | None = None,
+        packed_bytes: Callable[[Weight, bool], int] = lambda weight, bfloat16_scales: weight.nbytes,
     ):
         formats.check(config.quantization_config)
-        self.checkpoint, self.dtype, self._config = checkpoint, dtype, config
+        self.checkpoint, self.dtype, self._config, self._packed_bytes = checkpoint, dtype, config, packed_bytes
         self._asked = None if quantization is None else (quantization, group_size or GROUP)
         self._read = partial(formats.read, checkpoint, gptq_zeros=formats.gptq_zeros(config.quantization_config))
         self._prefix = names.mtp_prefix(config)
@@ -220,7 +222,11 @@ class Plan:
 
     def _nbytes(self, entry: names.Entry, part: names.Part) -> int:
         """Bytes of our cut once loaded."""
-        return self._outline(entry, part, torch.float32 if entry.exact else self.dtype).nbytes
+        outline = self._outline(entry, part, torch.float32 if entry.exact else self.dtype)
+        # Ours are bfloat16 numbers; the second of a stored matrix's tensors are the scales.
+        ours = outline.kind != "int4" or self._quantises(entry)
+        tensors = formats.stored(self.checkpoint, part.name).tensors
+        return self._packed_bytes(outline, ours or self.checkpoint.dtype(tensors[1]) == torch.bfloat16)
 
     def _outline(self, entry: names.Entry, part: names.Part, dtype: torch.dtype) -> Weight:
         """The Weight that a part becomes, without values; dtype: if they are plain."""

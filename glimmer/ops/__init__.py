@@ -69,7 +69,10 @@ class Ops:
     quantize: Callable[..., Any]
     pack_linear: Callable[..., Any]
     pack_experts: Callable[..., Any]
-    record: Callable[[], Any] | None  # no door: what records the doors' calls, to be made again; None: nothing does
+    # No doors: what records the doors' calls, to be made again (None: nothing does); and the bytes that a Weight,
+    # perhaps without values, takes once packed, given whether the scales of int4 are bfloat16 numbers.
+    record: Callable[[], Any] | None
+    packed_bytes: Callable[[Weight, bool], int]
 
     @property
     def own_threads(self) -> bool:
@@ -90,7 +93,7 @@ class Ops:
 
     def table(self) -> list[tuple[str, str]]:
         """(door, backend) for each door: what `glimmer doctor` and the start-up log print."""
-        doors = (f.name for f in fields(self) if f.name != "record")
+        doors = (f.name for f in fields(self) if f.name not in ("record", "packed_bytes"))
         return [(door, getattr(self, door).__module__.rpartition(".")[2]) for door in doors]
 
 

@@ -346,6 +346,13 @@ def _fill(packed: _native.Packed, e: int, parts: Sequence[Weight], dtype: torch.
             row += len(codes)
 
 
+def packed_bytes(weight: Weight, bfloat16_scales: bool) -> int:
+    if weight.kind != "int4":
+        return weight.nbytes
+    # A group's scale and zero share a word; a row has a power of two.
+    return weight.codes.nbytes + weight.scales.numel() * (2 if bfloat16_scales else 4) + weight.shape[0] * 4
+
+
 def kernels() -> str:
     """The instruction set in use, and all that this build and this processor could use."""
     return f"{_native.isa()} (of {', '.join(_native.available().split())})"

@@ -237,6 +237,10 @@ def experts(x: Tensor, ids: Tensor, scores: Tensor, gate_up: Sequence[Weight], d
     return torch.bmm(scores[:, None], y).squeeze(1)  # (T, 1, K) @ (T, K, H)
 
 
+def packed_bytes(weight: Weight, bfloat16_scales: bool) -> int:
+    return weight.nbytes
+
+
 def pack_linear(parts: Sequence[Weight], dtype: torch.dtype, device: torch.device) -> Weight:
     """One Weight holding the rows of all parts."""
     return Weight.join(parts, dtype, device)

@@ -64,6 +64,16 @@ def test_the_beginning_outlives_the_end():
     assert len(blocks.shared(sequence(1, 2, 3, 4, 5, 6, 7))) == 2
 
 
+def test_blocks_of_no_use_to_others_are_taken_first():
+    blocks = Blocks(5, 2, reuse=True)
+    first = computed(blocks, 1, 2, 3)
+    known, loose = first.blocks
+    blocks.release(first)
+    second = sequence(7, 7, 7, 7, 7, 7, 7, 7)
+    assert blocks.grow(second, 8) and second.blocks[0] == loose and known not in second.blocks
+    blocks.check([second])
+
+
 def test_without_reuse_nothing_is_remembered():
     blocks = Blocks(4, 2, reuse=False)
     computed(blocks, 1, 2, 3)

@@ -268,13 +268,14 @@ INTEGERS = ["int8", "int4 in 32", "int4 in 128", "int4 in whole rows", "int4 wit
 
 
 def integer_weight(how: str, noise, out: int, inner: int) -> Weight:
-    """Random codes of every value that there is."""
+    """Random codes of every value that there is. int4's scales are bfloat16 numbers, as ours are, or float16 ones."""
     if how == "int8":
         codes = noise(out, inner, scale=60).clamp(-127, 127).to(torch.int8)
         return Weight("int8", codes, noise(out, 1).abs() * inner**-0.5 / 60 + 1e-6)
     group = {"int4 in 128": 128, "int4 in whole rows": inner}.get(how, 32)
     codes = noise(out, inner // 2, scale=1e4).long().remainder(256).to(torch.uint8)
     scales = noise(out, -(-inner // group)).abs() * inner**-0.5 / 5 + 1e-6
+    scales = scales.to(torch.bfloat16 if how in ("int4 in 32", "int4 without zeros") else torch.float16).float()
     zeros = (noise(*scales.shape, scale=3) + 7).clamp(0, 15).to(torch.uint8)
     return Weight("int4", codes, scales, None if how == "int4 without zeros" else zeros, group)
 
@@ -344,6 +345,32 @@ def test_linear_of_integers_keeps_broken_rows_to_themselves(how, doors, dtype, n
     weight.scales[9, -1] = float("nan")
     found = ops.linear(x.to(device), ops.pack_linear([weight], dtype, device), None).cpu()
     assert found[:, 9].isnan().all() and found[2, :9].isfinite().all() and found[2, 10:].isfinite().all()
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_int4_scales_of_any_sign_and_size(stored, doors, noise):
+    """Others' scales may be negative, nothing, or so small beside a row's others that the group is next to nothing.
+
+    bfloat16 and float16 scales count exactly, float32 ones to 20 bits. Rows of ones and of powers of two round nothing.
+    """
+    ops, device = doors
+    weight = integer_weight("int4 in 32", noise, 40, 192)
+    scales = noise(40, 6) * 2.0 ** torch.arange(-40, 40)[torch.randint(0, 80, (40, 6), generator=torch.manual_seed(3))]
+    scales[1], scales[2, ::2], scales[3], scales[4, 1] = 0, 0, -scales[3].abs(), -scales[4, 1].abs()
+    scales[5] *= 2.0**-80
+    scales = scales.clamp(-6e4, 6e4).to(stored).float()
+    weight = Weight("int4", weight.codes, scales, weight.zeros, 32)
+    x = 127 * torch.stack((torch.ones(192), 2.0 ** -torch.arange(6).repeat_interleave(32)))
+    packed = ops.pack_linear([weight], torch.float32, device)
+    found = call(lambda x: ops.linear(x, packed, None), device, x).cpu().double()
+    truth, size = x.double() @ values(weight).T, x.double() @ values(weight).abs().T
+    allowed = size * (2.0**-19 if stored == torch.float32 else 2.0**-20)
+    assert ((found - truth).abs() <= allowed).all()
+    assert found[:, 1].eq(0).all()
+    alone = Weight("int4", weight.codes[:, 16:32], scales[:, 1:2].contiguous(), weight.zeros[:, 1:2].contiguous(), 32)
+    one = ops.linear(x[:1, 32:64].contiguous().to(device), ops.pack_linear([alone], torch.float32, device), None).cpu()
+    exact = (x[:1, 32:64].double() @ values(alone).T).float()
+    assert torch.equal(one, exact) if stored != torch.float32 else torch.allclose(one, exact, rtol=2**-20)
 
 
 def test_linear_of_integers_where_zeros_are_left_out(doors, dtype, noise):
@@ -468,6 +495,22 @@ def test_attention(steps, heads, codes, doors, dtype, noise):
     keys, values = (coded(x) if codes else x for x in (keys, values))
     definition = lambda q, k, v: attention(q, k.to(q.dtype), v.to(q.dtype), batch, scale)
     assert_close(found, definition, q, keys, values)
+
+
+@pytest.mark.parametrize("step", [0.004, 0.02, 0.2, -0.2], ids=str)
+def test_attention_where_scores_rise_or_fall(step, doors, noise):
+    """By e to the power of `step` from key to key: what has been summed up loses weight slowly, fast, or not at all."""
+    ops, device = doors
+    batch, pool = paged([(1200, 100)], 16, seed=1)
+    q, keys, values = torch.ones(100, 2, 16), torch.zeros(pool, 16, 1, 16), noise(pool, 16, 1, 16)
+    slots = torch.tensor([int(batch.blocks[0, p // 16]) * 16 + p % 16 for p in range(1300)])
+    keys.flatten(0, 1)[slots, 0, 0] = step * torch.arange(1300.0)
+    there = Batch(*(x.to(device) if isinstance(x, Tensor) else x for x in vars(batch).values()))
+    cache = filled(ops, device, keys, values, batch, False)
+    found = ops.attention(q.to(device), *cache, there, 1.0).cpu()
+    truth = attention(q.double(), keys.double(), values.double(), batch, 1.0)
+    rounded = 1 + 1.5 * 1300 * abs(step)  # a score as a power of two, whose last place is an error of its weight
+    assert ((found.double() - truth).abs() <= 2**-23 * rounded * values.abs().max()).all()
 
 
 def test_attention_over_codes_of_much_little_and_nothing(doors, dtype, noise):
@@ -687,5 +730,7 @@ def test_quantize_of_what_is_stored_and_to_int8(stored, doors, noise):
 
 def test_the_table_names_every_door(doors):
     ops, _ = doors
-    assert [name for name, _ in ops.table()] == [name for name in Ops.__dataclass_fields__ if name != "record"]
+    assert [name for name, _ in ops.table()] == [
+        name for name in Ops.__dataclass_fields__ if name not in ("record", "packed_bytes")
+    ]
     assert {backend for _, backend in ops.table()} <= {"reference", *itertools.chain.from_iterable(BACKENDS.values())}

@@ -228,6 +228,42 @@ def test_rows_of_a_wide_matrix_are_the_same_alone_and_among_others(dtype, noise)
         assert same(native.linear(x[a:b], packed, None), whole[a:b])
 
 
+@pytest.mark.parametrize("inner", [512, 7, 333], ids=str)
+def test_float32_weights_that_bfloat16_holds_take_half_the_memory_and_give_the_same_bits(inner, dtype, noise):
+    codes, x = noise(100, inner).bfloat16(), noise(300, inner, dtype=dtype)
+    x[:, 0] = torch.where(torch.arange(300) % 2 == 0, torch.nan, x[:, 0])  # what follows a row of odd width
+    half, whole = (native.pack_linear([Weight("plain", c)], torch.float32, CPU) for c in (codes, codes.float()))
+    assert same(native.linear(x, half, None), native.linear(x, whole, None)) and half.float32
+    assert inner < 512 or half.nbytes < 0.51 * whole.nbytes
+
+
+@pytest.mark.parametrize("inner, group", [(512, 32), (512, 128), (704, 704)], ids=str)
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
+def test_packed_bytes_are_those_of_what_is_packed(inner, group, stored, noise):
+    weight = Weight("plain", noise(96, inner)).quantize("int4", group)
+    scales = (weight.scales * (1 if stored == torch.bfloat16 else 1 + 2**-10)).to(stored).float()
+    int8 = Weight("plain", noise(96, inner)).quantize("int8")
+    for each in (Weight("int4", weight.codes, scales, weight.zeros, group), int8):
+        held = native.pack_linear([each], torch.bfloat16, CPU).nbytes
+        predicted = native.packed_bytes(each, stored == torch.bfloat16)
+        assert 0 <= held - predicted <= 4096 + 64, "and a little room at the end"
+
+
+def test_memory_of_results_is_used_again_but_never_while_anyone_holds_it():
+    shape = (1 << 10, 1 << 9)
+    first, other = (native._new(*shape, dtype=torch.float32) for _ in range(2))
+    assert first.shape == shape and first.is_contiguous() and first.data_ptr() != other.data_ptr()
+    first.fill_(1), other.fill_(2)
+    place, part = first.data_ptr(), first[512:]
+    del first
+    held = [native._new(*shape, dtype=torch.float32).fill_(3) for _ in range(3)]
+    assert part.eq(1).all() and other.eq(2).all(), "a part of a result keeps the whole"
+    del part
+    again = native._new(1 << 11, 1 << 9, dtype=torch.bfloat16)
+    assert again.data_ptr() == place and again.dtype == torch.bfloat16
+    assert all(each.eq(3).all() for each in held)
+
+
 def test_broken_rows_stay_alone(dtype, noise):
     x = noise(40, 512, dtype=dtype)
     broken = x.clone()
