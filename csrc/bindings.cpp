@@ -7,6 +7,10 @@
 
 #include <chrono>
 #include <cstring>
+#include <functional>
+#include <string>
+#include <tuple>
+#include <vector>
 
 #include "attention.h"
 #include "linear.h"
@@ -34,6 +38,20 @@ Kind kind_named(const std::string& name) {
         if (name == k.name) return k.kind;
     throw std::invalid_argument("no kind " + name);
 }
+
+// Calls of doors, to be made again and again without Python.
+struct Calls {
+    std::vector<std::function<void()>> list;
+};
+
+// Defines `name`, and later_`name`, which puts the call on a list and does not make it.
+template <class F, class... A> void define(nb::module_& m, const char* name, F f, void (F::*)(A...) const) {
+    m.def(name, f, nb::call_guard<nb::gil_scoped_release>());
+    m.def((std::string("later_") + name).c_str(), [f](Calls& calls, A... arguments) {
+        calls.list.push_back([f, given = std::tuple<A...>(arguments...)] { std::apply(f, given); });
+    });
+}
+template <class F> void door(nb::module_& m, const char* name, F f) { define(m, name, f, &F::operator()); }
 
 double seconds() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -116,69 +134,47 @@ NB_MODULE(_native, m) {
             },
             Free());
 
-    m.def(
-        "linear",
-        [](uintptr_t x, bool x_bf16, long rows, const Packed& w, uintptr_t bias, uintptr_t y, bool y_bf16) {
-            linear({at<void>(x), x_bf16}, rows, w, at<float>(bias), {at<void>(y), y_bf16});
-        },
-        Free());
-    m.def(
-        "experts",
-        [](uintptr_t x, bool x_bf16, long rows, uintptr_t ids, uintptr_t scores, int top_k, const Packed& gate_up,
-           const Packed& down, uintptr_t y) {
-            experts({at<void>(x), x_bf16}, rows, at<int64_t>(ids), at<float>(scores), top_k, gate_up, down, at<float>(y));
-        },
-        Free());
+    nb::class_<Calls>(m, "Calls")
+        .def(nb::init<>())
+        .def("__call__", [](const Calls& calls) { for (auto& call : calls.list) call(); }, Free());
 
-    m.def(
-        "embed",
-        [](uintptr_t tokens, long count, uintptr_t table, bool narrow, long rows, long n, long first, uintptr_t y) {
-            embed(at<int64_t>(tokens), count, {at<void>(table), narrow}, rows, n, first, {at<void>(y), narrow});
-        },
-        Free());
-    m.def(
-        "rms_norm",
-        [](uintptr_t x, bool x_bf16, long rows, long heads, long n, long stride, uintptr_t weight, bool y_bf16, float eps,
-           uintptr_t y) {
-            rms_norm({at<void>(x), x_bf16}, rows, heads, n, stride, {at<void>(weight), y_bf16}, eps, {at<void>(y), y_bf16});
-        },
-        Free());
-    m.def(
-        "add_rms_norm",
-        [](uintptr_t x, bool x_bf16, uintptr_t residual, bool kept_bf16, long rows, long n, uintptr_t weight, bool y_bf16,
-           float eps, uintptr_t total, uintptr_t y) {
-            add_rms_norm({at<void>(x), x_bf16}, {at<void>(residual), kept_bf16}, rows, n, {at<void>(weight), y_bf16}, eps,
-                         {at<void>(total), kept_bf16}, {at<void>(y), y_bf16});
-        },
-        Free());
-    m.def(
-        "add",
-        [](uintptr_t y, bool y_bf16, uintptr_t x, bool x_bf16, long rows, long n) {
-            add({at<void>(y), y_bf16}, {at<void>(x), x_bf16}, rows, n);
-        },
-        Free());
-    m.def(
-        "swiglu",
-        [](uintptr_t x, bool narrow, long rows, long n, uintptr_t y) {
-            swiglu({at<void>(x), narrow}, rows, n, {at<void>(y), narrow});
-        },
-        Free());
-    m.def(
-        "rope",
-        [](uintptr_t q, long q_heads, long q_stride, uintptr_t k, long k_heads, long k_stride, bool narrow, long rows,
-           long width, uintptr_t cos, uintptr_t sin, long half) {
-            rope({{at<void>(q), narrow}, q_heads, q_stride}, {{at<void>(k), narrow}, k_heads, k_stride}, rows, width,
-                 at<float>(cos), at<float>(sin), half);
-        },
-        Free());
-    m.def(
-        "route",
-        [](uintptr_t logits, uintptr_t bias, long rows, long experts, int top_k, int groups, int kept_groups, bool normed,
-           float factor, uintptr_t ids, uintptr_t scores) {
-            route(at<float>(logits), at<float>(bias), rows, experts, {top_k, groups, kept_groups, normed, factor},
-                  at<int64_t>(ids), at<float>(scores));
-        },
-        Free());
+    door(m, "linear", [](uintptr_t x, bool x_bf16, long rows, const Packed& w, uintptr_t bias, uintptr_t y, bool y_bf16) {
+        linear({at<void>(x), x_bf16}, rows, w, at<float>(bias), {at<void>(y), y_bf16});
+    });
+    door(m, "experts", [](uintptr_t x, bool x_bf16, long rows, uintptr_t ids, uintptr_t scores, int top_k,
+                          const Packed& gate_up, const Packed& down, uintptr_t y) {
+        experts({at<void>(x), x_bf16}, rows, at<int64_t>(ids), at<float>(scores), top_k, gate_up, down, at<float>(y));
+    });
+
+    door(m, "embed", [](uintptr_t tokens, long count, uintptr_t table, bool narrow, long rows, long n, long first,
+                        uintptr_t y) {
+        embed(at<int64_t>(tokens), count, {at<void>(table), narrow}, rows, n, first, {at<void>(y), narrow});
+    });
+    door(m, "rms_norm", [](uintptr_t x, bool x_bf16, long rows, long heads, long n, long stride, uintptr_t weight,
+                           bool y_bf16, float eps, uintptr_t y) {
+        rms_norm({at<void>(x), x_bf16}, rows, heads, n, stride, {at<void>(weight), y_bf16}, eps, {at<void>(y), y_bf16});
+    });
+    door(m, "add_rms_norm", [](uintptr_t x, bool x_bf16, uintptr_t residual, bool kept_bf16, long rows, long n,
+                               uintptr_t weight, bool y_bf16, float eps, uintptr_t total, uintptr_t y) {
+        add_rms_norm({at<void>(x), x_bf16}, {at<void>(residual), kept_bf16}, rows, n, {at<void>(weight), y_bf16}, eps,
+                     {at<void>(total), kept_bf16}, {at<void>(y), y_bf16});
+    });
+    door(m, "add", [](uintptr_t y, bool y_bf16, uintptr_t x, bool x_bf16, long rows, long n) {
+        add({at<void>(y), y_bf16}, {at<void>(x), x_bf16}, rows, n);
+    });
+    door(m, "swiglu", [](uintptr_t x, bool narrow, long rows, long n, uintptr_t y) {
+        swiglu({at<void>(x), narrow}, rows, n, {at<void>(y), narrow});
+    });
+    door(m, "rope", [](uintptr_t q, long q_heads, long q_stride, uintptr_t k, long k_heads, long k_stride, bool narrow,
+                       long rows, long width, uintptr_t cos, uintptr_t sin, long half) {
+        rope({{at<void>(q), narrow}, q_heads, q_stride}, {{at<void>(k), narrow}, k_heads, k_stride}, rows, width,
+             at<float>(cos), at<float>(sin), half);
+    });
+    door(m, "route", [](uintptr_t logits, uintptr_t bias, long rows, long experts, int top_k, int groups, int kept_groups,
+                        bool normed, float factor, uintptr_t ids, uintptr_t scores) {
+        route(at<float>(logits), at<float>(bias), rows, experts, {top_k, groups, kept_groups, normed, factor},
+              at<int64_t>(ids), at<float>(scores));
+    });
     m.def(
         "quantize",
         [](uintptr_t x, bool narrow, long stride, long rows, long inner, long group, uintptr_t codes, uintptr_t scales,
@@ -186,14 +182,12 @@ NB_MODULE(_native, m) {
             quantize({at<void>(x), narrow}, stride, rows, inner, group, at<uint8_t>(codes), at<float>(scales), at<uint8_t>(zeros));
         },
         Free());
-    m.def(
-        "store_kv",
-        [](uintptr_t k, long k_stride, uintptr_t v, long v_stride, bool narrow, long rows, uintptr_t slots, uintptr_t keys,
-           uintptr_t values, bool codes, long blocks, int block_size, int heads, int width) {
-            store_kv({at<void>(k), narrow}, k_stride, {at<void>(v), narrow}, v_stride, at<int64_t>(slots), rows,
-                     {at<char>(keys), at<char>(values), narrow, codes, blocks, block_size, heads, width});
-        },
-        Free());
+    door(m, "store_kv", [](uintptr_t k, long k_stride, uintptr_t v, long v_stride, bool narrow, long rows,
+                           uintptr_t slots, uintptr_t keys, uintptr_t values, bool codes, long blocks, int block_size,
+                           int heads, int width) {
+        store_kv({at<void>(k), narrow}, k_stride, {at<void>(v), narrow}, v_stride, at<int64_t>(slots), rows,
+                 {at<char>(keys), at<char>(values), narrow, codes, blocks, block_size, heads, width});
+    });
     m.def(
         "attention",
         [](uintptr_t q, long stride, int q_heads, bool narrow, uintptr_t keys, uintptr_t values, bool codes, long blocks,

@@ -10,6 +10,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ class Recording:
     """
 
     def __init__(self):
-        self._calls: list[tuple[Callable, tuple]] = []
+        self._parts: list[Callable[[], None]] = []  # most of them many calls, made without Python
         self._kept: list[tuple] = []
 
     def __enter__(self) -> "Recording":
@@ -47,13 +48,19 @@ class Recording:
         global _recording
         _recording = None
 
-    def add(self, kept: tuple, call: Callable, args: tuple) -> None:
-        self._calls.append((call, args))
-        self._kept.append(kept)
+    def add(self, made: tuple, call: Callable, args: tuple) -> None:
+        self._kept.append((made, args))
+        later = getattr(_native, f"later_{call.__name__}", None)
+        if later is None:  # lists among its arguments, or none of the extension's
+            self._parts.append(partial(call, *args))
+            return
+        if not self._parts or not isinstance(self._parts[-1], _native.Calls):
+            self._parts.append(_native.Calls())
+        later(self._parts[-1], *args)
 
     def play(self) -> None:
-        for call, args in self._calls:
-            call(*args)
+        for part in self._parts:
+            part()
 
 
 record = Recording
