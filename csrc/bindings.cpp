@@ -2,6 +2,7 @@
 // native.py has checked; sizes are checked again wherever a pointer is made from them.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -38,6 +39,13 @@ Kind kind_named(const std::string& name) {
         if (name == k.name) return k.kind;
     throw std::invalid_argument("no kind " + name);
 }
+
+// A chunk in somebody's hands.
+struct Lent {
+    std::shared_ptr<Shelf> shelf;
+    std::unique_ptr<Chunk> chunk;
+    ~Lent() { shelf->give_back(std::move(chunk)); }
+};
 
 // Calls of doors, to be made again and again without Python.
 struct Calls {
@@ -105,12 +113,15 @@ NB_MODULE(_native, m) {
     m.def("arithmetic", &arithmetic, Free());
     m.def("select", [](const std::string& name) { select(name.c_str()); });
 
-    // A result's memory, as a torch tensor of bytes.
-    m.def("lend", [](size_t bytes) {
-        Chunk* chunk = lend(bytes).release();
-        nb::capsule owner(chunk, [](void* p) noexcept { give_back(std::unique_ptr<Chunk>((Chunk*)p)); });
-        return nb::ndarray<nb::pytorch, uint8_t>(chunk->base, {bytes}, owner);
-    });
+    nb::class_<Shelf>(m, "Shelf")
+        .def(nb::init<size_t>())
+        // A torch tensor of so many bytes.
+        .def("lend", [](std::shared_ptr<Shelf> shelf, size_t bytes) {
+            std::unique_ptr<Chunk> chunk = shelf->lend(bytes);
+            Lent* lent = new Lent{std::move(shelf), std::move(chunk)};
+            nb::capsule owner(lent, [](void* p) noexcept { delete (Lent*)p; });
+            return nb::ndarray<nb::pytorch, uint8_t>(lent->chunk->base, {bytes}, owner);
+        });
 
     nb::class_<Packed>(m, "Packed")
         .def("__init__",

@@ -4,6 +4,8 @@
 
 #include <cstddef>
 #include <memory>
+#include <mutex>
+#include <vector>
 
 namespace glimmer {
 
@@ -22,9 +24,21 @@ struct Chunk {
     ~Chunk();
 };
 
-// A chunk of at least `bytes` for a result of a step, its content undefined. What is given back serves the next step: the
-// system would take the pages away and clear them anew, a fortieth of a prompt's time. At most 512 MB are kept so.
-std::unique_ptr<Chunk> lend(size_t bytes);
-void give_back(std::unique_ptr<Chunk> chunk);
+// Lends chunks for the results of a step, their content undefined. What is given back serves the next that asks: the system
+// would take the pages away and clear them anew, a fortieth of a prompt's time. Any thread may lend and give back.
+class Shelf {
+public:
+    // kept: the most bytes that lie here unused.
+    explicit Shelf(size_t kept) : kept(kept) {}
+    // A chunk of at least `bytes`. Throws std::bad_alloc.
+    std::unique_ptr<Chunk> lend(size_t bytes);
+    void give_back(std::unique_ptr<Chunk> chunk);
+
+private:
+    const size_t kept;
+    std::mutex mutex;
+    std::vector<std::unique_ptr<Chunk>> chunks;
+    size_t unused = 0;
+};
 
 }  // namespace glimmer

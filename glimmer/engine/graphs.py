@@ -16,7 +16,7 @@ from glimmer.batch import Batch
 from glimmer.model.cache import Cache
 from glimmer.model.glm4_moe import Glm4Moe
 
-MOST = 8  # sequences; beyond, a step's kernels are so long that the rest does not matter, and its tensors so large
+MOST = 64  # sequences; beyond, a step's kernels are so long that the rest does not matter
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,14 @@ class Graphs:
     def __init__(self, model: Glm4Moe, cache: Cache, columns: int):
         self.model, self.cache, self.columns = model, cache, columns
         self._steps: dict[int, Recorded] = {}
+        self._memory = None  # of all recordings' results, one after the other
 
     def serves(self, batch: Batch) -> bool:
         one_each = len(batch.tokens) == len(batch.lengths) <= MOST
         return one_each and self.model.ops.record is not None and self.model.group.size == 1
 
     def __call__(self, batch: Batch) -> Tensor:
-        """The hidden states (n, H) of a batch that is served; valid until the next call with as many sequences."""
+        """The hidden states (n, H) of a batch that is served; valid until the next call."""
         step = self._steps.get(len(batch.lengths))
         if step is None:
             step = self._steps[len(batch.lengths)] = self._record(batch)
@@ -61,6 +62,7 @@ class Graphs:
         blocks[:, : batch.blocks.shape[1]] = batch.blocks
         slots, lengths = batch.slots.clone(), list(batch.lengths)
         own = Batch(batch.tokens, batch.positions, slots, blocks, batch.rows, batch.starts, lengths)
-        with self.model.ops.record() as calls:
+        with self.model.ops.record(self._memory) as calls:
             hidden = self.model.through(x, residual, turn, own, self.cache)
+        self._memory = calls.memory
         return Recorded((x, residual, *turn, slots), blocks, lengths, calls, hidden)

@@ -71,7 +71,7 @@ class Ops:
     pack_experts: Callable[..., Any]
     # No doors: what records the doors' calls, to be made again (None: nothing does); and the bytes that a Weight,
     # perhaps without values, takes once packed, given whether the scales of int4 are bfloat16 numbers.
-    record: Callable[[], Any] | None
+    record: Callable[..., Any] | None
     packed_bytes: Callable[[Weight, bool], int]
 
     @property

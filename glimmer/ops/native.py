@@ -9,6 +9,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,33 +24,33 @@ from glimmer.weight import Weight, layout
 
 set_threads = _native.set_threads
 STRETCH = 4 << 20  # bytes of a plain matrix that are converted at once
-LENT = 1 << 20  # bytes of a result from which on its memory is the extension's, which keeps it from step to step
+LENT, KEPT = 1 << 20, 512 << 20  # bytes of a result that is lent its memory; the most that lies unused between steps
 FLOATS = (torch.float32, torch.bfloat16)
 
 
 class Recording:
-    """The calls that doors make while it is entered, to be made again by `play` on the same tensors, which it keeps.
+    """The calls that doors make while it is entered, to be made again by `play` on the same tensors.
 
     Whoever plays it puts new values into those that the doors were given. Lists among the arguments (a batch's lengths)
     are read anew each time. Inside, a door that would have to copy an input raises RuntimeError: a copy would not be
-    repeated.
+    repeated. Results lie in `memory`, where a later one takes the place of one that nobody holds any more. Recordings
+    may share it: what one has left there is good until another is played.
     """
 
-    def __init__(self):
+    def __init__(self, memory: _native.Shelf | None = None):
+        self.memory = memory or _native.Shelf(sys.maxsize)
         self._parts: list[Callable[[], None]] = []  # most of them many calls, made without Python
         self._kept: list[tuple] = []
 
     def __enter__(self) -> "Recording":
-        global _recording
-        _recording = self
+        _own.recording = self
         return self
 
     def __exit__(self, *_) -> None:
-        global _recording
-        _recording = None
+        _own.recording = None
 
-    def add(self, made: tuple, call: Callable, args: tuple) -> None:
-        self._kept.append((made, args))
+    def add(self, call: Callable, args: tuple, kept: Tensor | None) -> None:
+        self._kept.append((args, kept))
         later = getattr(_native, f"later_{call.__name__}", None)
         if later is None:  # lists among its arguments, or none of the extension's
             self._parts.append(partial(call, *args))
@@ -64,28 +65,39 @@ class Recording:
 
 
 record = Recording
-_recording: Recording | None = None
 
 
-def _run(made: tuple, call: Callable, *args) -> None:
-    """call(*args), which fills the tensors `made`."""
-    if _recording is not None:
-        _recording.add(made, call, args)
+class _Own(threading.local):
+    """Of each thread: other engines may run beside the one that records."""
+
+    recording: Recording | None = None
+
+
+_own = _Own()
+_results = _native.Shelf(KEPT)
+
+
+def _run(call: Callable, *args, kept: Tensor | None = None) -> None:
+    """call(*args). kept: what it reads, besides results of doors and what was given to them."""
+    if _own.recording is not None:
+        _own.recording.add(call, args, kept)
     call(*args)
 
 
 def _new(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Where a door's result will be."""
     nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes < LENT:
+    if _own.recording is None and nbytes < LENT:
         return torch.empty(shape, dtype=dtype)
-    return _native.lend(nbytes).view(dtype).view(shape)
+    memory = _own.recording.memory if _own.recording is not None else _results
+    return memory.lend(nbytes).view(dtype).view(shape)
 
 
 def _whole(x: Tensor) -> Tensor:
     """x, contiguous."""
     if x.is_contiguous():
         return x
-    if _recording is not None:
+    if _own.recording is not None:
         raise RuntimeError(f"a copy of {tuple(x.shape)} cannot be recorded")
     return x.contiguous()
 
@@ -114,7 +126,7 @@ def embed(tokens: Tensor, table: Tensor, first: int) -> Tensor:
         _refuse("embed", tokens, table)
     tokens, (rows, n) = _whole(tokens), table.shape
     narrow, y = table.dtype == torch.bfloat16, _new(len(tokens), n, dtype=table.dtype)
-    _run((y,), _native.embed, tokens.data_ptr(), len(tokens), table.data_ptr(), narrow, rows, n, first, y.data_ptr())
+    _run(_native.embed, tokens.data_ptr(), len(tokens), table.data_ptr(), narrow, rows, n, first, y.data_ptr())
     return y
 
 
@@ -132,7 +144,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         rows, heads, stride = y.numel() // n, 1, n
     narrow, result = x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16
     _run(
-        (y,), _native.rms_norm,
+        _native.rms_norm,
         x.data_ptr(), narrow, rows, heads, n, stride, weight.data_ptr(), result, eps, y.data_ptr(),
     )
     return y
@@ -148,7 +160,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     total, y = _new(rows, n, dtype=residual.dtype), _new(rows, n, dtype=weight.dtype)
     narrow, kept, result = (t.dtype == torch.bfloat16 for t in (x, residual, weight))
     _run(
-        (total, y), _native.add_rms_norm,
+        _native.add_rms_norm,
         x.data_ptr(), narrow, residual.data_ptr(), kept, rows, n, weight.data_ptr(), result, eps, total.data_ptr(),
         y.data_ptr(),
     )
@@ -161,7 +173,7 @@ def swiglu(x: Tensor) -> Tensor:
     if x.dtype not in FLOATS or both % 2:
         _refuse("swiglu", x)
     x, y = _whole(x), _new(rows, both // 2, dtype=x.dtype)
-    _run((y,), _native.swiglu, x.data_ptr(), x.dtype == torch.bfloat16, rows, both // 2, y.data_ptr())
+    _run(_native.swiglu, x.data_ptr(), x.dtype == torch.bfloat16, rows, both // 2, y.data_ptr())
     return y
 
 
@@ -174,7 +186,7 @@ def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         _refuse("rope_", q, k, cos, sin)
     cos, sin = _whole(cos), _whole(sin)
     _run(
-        (), _native.rope,
+        _native.rope,
         q.data_ptr(), heads, q.stride(0), k.data_ptr(), kv_heads, k.stride(0), q.dtype == torch.bfloat16, rows, width,
         cos.data_ptr(), sin.data_ptr(), half,
     )
@@ -186,9 +198,9 @@ def route(logits: Tensor, bias: Tensor, rule: RouteRule) -> tuple[Tensor, Tensor
     if logits.dtype != torch.float32 or bias.dtype != torch.float32 or bias.shape != (experts,):
         _refuse("route", logits, bias)
     logits, bias = _whole(logits), _whole(bias)
-    ids, scores = torch.empty((rows, rule.top_k), dtype=torch.int64), torch.empty(rows, rule.top_k)
+    ids, scores = (_new(rows, rule.top_k, dtype=dtype) for dtype in (torch.int64, torch.float32))
     _run(
-        (ids, scores), _native.route,
+        _native.route,
         logits.data_ptr(), bias.data_ptr(), rows, experts, rule.top_k, rule.n_group, rule.topk_group,
         rule.norm_topk_prob, rule.routed_scaling_factor, ids.data_ptr(), scores.data_ptr(),
     )
@@ -208,14 +220,14 @@ def _width(keys: Tensor) -> int:
 def store_kv_(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """Write k, v (T, g, D) into their slots of a cache (blocks, block_size, g, D), for `attention` alone to read."""
     if not _in_strips(keys):
-        return _run((), reference.store_kv_, k, v, keys, values, slots)
+        return _run(reference.store_kv_, k, v, keys, values, slots)
     (blocks, size, heads, _), width = keys.shape, _width(keys)
     k, v, slots = _heads(k), _heads(v), _whole(slots)
     fits = k.shape == v.shape == (len(slots), heads, width) and slots.dtype == torch.int64
     if not fits or k.dtype != v.dtype or not _sound(k, keys, values):
         _refuse("store_kv_", k, v, keys, values, slots)
     _run(
-        (), _native.store_kv,
+        _native.store_kv,
         k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), k.dtype == torch.bfloat16, len(slots), slots.data_ptr(),
         keys.data_ptr(), values.data_ptr(), keys.dtype == torch.int8, blocks, size, heads, width,
     )
@@ -225,7 +237,7 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: floa
     """q (T, h, D) -> (T, h*D): each row over the keys of its own sequence up to its own position."""
     if not _in_strips(keys):
         y = q.new_empty(len(q), q.shape[1] * q.shape[2])
-        _run((y,), lambda: y.copy_(reference.attention(q, keys, values, batch, scale)))
+        _run(lambda: y.copy_(reference.attention(q, keys, values, batch, scale)))
         return y
     (rows, q_heads, width), (blocks, size, heads, _) = q.shape, keys.shape
     q, table = _heads(q), _whole(batch.blocks)
@@ -234,7 +246,7 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: floa
         _refuse("attention", q, keys, values, table)
     y = _new(rows, q_heads * width, dtype=q.dtype)
     _run(
-        (y,), _native.attention,
+        _native.attention,
         q.data_ptr(), q.stride(0), q_heads, q.dtype == torch.bfloat16, keys.data_ptr(), values.data_ptr(),
         keys.dtype == torch.int8, blocks, size, heads, width, table.data_ptr(), table.shape[1], batch.starts,
         batch.lengths, scale, y.data_ptr(),
@@ -254,7 +266,7 @@ def add_(y: Tensor, x: Tensor) -> None:
         _refuse("add_", y, x)
     x, (rows, n) = _whole(x), y.shape
     narrow = x.dtype == torch.bfloat16
-    _run((), _native.add, y.data_ptr(), y.dtype == torch.bfloat16, x.data_ptr(), narrow, rows, n)
+    _run(_native.add, y.data_ptr(), y.dtype == torch.bfloat16, x.data_ptr(), narrow, rows, n)
 
 
 def linear(x: Tensor, packed: _native.Packed, bias: Tensor | None) -> Tensor:
@@ -266,7 +278,7 @@ def linear(x: Tensor, packed: _native.Packed, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.float()
     if bias is not None and bias.shape != (packed.n,):
         raise ValueError(f"a bias of shape {tuple(bias.shape)}, where ({packed.n},) is wanted")
-    _run((y, bias), _native.linear, x.data_ptr(), narrow, len(x), packed, _address(bias), y.data_ptr(), result)
+    _run(_native.linear, x.data_ptr(), narrow, len(x), packed, _address(bias), y.data_ptr(), result, kept=bias)
     return y
 
 
@@ -280,7 +292,7 @@ def experts(x: Tensor, ids: Tensor, scores: Tensor, gate_up: _native.Packed, dow
     y = _new(len(x), down.n, dtype=torch.float32)
     narrow = x.dtype == torch.bfloat16
     _run(
-        (y,), _native.experts,
+        _native.experts,
         x.data_ptr(), narrow, len(x), ids.data_ptr(), scores.data_ptr(), ids.shape[1], gate_up, down, y.data_ptr()
     )
     return y
