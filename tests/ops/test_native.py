@@ -2,6 +2,8 @@
 same bits whatever is beside it, and what is broken stays where it is. Whether results are right: test_doors.py.
 """
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor
@@ -262,6 +264,37 @@ def test_memory_of_results_is_used_again_but_never_while_anyone_holds_it():
     again = native._new(1 << 11, 1 << 9, dtype=torch.bfloat16)
     assert again.data_ptr() == place and again.dtype == torch.bfloat16
     assert all(each.eq(3).all() for each in held)
+
+
+def test_a_recording_repeats_its_calls_in_little_memory(noise):
+    """Fifty results, of which two are alive at a time; a second recording in the same memory; other threads stay out."""
+    widen, narrow = (
+        native.pack_linear([Weight("plain", noise(*shape).bfloat16() / 16)], torch.bfloat16, CPU)
+        for shape in ((1024, 256), (256, 512))
+    )
+
+    def chain(x: Tensor) -> Tensor:
+        for _ in range(16):
+            x = native.linear(native.swiglu(native.linear(x, widen, None)), narrow, bias)
+        return x
+
+    bias = noise(256).bfloat16()
+    few, many = noise(3, 256, dtype=torch.bfloat16), noise(40, 256, dtype=torch.bfloat16)
+    foreign = torch.full((1, 4), 1.0)
+    with native.record() as calls:
+        mine = chain(few)
+        thread = threading.Thread(target=lambda: native.add_(foreign, torch.ones(1, 4)))
+        thread.start()
+        thread.join()
+    with native.record(calls.memory) as others:
+        theirs = chain(many)
+    places = {calls.memory.lend(1).data_ptr() for _ in range(50)}
+    assert mine.data_ptr() != theirs.data_ptr() and len(places) <= 4
+    for x, y, recording in ((few, mine, calls), (many, theirs, others), (few, mine, calls)):
+        x.copy_(noise(*x.shape))
+        recording.play()
+        assert same(y, chain(x))
+    assert foreign.eq(2).all()
 
 
 def test_broken_rows_stay_alone(dtype, noise):
