@@ -267,7 +267,7 @@ def test_memory_of_results_is_used_again_but_never_while_anyone_holds_it():
 
 
 def test_a_recording_repeats_its_calls_in_little_memory(noise):
-    """Fifty results, of which two are alive at a time; a second recording in the same memory; other threads stay out."""
+    """Of many results two are alive at a time; a second recording lies in the same memory; other threads stay out."""
     widen, narrow = (
         native.pack_linear([Weight("plain", noise(*shape).bfloat16() / 16)], torch.bfloat16, CPU)
         for shape in ((1024, 256), (256, 512))
@@ -283,7 +283,7 @@ def test_a_recording_repeats_its_calls_in_little_memory(noise):
     foreign = torch.full((1, 4), 1.0)
     with native.record() as calls:
         mine = chain(few)
-        thread = threading.Thread(target=lambda: native.add_(foreign, torch.ones(1, 4)))
+        thread = threading.Thread(target=native.add_, args=(foreign, torch.ones(1, 4)))
         thread.start()
         thread.join()
     with native.record(calls.memory) as others:
