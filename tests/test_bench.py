@@ -22,7 +22,8 @@ def run(checkpoint, capsys):
 
 
 def test_every_figure_with_its_share_of_the_limits(run):
-    table, figures = run("--prefill", "20", "--decode", "1", "3", "--threads", "1")
+    # The best of several, since shares are rounded: so small a model reaches less than a thousandth in a busy moment.
+    table, figures = run("--prefill", "20", "--decode", "1", "3", "--threads", "1", "--repeat", "4")
     keys = {"prefill_20", "decode_b1", "decode_b3"}
     assert all(figures[key] > 0 for key in keys) and figures["quantization"] is None
     assert figures["peak_memory_gib"] >= figures["load_peak_memory_gib"] > 0

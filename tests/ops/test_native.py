@@ -251,7 +251,8 @@ def test_packed_bytes_are_those_of_what_is_packed(inner, group, stored, noise):
         assert 0 <= held - predicted <= 4096 + 64, "and a little room at the end"
 
 
-def test_memory_of_results_is_used_again_but_never_while_anyone_holds_it():
+def test_memory_of_results_is_used_again_but_never_while_anyone_holds_it(monkeypatch):
+    monkeypatch.setattr(native, "_results", _native.Shelf(8 << 20))  # in which no other test has left anything
     shape = (1 << 10, 1 << 9)
     first, other = (native._new(*shape, dtype=torch.float32) for _ in range(2))
     assert first.shape == shape and first.is_contiguous() and first.data_ptr() != other.data_ptr()
@@ -264,6 +265,9 @@ def test_memory_of_results_is_used_again_but_never_while_anyone_holds_it():
     again = native._new(1 << 11, 1 << 9, dtype=torch.bfloat16)
     assert again.data_ptr() == place and again.dtype == torch.bfloat16
     assert all(each.eq(3).all() for each in held)
+    del again, held, other  # ten megabytes, of which eight are kept
+    memory = [native._results.lend(2 << 20) for _ in range(5)]
+    assert sum(bool(each.any()) for each in memory) == 4
 
 
 def test_a_recording_repeats_its_calls_in_little_memory(noise):
