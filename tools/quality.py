@@ -59,9 +59,11 @@ class Reader:
         config = ModelConfig.load(directory)
         self.device = device
         with Checkpoint(directory) as checkpoint, torch.inference_mode():
-            plan = Plan(config, checkpoint, Group(), torch.bfloat16, False, quantization, group_size)
+            doors = ops.choose(device.type)
+            asked = False, quantization, group_size
+            plan = Plan(config, checkpoint, Group(), torch.bfloat16, *asked, packed_bytes=doors.packed_bytes)
             residual = devices.residual_dtype(device, torch.bfloat16)
-            self.model = Glm4Moe(config, Group(), ops.choose(device.type), residual, None).eval()
+            self.model = Glm4Moe(config, Group(), doors, residual, None).eval()
             plan.fill(self.model, device)
         self.nbytes = plan.nbytes
         heads, layers = config.num_key_value_heads, config.num_hidden_layers
