@@ -1,4 +1,4 @@
-"""Recorded steps: a small decoding step is the same calls on the same tensors each time, so they are made from a list.
+"""Recorded steps: a decoding step is the same calls on the same tensors each time, so they are made from a list.
 
 What Python does between two kernels of a step costs about as much as the smaller kernels themselves. The first step of
 n sequences with one token each goes through the model as ever, while its doors' calls are recorded; the next one of n
@@ -26,7 +26,7 @@ class Recorded:
     inputs: tuple[Tensor, ...]  # x, residual, cos, sin, slots
     blocks: Tensor  # (n, columns) int64
     lengths: list[int]
-    calls: Any  # what ops.record() gave
+    calls: Any  # what ops.record gave
     hidden: Tensor
 
 

@@ -223,10 +223,11 @@ class Plan:
     def _nbytes(self, entry: names.Entry, part: names.Part) -> int:
         """Bytes of our cut once loaded."""
         outline = self._outline(entry, part, torch.float32 if entry.exact else self.dtype)
-        # Ours are bfloat16 numbers; the second of a stored matrix's tensors are the scales.
-        ours = outline.kind != "int4" or self._quantises(entry)
-        tensors = formats.stored(self.checkpoint, part.name).tensors
-        return self._packed_bytes(outline, ours or self.checkpoint.dtype(tensors[1]) == torch.bfloat16)
+        bfloat16_scales = True  # ours are
+        if outline.kind == "int4" and not self._quantises(entry):
+            _, scales, *_ = formats.stored(self.checkpoint, part.name).tensors
+            bfloat16_scales = self.checkpoint.dtype(scales) == torch.bfloat16
+        return self._packed_bytes(outline, bfloat16_scales)
 
     def _outline(self, entry: names.Entry, part: names.Part, dtype: torch.dtype) -> Weight:
         """The Weight that a part becomes, without values; dtype: if they are plain."""
