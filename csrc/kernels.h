@@ -45,7 +45,8 @@ struct Groups {
     int size;   // k in a group, a multiple of 32
     bool wide;  // words of 32 bits, else 16
     size_t codes() const { return (size_t)size / 2 * PANEL; }
-    size_t bytes() const { return codes() + PANEL * (wide ? 4 : 2); }
+    int word() const { return wide ? 4 : 2; }  // bytes
+    size_t bytes() const { return codes() + PANEL * word(); }
 };
 
 struct Kernels {

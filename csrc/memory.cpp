@@ -5,6 +5,7 @@
 #include <new>
 
 namespace glimmer {
+
 Chunk::Chunk(size_t bytes) : size(round_up(bytes, HUGE_PAGE)) {
     const size_t room = size + HUGE_PAGE;
     char* all = (char*)mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

@@ -73,8 +73,9 @@ Word narrow_word(float scale, uint32_t zero, int top) {
     const uint32_t u = bits(scale);
     const int exponent = (int)(u >> 23 & 255);
     if (exponent == 0 || top - exponent > 31) return {zero, 0, zero * 0x11111111u};  // every code is the zero
-    if (u >> 31) return {((31 - top + exponent) << 11 | (u >> 16 & 0x7f) << 4) | (15 - zero), ~0u, ~0u};
-    return {((31 - top + exponent) << 11 | (u >> 16 & 0x7f) << 4) | zero, ~0u, 0};
+    const uint32_t size = (31 - top + exponent) << 11 | (u >> 16 & 0x7f) << 4;
+    if (u >> 31) return {size | (15 - zero), ~0u, ~0u};  // (c - z) * -s = ((15 - c) - (15 - z)) * s
+    return {size | zero, ~0u, 0};
 }
 
 // Transposes rows of `unit`-byte elements into a panel: element i of row r goes to slot (i, column of r).
@@ -179,11 +180,12 @@ void Packed::fill(long e, int first, int rows, const void* codes, size_t stride,
         } else {
             for (int i = 0; i < done; i++) {
                 const uint8_t* row = (const uint8_t*)source + i * stride;
-                const float* own = row_scales + (size_t)(r - first + i) * per_row;
+                const size_t group = (size_t)(r - first + i) * per_row;  // the row's first
+                const float* own = row_scales + group;
                 const int top = groups.wide ? 0 : largest_exponent(own, per_row);
                 scales[(e * panels() + p) * PANEL + column + i] = groups.wide ? 1.f : power_of_two(top);
                 for (int g = 0; g < per_row; g++) {
-                    const uint32_t zero = zeros ? zeros[(size_t)(r - first + i) * per_row + g] : 8;
+                    const uint32_t zero = zeros ? zeros[group + g] : 8;
                     const Word word = groups.wide ? wide_word(own[g], zero) : narrow_word(own[g], zero, top);
                     uint8_t* out = panel + g * groups.bytes();
                     int begin = g * groups.size, end = begin + groups.size < k ? begin + groups.size : k;
@@ -196,8 +198,7 @@ void Packed::fill(long e, int first, int rows, const void* codes, size_t stride,
                         eight = (eight & word.kept) ^ word.turned;
                         std::memcpy(out + ((c - begin) / 8 * PANEL + column + i) * 4, &eight, 4);
                     }
-                    const int size = groups.wide ? 4 : 2;
-                    std::memcpy(out + groups.codes() + (column + i) * size, &word.bits, size);
+                    std::memcpy(out + groups.codes() + (column + i) * groups.word(), &word.bits, groups.word());
                 }
             }
         }

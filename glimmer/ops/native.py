@@ -87,10 +87,10 @@ def _run(call: Callable, *args, kept: Tensor | None = None) -> None:
 def _new(*shape: int, dtype: torch.dtype) -> Tensor:
     """Where a door's result will be."""
     nbytes = math.prod(shape) * dtype.itemsize
-    if _own.recording is None and nbytes < LENT:
+    recording = _own.recording
+    if recording is None and nbytes < LENT:
         return torch.empty(shape, dtype=dtype)
-    memory = _own.recording.memory if _own.recording is not None else _results
-    return memory.lend(nbytes).view(dtype).view(shape)
+    return (recording.memory if recording is not None else _results).lend(nbytes).view(dtype).view(shape)
 
 
 def _whole(x: Tensor) -> Tensor:
