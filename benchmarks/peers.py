@@ -199,8 +199,11 @@ def limits(runs: list[dict]) -> str:
     if not beside:
         return "The machine's limits were not measured: glimmer's native operations do not serve here."
     said = []
-    for name, unit, scale in (("read", "GB/s of reads", 1e9), ("bfloat16", "TFLOP/s in bfloat16", 1e12),
-                              ("int8", "TOP/s in int8", 1e12)):
+    for name, unit, scale in (
+        ("read", "GB/s of reads", 1e9),
+        ("bfloat16", "TFLOP/s in bfloat16", 1e12),
+        ("int8", "TOP/s in int8", 1e12),
+    ):
         found = sorted(limit[name] / scale for limit in beside)
         said.append(f"{statistics.median(found):.2f} {unit} ({found[0]:.2f} to {found[-1]:.2f})")
     return "Limits measured beside glimmer's figures: " + ", ".join(said) + "."
@@ -271,8 +274,11 @@ def main() -> None:
         size = sum(file.stat().st_size for file in Path(args.model).glob("*.safetensors"))
         peak = median(results.runs["bfloat16", "glimmer"], "load_peak_memory_gib")
         reading = statistics.median(files) / 1e9
-        lines += ["", f"glimmer loads {size / 2**30:.2f} GiB in bfloat16 at {size / load / 1e9:.2f} GB/s (reading the"
-                  f" files and nothing else: {reading:.2f} GB/s), with a peak of {peak:.2f} GiB."]
+        lines += [
+            "",
+            f"glimmer loads {size / 2**30:.2f} GiB in bfloat16 at {size / load / 1e9:.2f} GB/s (reading the"
+            f" files and nothing else: {reading:.2f} GB/s), with a peak of {peak:.2f} GiB.",
+        ]
     text = "\n".join(lines)
     print(text)
     print(json.dumps({f"{engine} {form}": runs for (form, engine), runs in results.runs.items()}))
@@ -287,8 +293,11 @@ def long(results: Results, args: argparse.Namespace) -> list[str]:
     """glimmer after many tokens beside glimmer after 2048."""
     lines = [f"| | 2048 | {args.long} | ratio |", "|---|---:|---:|---:|"]
     near, far = (results.runs.get((f"at {n}", "glimmer"), []) for n in (2048, args.long))
-    for name, key in (("prefill, tokens/s", "prefill_{}"), ("decode after it, tokens/s", "decode_b1_after_{}"),
-                      ("peak memory, GiB", "peak_memory_gib")):
+    for name, key in (
+        ("prefill, tokens/s", "prefill_{}"),
+        ("decode after it, tokens/s", "decode_b1_after_{}"),
+        ("peak memory, GiB", "peak_memory_gib"),
+    ):
         a, b = median(near, key.format(2048)), median(far, key.format(args.long))
         lines.append(f"| {name} | {cell(a)} | {cell(b)} | {f'{b / a:.2f}x' if a and b else '–'} |")
     for n in (2048, args.long):

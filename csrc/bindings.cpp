@@ -1,5 +1,5 @@
-// glimmer._native: what native.py may call. Pointers arrive as integers, from tensors whose type, shape and contiguity
-// native.py has checked; sizes are checked again wherever a pointer is made from them.
+// The Python module glimmer._native. Pointers arrive as integers (`tensor.data_ptr()`), from tensors whose dtype, shape and
+// contiguity the Python caller has checked. Sizes are checked again here wherever a pointer is computed from them.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/shared_ptr.h>
@@ -21,6 +21,7 @@
 
 namespace nb = nanobind;
 using namespace glimmer;
+using namespace nb::literals;
 
 namespace {
 
@@ -30,9 +31,9 @@ struct Named {
     const char* name;
     Kind kind;
 };
-constexpr Named KINDS[] = {
-    {"float32", Kind::f32}, {"float32 as bfloat16", Kind::f32_bf16}, {"bfloat16", Kind::bf16}, {"fp8", Kind::fp8},
-    {"int8", Kind::int8},   {"int4", Kind::int4}};
+constexpr Named KINDS[] = {{"float32", Kind::f32},   {"float32 as bfloat16", Kind::f32_bf16},
+                           {"bfloat16", Kind::bf16}, {"fp8", Kind::fp8},
+                           {"int8", Kind::int8},     {"int4", Kind::int4}};
 
 Kind kind_named(const std::string& name) {
     for (const Named& k : KINDS)
@@ -40,58 +41,63 @@ Kind kind_named(const std::string& name) {
     throw std::invalid_argument("no kind " + name);
 }
 
-// A chunk in somebody's hands.
-struct Lent {
-    std::shared_ptr<Shelf> shelf;
-    std::unique_ptr<Chunk> chunk;
-    ~Lent() { shelf->give_back(std::move(chunk)); }
+// Owns an arena of a buffer pool, and releases it to the pool at the end. Held by the torch tensor that lies in the arena.
+struct Lease {
+    std::shared_ptr<BufferPool> pool;
+    std::unique_ptr<Arena> arena;
+    ~Lease() { pool->release(std::move(arena)); }
 };
 
-// Calls of doors, to be made again and again without Python.
-struct Calls {
-    std::vector<std::function<void()>> list;
-};
+// A list of calls of ops with their arguments, which runs any number of times without Python.
+struct CallList { std::vector<std::function<void()>> calls; };
 
-// Defines `name`, and later_`name`, which puts the call on a list and does not make it.
-template <class F, class... A> void define(nb::module_& m, const char* name, F f, void (F::*)(A...) const) {
-    m.def(name, f, nb::call_guard<nb::gil_scoped_release>());
-    m.def((std::string("later_") + name).c_str(), [f](Calls& calls, A... arguments) {
-        calls.list.push_back([f, given = std::tuple<A...>(arguments...)] { std::apply(f, given); });
-    });
+// Binds the op `name`, and queue_`name`, which appends the same call to a CallList and does not run it. names: one for each
+// argument.
+template <class F, class... A, class... N>
+void define(nb::module_& m, const char* name, const char* doc, F f, void (F::*)(A...) const, N... names) {
+    static_assert(sizeof...(A) == sizeof...(N), "one name for each argument");
+    m.def(name, f, nb::arg(names)..., nb::call_guard<nb::gil_scoped_release>(), doc);
+    m.def((std::string("queue_") + name).c_str(),
+          [f](CallList& list, A... arguments) {
+              list.calls.push_back([f, given = std::tuple<A...>(arguments...)] { std::apply(f, given); });
+          },
+          nb::arg("call_list"), nb::arg(names)...,
+          (std::string("Append a call of `") + name + "` to call_list; nothing is computed yet.").c_str());
 }
-template <class F> void door(nb::module_& m, const char* name, F f) { define(m, name, f, &F::operator()); }
-
-double seconds() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+template <class F, class... N> void op(nb::module_& m, const char* name, const char* doc, F f, N... names) {
+    define(m, name, doc, f, &F::operator(), names...);
 }
 
-// Bytes a second that all threads together read from `bytes` of memory; the best of a few rounds.
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// Memory bandwidth of all threads together, in bytes per second: the best of five reads of `bytes` bytes.
 double read_bandwidth(size_t bytes) {
-    constexpr size_t PIECE = 1 << 17;
-    Packed buffer(Kind::fp8, 1, (int)(bytes / PIECE), (int)PIECE, 1, 32, false);
+    constexpr size_t BLOCK = 1 << 17;
+    Packed buffer(Kind::fp8, 1, (int)(bytes / BLOCK), (int)BLOCK, 1, 32, false);
     const uint8_t* data = buffer.panel(0, 0);
-    const long pieces = (long)(bytes / PIECE);
-    parallel(pieces, [&](long i) { std::memset(const_cast<uint8_t*>(data) + i * PIECE, 1, PIECE); });
+    const long blocks = (long)(bytes / BLOCK);
+    parallel(blocks, [&](long i) { std::memset(const_cast<uint8_t*>(data) + i * BLOCK, 1, BLOCK); });
     double best = 0;
     for (int round = 0; round < 5; round++) {
         double begin = seconds();
-        parallel(pieces, [&](long i) {
-            if (kernels().read((const char*)data + i * PIECE, PIECE) == 0) throw std::logic_error("not what was written");
+        parallel(blocks, [&](long i) {
+            if (kernels().read((const char*)data + i * BLOCK, BLOCK) == 0) throw std::logic_error("not what was written");
         });
-        double rate = (double)(pieces * PIECE) / (seconds() - begin);
+        double rate = (double)(blocks * BLOCK) / (seconds() - begin);
         best = rate > best ? rate : best;
     }
     return best;
 }
 
-// Multiplications and additions a second of all threads together, in nothing but dot products.
+// Peak arithmetic throughput of all threads together, in multiplications and additions per second, measured with dot products
+// of registers. kind: "bfloat16" or "int8".
 double arithmetic(const std::string& kind) {
-    auto burn = kind_named(kind) == Kind::bf16 ? kernels().burn_bf16 : kernels().burn_int8;
+    auto peak_flops = kind_named(kind) == Kind::bf16 ? kernels().peak_flops_bf16 : kernels().peak_flops_int8;
     double best = 0, work = 0;
     for (int round = 0; round < 5; round++) {
         double begin = seconds();
         parallel(threads() * 16L, [&](long i) {
-            double done = burn(20000);
+            double done = peak_flops(20000);
             if (i == 0) work = done;
         });
         double rate = work * threads() * 16 / (seconds() - begin);
@@ -103,110 +109,165 @@ double arithmetic(const std::string& kind) {
 }  // namespace
 
 NB_MODULE(_native, m) {
+    m.doc() = "CPU kernels of glimmer. Pointers are passed as integers, sizes are in elements unless documented as bytes.";
     nb::set_leak_warnings(false);  // an engine that a thread or a traceback still holds at exit is no leak
-    using Free = nb::call_guard<nb::gil_scoped_release>;
-    m.def("set_threads", &set_threads, Free());
-    m.def("threads", &threads);
-    m.def("available", &available);
-    m.def("isa", [] { return kernels().name; });
-    m.def("read_bandwidth", &read_bandwidth, Free());
-    m.def("arithmetic", &arithmetic, Free());
-    m.def("select", [](const std::string& name) { select(name.c_str()); });
+    using ReleaseGil = nb::call_guard<nb::gil_scoped_release>;
+    m.def("set_threads", &set_threads, "n"_a, ReleaseGil(), "Set the number of threads that compute, the caller included.");
+    m.def("threads", &threads, "The number of threads that compute, the caller included.");
+    m.def("available", &available,
+          "The instruction sets that this build and this CPU support, best last, separated by spaces.");
+    m.def("isa", [] { return kernels().name; }, "The instruction set in use.");
+    m.def("read_bandwidth", &read_bandwidth, "nbytes"_a, ReleaseGil(),
+          "Measure the memory bandwidth of all threads, in bytes per second, over a buffer of nbytes.");
+    m.def("arithmetic", &arithmetic, "kind"_a, ReleaseGil(),
+          "Measure the peak arithmetic throughput of all threads for \"bfloat16\" or \"int8\", in operations per second.");
+    m.def(
+        "select", [](const std::string& name) { select(name.c_str()); }, "name"_a,
+        "Use the kernels of the instruction set `name`, one of available(). Raises ValueError for another.");
 
-    nb::class_<Shelf>(m, "Shelf")
-        .def(nb::init<size_t>())
-        // A torch tensor of so many bytes.
-        .def("lend", [](std::shared_ptr<Shelf> shelf, size_t bytes) {
-            std::unique_ptr<Chunk> chunk = shelf->lend(bytes);
-            Lent* lent = new Lent{std::move(shelf), std::move(chunk)};
-            nb::capsule owner(lent, [](void* p) noexcept { delete (Lent*)p; });
-            return nb::ndarray<nb::pytorch, uint8_t>(lent->chunk->base, {bytes}, owner);
-        });
+    nb::class_<BufferPool>(m, "BufferPool",
+                           "Memory for the results of a step, which is reused after the tensor that holds it is freed.")
+        .def(nb::init<size_t>(), "max_unused_bytes"_a, "A pool that keeps at most max_unused_bytes of unused memory.")
+        .def(
+            "acquire",
+            [](std::shared_ptr<BufferPool> pool, size_t nbytes) {
+                std::unique_ptr<Arena> arena = pool->acquire(nbytes);
+                Lease* lease = new Lease{std::move(pool), std::move(arena)};
+                nb::capsule owner(lease, [](void* p) noexcept { delete (Lease*)p; });
+                return nb::ndarray<nb::pytorch, uint8_t>(lease->arena->base, {nbytes}, owner);
+            },
+            "nbytes"_a, "A torch tensor of nbytes bytes (uint8), its content undefined.");
 
-    nb::class_<Packed>(m, "Packed")
-        .def("__init__",
-             [](Packed* self, const std::string& kind, long count, int n, int k, int parts, int group, bool wide) {
-                 new (self) Packed(kind_named(kind), count, n, k, parts, group, wide);
-             })
-        .def_prop_ro("kind",
-                     [](const Packed& p) {
-                         return p.kind == Kind::fp8 ? "fp8" : p.kind == Kind::int8 ? "int8" : p.kind == Kind::int4 ? "int4" : "plain";
-                     })
-        .def_prop_ro("float32", [](const Packed& p) { return is_float32(p.kind); })
-        .def_ro("count", &Packed::count)
-        .def_ro("n", &Packed::n)
-        .def_ro("k", &Packed::k)
-        .def_ro("parts", &Packed::parts)
-        .def_prop_ro("nbytes", &Packed::bytes)
+    nb::class_<Packed>(m, "Packed", "Weight matrices of one shape, stored in the layout that the kernels read.")
+        .def(
+            "__init__",
+            [](Packed* self, const std::string& kind, long count, int n, int k, int parts, int group_size, bool wide_scales) {
+                new (self) Packed(kind_named(kind), count, n, k, parts, group_size, wide_scales);
+            },
+            "kind"_a, "count"_a, "n"_a, "k"_a, "parts"_a, "group_size"_a, "wide_scales"_a,
+            "Allocate `count` matrices (n, k) of zeros, each of `parts` equal parts; fill them with fill().")
+        .def_prop_ro(
+            "kind",
+            [](const Packed& p) {
+                return p.kind == Kind::fp8 ? "fp8" : p.kind == Kind::int8 ? "int8" : p.kind == Kind::int4 ? "int4" : "plain";
+            },
+            "\"fp8\", \"int8\", \"int4\", or \"plain\" for weights without scales.")
+        .def_prop_ro(
+            "float32", [](const Packed& p) { return is_float32(p.kind); }, "Whether the products are computed in float32.")
+        .def_ro("count", &Packed::count, "Number of matrices.")
+        .def_ro("n", &Packed::n, "Rows of a matrix: output features.")
+        .def_ro("k", &Packed::k, "Columns of a matrix: input features.")
+        .def_ro("parts", &Packed::parts, "Equal parts of a matrix: 2 for gate and up together, else 1.")
+        .def_prop_ro("nbytes", &Packed::bytes, "Bytes of memory in use.")
         .def(
             "fill",
-            [](Packed& p, long e, int first, int rows, uintptr_t codes, size_t stride, uintptr_t scales, uintptr_t zeros) {
-                p.fill(e, first, rows, at<void>(codes), stride, at<float>(scales), at<uint8_t>(zeros));
+            [](Packed& p, long e, int first, int rows, uintptr_t codes, size_t stride, uintptr_t scales,
+               uintptr_t zero_points) {
+                p.fill(e, first, rows, at<void>(codes), stride, at<float>(scales), at<uint8_t>(zero_points));
             },
-            Free());
+            "e"_a, "first"_a, "rows"_a, "codes"_a, "stride"_a, "scales"_a, "zero_points"_a, ReleaseGil(),
+            "Pack rows first..first+rows of matrix e. stride: bytes from one row of codes to the next.");
 
-    nb::class_<Calls>(m, "Calls")
-        .def(nb::init<>())
-        .def("__call__", [](const Calls& calls) { for (auto& call : calls.list) call(); }, Free());
+    nb::class_<CallList>(m, "CallList", "A list of calls of ops, which runs any number of times without Python.")
+        .def(nb::init<>(), "An empty list.")
+        .def(
+            "__call__",
+            [](const CallList& list) {
+                for (auto& call : list.calls) call();
+            },
+            ReleaseGil(), "Run the calls in order.");
 
-    door(m, "linear", [](uintptr_t x, bool x_bf16, long rows, const Packed& w, uintptr_t bias, uintptr_t y, bool y_bf16) {
-        linear({at<void>(x), x_bf16}, rows, w, at<float>(bias), {at<void>(y), y_bf16});
-    });
-    door(m, "experts", [](uintptr_t x, bool x_bf16, long rows, uintptr_t ids, uintptr_t scores, int top_k,
-                          const Packed& gate_up, const Packed& down, uintptr_t y) {
-        experts({at<void>(x), x_bf16}, rows, at<int64_t>(ids), at<float>(scores), top_k, gate_up, down, at<float>(y));
-    });
+    op(
+        m, "linear", "y = x @ w.T + bias; bias may be 0.",
+        [](uintptr_t x, bool x_bf16, long rows, const Packed& w, uintptr_t bias, uintptr_t y, bool y_bf16) {
+            linear({at<void>(x), x_bf16}, rows, w, at<float>(bias), {at<void>(y), y_bf16});
+        },
+        "x", "x_bf16", "rows", "w", "bias", "y", "y_bf16");
+    op(
+        m, "experts", "y = the sum of the chosen experts' outputs, weighted by scores.",
+        [](uintptr_t x, bool x_bf16, long rows, uintptr_t ids, uintptr_t scores, int top_k, const Packed& gate_up,
+           const Packed& down, uintptr_t y) {
+            experts({at<void>(x), x_bf16}, rows, at<int64_t>(ids), at<float>(scores), top_k, gate_up, down, at<float>(y));
+        },
+        "x", "x_bf16", "rows", "ids", "scores", "top_k", "gate_up", "down", "y");
 
-    door(m, "embed", [](uintptr_t tokens, long count, uintptr_t table, bool narrow, long rows, long n, long first,
-                        uintptr_t y) {
-        embed(at<int64_t>(tokens), count, {at<void>(table), narrow}, rows, n, first, {at<void>(y), narrow});
-    });
-    door(m, "rms_norm", [](uintptr_t x, bool x_bf16, long rows, long heads, long n, long stride, uintptr_t weight,
-                           bool y_bf16, float eps, uintptr_t y) {
-        rms_norm({at<void>(x), x_bf16}, rows, heads, n, stride, {at<void>(weight), y_bf16}, eps, {at<void>(y), y_bf16});
-    });
-    door(m, "add_rms_norm", [](uintptr_t x, bool x_bf16, uintptr_t residual, bool kept_bf16, long rows, long n,
-                               uintptr_t weight, bool y_bf16, float eps, uintptr_t total, uintptr_t y) {
-        add_rms_norm({at<void>(x), x_bf16}, {at<void>(residual), kept_bf16}, rows, n, {at<void>(weight), y_bf16}, eps,
-                     {at<void>(total), kept_bf16}, {at<void>(y), y_bf16});
-    });
-    door(m, "add", [](uintptr_t y, bool y_bf16, uintptr_t x, bool x_bf16, long rows, long n) {
-        add({at<void>(y), y_bf16}, {at<void>(x), x_bf16}, rows, n);
-    });
-    door(m, "swiglu", [](uintptr_t x, bool narrow, long rows, long n, uintptr_t y) {
-        swiglu({at<void>(x), narrow}, rows, n, {at<void>(y), narrow});
-    });
-    door(m, "rope", [](uintptr_t q, long q_heads, long q_stride, uintptr_t k, long k_heads, long k_stride, bool narrow,
-                       long rows, long width, uintptr_t cos, uintptr_t sin, long half) {
-        rope({{at<void>(q), narrow}, q_heads, q_stride}, {{at<void>(k), narrow}, k_heads, k_stride}, rows, width,
-             at<float>(cos), at<float>(sin), half);
-    });
-    door(m, "route", [](uintptr_t logits, uintptr_t bias, long rows, long experts, int top_k, int groups, int kept_groups,
-                        bool normed, float factor, uintptr_t ids, uintptr_t scores) {
-        route(at<float>(logits), at<float>(bias), rows, experts, {top_k, groups, kept_groups, normed, factor},
-              at<int64_t>(ids), at<float>(scores));
-    });
+    op(
+        m, "embed", "y = rows of the embedding table; zeros for tokens outside first..first+rows.",
+        [](uintptr_t tokens, long count, uintptr_t table, bool is_bf16, long rows, long n, long first, uintptr_t y) {
+            embed(at<int64_t>(tokens), count, {at<void>(table), is_bf16}, rows, n, first, {at<void>(y), is_bf16});
+        },
+        "tokens", "count", "table", "is_bf16", "rows", "n", "first", "y");
+    op(
+        m, "rms_norm", "y = the RMS norm of each head of x.",
+        [](uintptr_t x, bool x_bf16, long rows, long heads, long n, long stride, uintptr_t weight, bool y_bf16, float eps,
+           uintptr_t y) {
+            rms_norm({at<void>(x), x_bf16}, rows, heads, n, stride, {at<void>(weight), y_bf16}, eps, {at<void>(y), y_bf16});
+        },
+        "x", "x_bf16", "rows", "heads", "n", "stride", "weight", "y_bf16", "eps", "y");
+    op(
+        m, "add_rms_norm", "total = residual + x; y = the RMS norm of total.",
+        [](uintptr_t x, bool x_bf16, uintptr_t residual, bool residual_bf16, long rows, long n, uintptr_t weight, bool y_bf16,
+           float eps, uintptr_t total, uintptr_t y) {
+            add_rms_norm({at<void>(x), x_bf16}, {at<void>(residual), residual_bf16}, rows, n, {at<void>(weight), y_bf16}, eps,
+                         {at<void>(total), residual_bf16}, {at<void>(y), y_bf16});
+        },
+        "x", "x_bf16", "residual", "residual_bf16", "rows", "n", "weight", "y_bf16", "eps", "total", "y");
+    op(
+        m, "add", "y += x.",
+        [](uintptr_t y, bool y_bf16, uintptr_t x, bool x_bf16, long rows, long n) {
+            add({at<void>(y), y_bf16}, {at<void>(x), x_bf16}, rows, n);
+        },
+        "y", "y_bf16", "x", "x_bf16", "rows", "n");
+    op(
+        m, "swiglu", "y (rows, n) = silu(gate) * up of x (rows, 2n).",
+        [](uintptr_t x, bool is_bf16, long rows, long n, uintptr_t y) {
+            swiglu({at<void>(x), is_bf16}, rows, n, {at<void>(y), is_bf16});
+        },
+        "x", "is_bf16", "rows", "n", "y");
+    op(
+        m, "rope", "Rotary position embedding of the heads of q and k, in place.",
+        [](uintptr_t q, long q_heads, long q_stride, uintptr_t k, long k_heads, long k_stride, bool is_bf16, long rows,
+           long width, uintptr_t cos, uintptr_t sin, long half) {
+            rope({{at<void>(q), is_bf16}, q_heads, q_stride}, {{at<void>(k), is_bf16}, k_heads, k_stride}, rows, width,
+                 at<float>(cos), at<float>(sin), half);
+        },
+        "q", "q_heads", "q_stride", "k", "k_heads", "k_stride", "is_bf16", "rows", "width", "cos", "sin", "half");
+    op(
+        m, "route", "ids and scores (rows, top_k) of the experts that the router chooses for each row.",
+        [](uintptr_t logits, uintptr_t bias, long rows, long experts, int top_k, int n_group, int topk_group, bool normed,
+           float factor, uintptr_t ids, uintptr_t scores) {
+            route(at<float>(logits), at<float>(bias), rows, experts, {top_k, n_group, topk_group, normed, factor},
+                  at<int64_t>(ids), at<float>(scores));
+        },
+        "logits", "bias", "rows", "experts", "top_k", "n_group", "topk_group", "normed", "factor", "ids", "scores");
     m.def(
         "quantize",
-        [](uintptr_t x, bool narrow, long stride, long rows, long inner, long group, uintptr_t codes, uintptr_t scales,
-           uintptr_t zeros) {
-            quantize({at<void>(x), narrow}, stride, rows, inner, group, at<uint8_t>(codes), at<float>(scales), at<uint8_t>(zeros));
+        [](uintptr_t x, bool is_bf16, long stride, long rows, long inner, long group_size, uintptr_t codes, uintptr_t scales,
+           uintptr_t zero_points) {
+            quantize({at<void>(x), is_bf16}, stride, rows, inner, group_size, at<uint8_t>(codes), at<float>(scales),
+                     at<uint8_t>(zero_points));
         },
-        Free());
-    door(m, "store_kv", [](uintptr_t k, long k_stride, uintptr_t v, long v_stride, bool narrow, long rows,
-                           uintptr_t slots, uintptr_t keys, uintptr_t values, bool codes, long blocks, int block_size,
-                           int heads, int width) {
-        store_kv({at<void>(k), narrow}, k_stride, {at<void>(v), narrow}, v_stride, at<int64_t>(slots), rows,
-                 {at<char>(keys), at<char>(values), narrow, codes, blocks, block_size, heads, width});
-    });
+        "x"_a, "is_bf16"_a, "stride"_a, "rows"_a, "inner"_a, "group_size"_a, "codes"_a, "scales"_a, "zero_points"_a,
+        ReleaseGil(), "Quantise x (rows, inner) to int4 codes with a scale and a zero point for each group.");
+    op(
+        m, "store_kv", "Write keys and values of new tokens into their slots of the paged cache.",
+        [](uintptr_t k, long k_stride, uintptr_t v, long v_stride, bool is_bf16, long rows, uintptr_t slot_mapping,
+           uintptr_t keys, uintptr_t values, bool codes, long blocks, int block_size, int heads, int width) {
+            store_kv({at<void>(k), is_bf16}, k_stride, {at<void>(v), is_bf16}, v_stride, at<int64_t>(slot_mapping), rows,
+                     {at<char>(keys), at<char>(values), is_bf16, codes, blocks, block_size, heads, width});
+        },
+        "k", "k_stride", "v", "v_stride", "is_bf16", "rows", "slot_mapping", "keys", "values", "codes", "blocks", "block_size",
+        "heads", "width");
     m.def(
         "attention",
-        [](uintptr_t q, long stride, int q_heads, bool narrow, uintptr_t keys, uintptr_t values, bool codes, long blocks,
-           int block_size, int heads, int width, uintptr_t table, long columns, const std::vector<long>& starts,
-           const std::vector<long>& lengths, float scale, uintptr_t y) {
-            attention({at<void>(q), narrow}, stride, q_heads,
-                      {at<char>(keys), at<char>(values), narrow, codes, blocks, block_size, heads, width},
-                      at<int64_t>(table), columns, starts, lengths, scale, {at<void>(y), narrow});
+        [](uintptr_t q, long stride, int q_heads, bool is_bf16, uintptr_t keys, uintptr_t values, bool codes, long blocks,
+           int block_size, int heads, int width, uintptr_t block_tables, long columns, const std::vector<long>& query_start_loc,
+           const std::vector<long>& seq_lens, float scale, uintptr_t y) {
+            attention({at<void>(q), is_bf16}, stride, q_heads,
+                      {at<char>(keys), at<char>(values), is_bf16, codes, blocks, block_size, heads, width},
+                      at<int64_t>(block_tables), columns, query_start_loc, seq_lens, scale, {at<void>(y), is_bf16});
         },
-        Free());
+        "q"_a, "stride"_a, "q_heads"_a, "is_bf16"_a, "keys"_a, "values"_a, "codes"_a, "blocks"_a, "block_size"_a, "heads"_a,
+        "width"_a, "block_tables"_a, "columns"_a, "query_start_loc"_a, "seq_lens"_a, "scale"_a, "y"_a, ReleaseGil(),
+        "y = causal attention of the rows of q over the keys and values of their sequences in the paged cache.");
 }

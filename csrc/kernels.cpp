@@ -1,4 +1,4 @@
-// Which table of kernels serves: what this build holds and this processor runs.
+// Chooses the table of kernels among those that this build contains and this processor supports.
 #include "kernels.h"
 
 #include <stdexcept>
@@ -16,12 +16,12 @@ namespace {
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 bool has_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
-           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
+           __builtin_cpu_supports("avx512bf16");
 }
 bool has_amx() {
 #if defined(__linux__)
-    // The kernel lends the tiles' state to a process that asks: ARCH_REQ_XCOMP_PERM for feature 18, tile data.
+    // A process must ask Linux for permission to use AMX tiles: ARCH_REQ_XCOMP_PERM for feature 18, tile data.
     unsigned a = 7, b = 0, c = 0, d = 0;
     asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
     bool tiles = d >> 24 & 1, bf16 = d >> 22 & 1, int8 = d >> 25 & 1;

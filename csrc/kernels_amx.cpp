@@ -1,5 +1,6 @@
-// bf16 and fp8 by AMX tiles, at every number of rows: the tile's order of summation is its own, so no other loop may serve
-// a few rows of the same matrix. int8 is summed in integers, where any order gives the same: tiles from a few rows on.
+// bf16 and fp8 use AMX tiles for every number of rows: tiles have their own order of summation, so another loop would give
+// other bits for a few rows of the same matrix. int8 sums are integers, the same in any order: tiles are used from a few rows
+// on.
 #define LANES 16
 #define ROWS 14
 #include "kernels.inc"
@@ -18,53 +19,53 @@ void enter() {
 }
 void leave() { _tile_release(); }
 
-// A stretch of the inner dimension: its part of a panel stays in the first-level cache while block after block of rows is
-// multiplied by it. Sums wait in c meanwhile, which holds a tile's float32 or int32 exactly.
-constexpr int STEPS = 16;  // pairs of tiles, which lie side by side in the panel's rows of 128 bytes: 32 KB
+// A stretch of the inner dimension: its part of a panel stays in the L1 cache while block after block of rows is multiplied by
+// it. The partial sums are in c meanwhile, which holds a tile's float32 or int32 exactly.
+constexpr int STEPS = 16;  // pairs of tiles in a stretch, side by side in the panel's rows of 128 bytes: 32 KB
 
 // c (16, 32), or (32, 32) if TWO, = or += rows of a times `steps` pairs of tiles. Before each step `lines` lines of the
 // stream are fetched.
-#define GLIMMER_TILES(NAME, DOT)                                                                                \
-    template <bool TWO>                                                                                         \
-    inline void NAME(const char* a, long stride, const char* panel, int steps, float* c, bool more,            \
-                     const Stream& stream, const char* ahead, int lines) {                                      \
-        if (more) {                                                                                             \
-            _tile_loadd(0, c, 128);                                                                             \
-            _tile_loadd(1, c + 16, 128);                                                                        \
-            if (TWO) _tile_loadd(2, c + 512, 128);                                                              \
-            if (TWO) _tile_loadd(3, c + 528, 128);                                                              \
-        } else {                                                                                                \
-            _tile_zero(0);                                                                                      \
-            _tile_zero(1);                                                                                      \
-            if (TWO) _tile_zero(2);                                                                             \
-            if (TWO) _tile_zero(3);                                                                             \
-        }                                                                                                       \
-        for (int i = 0; i < steps; i++, a += 64, panel += 2048, ahead += 64 * lines) {                          \
-            stream.fetch(ahead, lines);                                                                         \
-            _tile_loadd(6, panel, 128);                                                                         \
-            _tile_loadd(7, panel + 64, 128);                                                                    \
-            _tile_loadd(4, a, stride);                                                                          \
-            DOT(0, 4, 6);                                                                                       \
-            DOT(1, 4, 7);                                                                                       \
-            if (TWO) {                                                                                          \
-                _tile_loadd(5, a + 16 * stride, stride);                                                        \
-                DOT(2, 5, 6);                                                                                   \
-                DOT(3, 5, 7);                                                                                   \
-            }                                                                                                   \
-        }                                                                                                       \
-        _tile_stored(0, c, 128);                                                                                \
-        _tile_stored(1, c + 16, 128);                                                                           \
-        if (TWO) _tile_stored(2, c + 512, 128);                                                                 \
-        if (TWO) _tile_stored(3, c + 528, 128);                                                                 \
-    }                                                                                                           \
-    /* All m rows by one stretch. `bytes`: what the stretch takes up in the stream, fetched in equal parts. */  \
-    inline void NAME(const char* a, long stride, int m, const char* panel, int steps, float* c, bool more,      \
-                     const Stream& stream, const char* at, int bytes) {                                         \
-        const int blocks = (m + 31) / 32, lines = (bytes / 64 + blocks * steps - 1) / (blocks * steps);         \
-        for (int r = 0; r < m; r += 32, a += 32 * stride, c += 1024, at += 64 * lines * steps) {                \
-            if (m - r > 16) NAME<true>(a, stride, panel, steps, c, more, stream, at, lines);                    \
-            else NAME<false>(a, stride, panel, steps, c, more, stream, at, lines);                              \
-        }                                                                                                       \
+#define GLIMMER_TILES(NAME, DOT)                                                                                          \
+    template <bool TWO>                                                                                                   \
+    inline void NAME(const char* a, long stride, const char* panel, int steps, float* c, bool more, const Stream& stream, \
+                     const char* ahead, int lines) {                                                                      \
+        if (more) {                                                                                                       \
+            _tile_loadd(0, c, 128);                                                                                       \
+            _tile_loadd(1, c + 16, 128);                                                                                  \
+            if (TWO) _tile_loadd(2, c + 512, 128);                                                                        \
+            if (TWO) _tile_loadd(3, c + 528, 128);                                                                        \
+        } else {                                                                                                          \
+            _tile_zero(0);                                                                                                \
+            _tile_zero(1);                                                                                                \
+            if (TWO) _tile_zero(2);                                                                                       \
+            if (TWO) _tile_zero(3);                                                                                       \
+        }                                                                                                                 \
+        for (int i = 0; i < steps; i++, a += 64, panel += 2048, ahead += 64 * lines) {                                    \
+            stream.fetch(ahead, lines);                                                                                   \
+            _tile_loadd(6, panel, 128);                                                                                   \
+            _tile_loadd(7, panel + 64, 128);                                                                              \
+            _tile_loadd(4, a, stride);                                                                                    \
+            DOT(0, 4, 6);                                                                                                 \
+            DOT(1, 4, 7);                                                                                                 \
+            if (TWO) {                                                                                                    \
+                _tile_loadd(5, a + 16 * stride, stride);                                                                  \
+                DOT(2, 5, 6);                                                                                             \
+                DOT(3, 5, 7);                                                                                             \
+            }                                                                                                             \
+        }                                                                                                                 \
+        _tile_stored(0, c, 128);                                                                                          \
+        _tile_stored(1, c + 16, 128);                                                                                     \
+        if (TWO) _tile_stored(2, c + 512, 128);                                                                           \
+        if (TWO) _tile_stored(3, c + 528, 128);                                                                           \
+    }                                                                                                                     \
+    /* All m rows by one stretch. `bytes`: what the stretch takes up in the stream, fetched in equal parts. */            \
+    inline void NAME(const char* a, long stride, int m, const char* panel, int steps, float* c, bool more,                \
+                     const Stream& stream, const char* at, int bytes) {                                                   \
+        const int blocks = (m + 31) / 32, lines = (bytes / 64 + blocks * steps - 1) / (blocks * steps);                   \
+        for (int r = 0; r < m; r += 32, a += 32 * stride, c += 1024, at += 64 * lines * steps) {                          \
+            if (m - r > 16) NAME<true>(a, stride, panel, steps, c, more, stream, at, lines);                              \
+            else NAME<false>(a, stride, panel, steps, c, more, stream, at, lines);                                        \
+        }                                                                                                                 \
     }
 GLIMMER_TILES(tiles_bf16, _tile_dpbf16ps)
 GLIMMER_TILES(tiles_int8, _tile_dpbsud)
@@ -84,25 +85,24 @@ void fp8_tiles(const uint16_t* a, long lda, int m, const uint8_t* panel, int k, 
     const Fp8 fp8;
     const int all = padded(Kind::fp8, k) / 32;
     const Stream stream(panel, (size_t)all * 1024, next);
-    alignas(64) uint16_t wide[STEPS * 1024];
+    alignas(64) uint16_t panel_bf16[STEPS * 1024];
     for (int i = 0; i < all; i += STEPS) {
         const uint8_t* p = panel + i * 1024;
         int steps = all - i < STEPS ? all - i : STEPS;
         for (int j = 0; j < steps * 16; j++) {
             vi w[NV];
             fp8.row(p + j * 64, w);
-            for (int v = 0; v < NV; v++) store(wide + j * 64 + 2 * v * LANES, w[v]);
+            for (int v = 0; v < NV; v++) store(panel_bf16 + j * 64 + 2 * v * LANES, w[v]);
         }
-        tiles_bf16((const char*)(a + i * 32), lda * 2, m, (const char*)wide, steps, c, i > 0, stream, (const char*)p,
+        tiles_bf16((const char*)(a + i * 32), lda * 2, m, (const char*)panel_bf16, steps, c, i > 0, stream, (const char*)p,
                    steps * 1024);
     }
 }
 
-constexpr int FEW = 4;  // up to so many rows vectors are as quick as tiles, and need no sixteen
+constexpr int MAX_VECTOR_ROWS = 4;  // up to this many rows vectors are as fast as tiles, which always compute 16 rows
 
-void int8_tiles(const int8_t* a, long lda, int m, const uint8_t* panel, int k, const float* sums, float* c,
-                const void* next) {
-    if (m <= FEW) return int8(a, lda, m, panel, k, sums, c, next);
+void int8_tiles(const int8_t* a, long lda, int m, const uint8_t* panel, int k, const float* sums, float* c, const void* next) {
+    if (m <= MAX_VECTOR_ROWS) return int8(a, lda, m, panel, k, sums, c, next);
     const int all = padded(Kind::int8, k) / 64;
     const Stream stream(panel, (size_t)all * 2048, next);
     for (int i = 0; i < all; i += STEPS) {
@@ -117,19 +117,19 @@ void int8_tiles(const int8_t* a, long lda, int m, const uint8_t* panel, int k, c
         }
 }
 
-// The products of attention, at every number of rows, too. c and a have room for whole tiles.
+// The products of attention, for every number of rows, too. c and a have space for whole tiles.
 struct Tiles {
     static bool serves(int width) { return width % 32 == 0; }
     template <bool MORE>
-    static void times(const uint16_t* a, long lda, int m, const uint16_t* w0, const uint16_t* w1, long stride, int k,
-                      float* c, long ldc, const Ahead* ahead) {
-        for (; m > 16; m -= 32, a += 32 * lda, c += 32 * ldc, ahead = nullptr)
-            block<MORE, true>(a, lda, w0, w1, stride, k, c, ldc, ahead);
-        if (m > 0) block<MORE, false>(a, lda, w0, w1, stride, k, c, ldc, ahead);
+    static void times(const uint16_t* a, long lda, int m, const uint16_t* w0, const uint16_t* w1, long stride, int k, float* c,
+                      long ldc, const Prefetch* prefetch) {
+        for (; m > 16; m -= 32, a += 32 * lda, c += 32 * ldc, prefetch = nullptr)
+            block<MORE, true>(a, lda, w0, w1, stride, k, c, ldc, prefetch);
+        if (m > 0) block<MORE, false>(a, lda, w0, w1, stride, k, c, ldc, prefetch);
     }
     template <bool MORE, bool TWO>
     static void block(const uint16_t* a, long lda, const uint16_t* w0, const uint16_t* w1, long stride, int k, float* c,
-                      long ldc, const Ahead* ahead) {
+                      long ldc, const Prefetch* prefetch) {
         if (MORE) {
             _tile_loadd(0, c, ldc * 4);
             _tile_loadd(1, c + 16, ldc * 4);
@@ -142,7 +142,7 @@ struct Tiles {
             if (TWO) _tile_zero(3);
         }
         for (int i = 0; i < k; i += 32, w0 += 16 * stride, w1 += 16 * stride) {
-            for (int j = 0; ahead && j < 16; j++) ahead->fetch(i / 2 + j);
+            for (int j = 0; prefetch && j < 16; j++) prefetch->fetch(i / 2 + j);
             _tile_loadd(6, w0, stride * 2);
             _tile_loadd(7, w1, stride * 2);
             _tile_loadd(4, a + i, lda * 2);
@@ -162,7 +162,7 @@ struct Tiles {
 };
 constexpr AttentionLoops attention_by_tiles = {attend<Tiles>, work, merge, finish_row};
 
-double burn_bf16_tiles(long rounds) {
+double peak_flops_bf16_tiles(long rounds) {
     for (long i = 0; i < rounds; i++) {
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
@@ -172,7 +172,7 @@ double burn_bf16_tiles(long rounds) {
     return (double)rounds * 4 * 16 * 16 * 32 * 2;
 }
 
-double burn_int8_tiles(long rounds) {
+double peak_flops_int8_tiles(long rounds) {
     for (long i = 0; i < rounds; i++) {
         _tile_dpbsud(0, 4, 6);
         _tile_dpbsud(1, 4, 7);
@@ -184,8 +184,10 @@ double burn_int8_tiles(long rounds) {
 
 }  // namespace
 
+// clang-format off
 const Kernels amx = {"amx", 32, enter, leave, f32, f32_bf16, bf16_tiles, fp8_tiles, int8_tiles, int4, load_bf16, to_bf16,
-                     to_fp8, to_int8, swiglu, finish, gated, add, burn_bf16_tiles, burn_int8_tiles, read,
+                     to_fp8, to_int8, swiglu, finish, gated, add, peak_flops_bf16_tiles, peak_flops_int8_tiles, read,
                      attention_by_tiles, small_loops};
+// clang-format on
 
 }  // namespace glimmer

@@ -15,25 +15,25 @@
 namespace glimmer {
 namespace {
 
-constexpr size_t CHUNK = 32 << 20;
+constexpr size_t ARENA_BYTES = 32 << 20;
 
-// `bytes` of zeros, at a multiple of 64.
-std::pair<std::shared_ptr<Chunk>, uint8_t*> take(size_t bytes) {
+// Allocates `bytes` of zeros, 64-byte aligned, from an arena that small matrices share.
+std::pair<std::shared_ptr<Arena>, uint8_t*> allocate(size_t bytes) {
     static std::mutex mutex;
-    static std::weak_ptr<Chunk> open;
+    static std::weak_ptr<Arena> current;
     std::lock_guard<std::mutex> lock(mutex);
     bytes = round_up(bytes, 64);
-    std::shared_ptr<Chunk> chunk = open.lock();
-    if (!chunk || chunk->size - chunk->used < bytes) {
-        chunk = std::make_shared<Chunk>(bytes < CHUNK ? CHUNK : bytes);
-        open = chunk;
+    std::shared_ptr<Arena> arena = current.lock();
+    if (!arena || arena->size - arena->used < bytes) {
+        arena = std::make_shared<Arena>(bytes < ARENA_BYTES ? ARENA_BYTES : bytes);
+        current = arena;
     }
-    char* begin = chunk->base + chunk->used;
-    chunk->used += bytes;
-    return {chunk, (uint8_t*)begin};
+    char* begin = arena->base + arena->used;
+    arena->used += bytes;
+    return {arena, (uint8_t*)begin};
 }
 
-// Four nibbles, the first the lowest, as bytes.
+// Spreads four nibbles to four bytes, lowest first.
 uint32_t spread(uint32_t x) {
     x = (x | x << 8) & 0x00ff00ff;
     return (x | x << 4) & 0x0f0f0f0f;
@@ -45,11 +45,11 @@ uint32_t bits(float x) {
     return u;
 }
 
-// The largest exponent, as float32 has it, of n scales, at least 1; 255 where one is no number.
+// The largest float32 exponent (biased) of n scales, at least 1; 255 if a scale is NaN or infinite.
 int largest_exponent(const float* scales, int n) {
-    int most = 1;
-    for (int i = 0; i < n; i++) most = std::max(most, (int)(bits(scales[i]) >> 23 & 255));
-    return most;
+    int max_exponent = 1;
+    for (int i = 0; i < n; i++) max_exponent = std::max(max_exponent, (int)(bits(scales[i]) >> 23 & 255));
+    return max_exponent;
 }
 
 // 2^(exponent - 127); NaN for 255.
@@ -60,28 +60,28 @@ float power_of_two(int exponent) {
     return x;
 }
 
-// What a column has for a group (Groups), and what becomes of its codes: (codes & kept) ^ turned.
-struct Word {
-    uint32_t bits, kept, turned;
-};
+// The word of scale and zero point of a column for a group (see Groups). The codes become (codes & and_mask) ^ xor_mask.
+struct Word { uint32_t bits, and_mask, xor_mask; };
 
-Word wide_word(float scale, uint32_t zero) {
-    return {(scale != scale ? 0x7fc00000u : (bits(scale) + 8) & ~15u) | zero, ~0u, 0};
+Word scale_word_32(float scale, uint32_t zero_point) {
+    return {(scale != scale ? 0x7fc00000u : (bits(scale) + 8) & ~15u) | zero_point, ~0u, 0};
 }
 
-Word narrow_word(float scale, uint32_t zero, int top) {
+Word scale_word_16(float scale, uint32_t zero_point, int top) {
     const uint32_t u = bits(scale);
     const int exponent = (int)(u >> 23 & 255);
-    if (exponent == 0 || top - exponent > 31) return {zero, 0, zero * 0x11111111u};  // every code is the zero
+    if (exponent == 0 || top - exponent > 31)
+        return {zero_point, 0, zero_point * 0x11111111u};  // every code becomes the zero point
     const uint32_t size = (31 - top + exponent) << 11 | (u >> 16 & 0x7f) << 4;
-    if (u >> 31) return {size | (15 - zero), ~0u, ~0u};  // (c - z) * -s = ((15 - c) - (15 - z)) * s
-    return {size | zero, ~0u, 0};
+    if (u >> 31) return {size | (15 - zero_point), ~0u, ~0u};  // (c - z) * -s = ((15 - c) - (15 - z)) * s
+    return {size | zero_point, ~0u, 0};
 }
 
 // Transposes rows of `unit`-byte elements into a panel: element i of row r goes to slot (i, column of r).
 template <class T> void transpose(const char* codes, size_t stride, int rows, int column, int elements, T* panel) {
-    constexpr int BLOCK = 128 / sizeof(T);  // so much of each row at a time, and the next asked for: as many streams as
-    for (int i = 0; i < elements; i += BLOCK) {  // there are rows are more than the processor sees by itself
+    // 128 bytes of each row at a time, the next ones prefetched: the hardware does not prefetch so many streams.
+    constexpr int BLOCK = 128 / sizeof(T);
+    for (int i = 0; i < elements; i += BLOCK) {
         int end = i + BLOCK < elements ? i + BLOCK : elements;
         for (int r = 0; r < rows; r++) {
             const char* row = codes + r * stride;
@@ -97,18 +97,19 @@ template <class T> void transpose(const char* codes, size_t stride, int rows, in
 
 }  // namespace
 
-Packed::Packed(Kind kind, long count, int n, int k, int parts, int group, bool wide)
-    : kind(kind), count(count), n(n), k(k), parts(parts), groups{kind == Kind::int4 ? group : 32, wide} {
-    bool sound = count > 0 && n > 0 && k > 0 && parts > 0 && n % parts == 0 && groups.size > 0 && groups.size % 32 == 0;
-    if (!sound || n > 1 << 24 || k > 1 << 17 || groups.size > 1 << 17)  // 2^17: a row of int8 sums to less than 2^24
+Packed::Packed(Kind kind, long count, int n, int k, int parts, int group_size, bool wide_scales)
+    : kind(kind), count(count), n(n), k(k), parts(parts), groups{kind == Kind::int4 ? group_size : 32, wide_scales} {
+    bool valid = count > 0 && n > 0 && k > 0 && parts > 0 && n % parts == 0 && groups.size > 0 && groups.size % 32 == 0;
+    if (!valid || n > 1 << 24 || k > 1 << 17 || groups.size > 1 << 17)  // 2^17: a row of int8 sums to less than 2^24
         throw std::invalid_argument("no matrix of " + std::to_string(n) + " rows in " + std::to_string(parts) + " parts and " +
-                                    std::to_string(k) + " columns in groups of " + std::to_string(group));
+                                    std::to_string(k) + " columns in groups of " + std::to_string(group_size));
     size_t per_row = is_plain(kind) ? 0 : (size_t)count * panels() * PANEL * 4;
-    size_t codes = round_up((size_t)count * panels() * panel_bytes() + 4096, 64);  // loops fetch a little beyond the end
+    size_t codes = round_up((size_t)count * panels() * panel_bytes() + 4096, 64);  // loops prefetch a little beyond the end
     taken = codes + per_row;
-    std::tie(chunk, data) = take(taken);
+    std::tie(arena, data) = allocate(taken);
     if (per_row) scales = (float*)(data + codes);
-    // The kernel clears pages as they are first touched, and that by all threads: filling would do it one after the other.
+    // The operating system clears a page when it is first touched. All threads do that here in parallel; fill would do it
+    // serially.
     parallel((long)(taken / HUGE_PAGE + 2), [&](long i) {
         const size_t page = round_up((size_t)data + 1, HUGE_PAGE) - HUGE_PAGE + i * HUGE_PAGE, end = (size_t)data + taken;
         for (size_t at = page < (size_t)data ? (size_t)data : page; at < page + HUGE_PAGE && at < end; at += 4096)
@@ -128,18 +129,18 @@ size_t Packed::panel_bytes() const {
 }
 
 void Packed::fill(long e, int first, int rows, const void* codes, size_t stride, const float* row_scales,
-                  const uint8_t* zeros) {
+                  const uint8_t* zero_points) {
     if (e < 0 || e >= count || first < 0 || rows < 0 || first + rows > n) throw std::invalid_argument("rows out of range");
     bool scaled = !is_plain(kind);
-    if (scaled != (row_scales != nullptr) || (zeros && kind != Kind::int4))
+    if (scaled != (row_scales != nullptr) || (zero_points && kind != Kind::int4))
         throw std::invalid_argument("scales missing, or scales or zeros not wanted");
     const int width = n / parts;
     const int per_row = (k + groups.size - 1) / groups.size;
-    if (kind == Kind::int4 && !groups.wide)
+    if (kind == Kind::int4 && !groups.wide_scales)
         for (size_t i = 0; i < (size_t)rows * per_row; i++)
             if (bits(row_scales[i]) & 0xffff) throw std::invalid_argument("a scale that is no bf16 number");
     struct Piece {
-        int row, rows;  // of one panel
+        int row, rows;  // consecutive rows that lie in one panel
     };
     std::vector<Piece> pieces;
     for (int r = first; r < first + rows; r += pieces.back().rows) {
@@ -163,7 +164,8 @@ void Packed::fill(long e, int first, int rows, const void* codes, size_t stride,
             if (k % 2) {
                 size_t unit = kind == Kind::fp8 ? 1 : 2;
                 for (int i = 0; i < done; i++)
-                    std::memcpy(panel + ((size_t)pairs * PANEL + column + i) * 2 * unit, source + i * stride + (k - 1) * unit, unit);
+                    std::memcpy(panel + ((size_t)pairs * PANEL + column + i) * 2 * unit, source + i * stride + (k - 1) * unit,
+                                unit);
             }
         } else if (kind == Kind::int8) {
             transpose(source, stride, done, column, k / 4, (uint32_t*)panel);
@@ -180,13 +182,14 @@ void Packed::fill(long e, int first, int rows, const void* codes, size_t stride,
         } else {
             for (int i = 0; i < done; i++) {
                 const uint8_t* row = (const uint8_t*)source + i * stride;
-                const size_t group = (size_t)(r - first + i) * per_row;  // the row's first
-                const float* own = row_scales + group;
-                const int top = groups.wide ? 0 : largest_exponent(own, per_row);
-                scales[(e * panels() + p) * PANEL + column + i] = groups.wide ? 1.f : power_of_two(top);
+                const size_t group = (size_t)(r - first + i) * per_row;  // index of the row's first group
+                const float* group_scales = row_scales + group;
+                const int top = groups.wide_scales ? 0 : largest_exponent(group_scales, per_row);
+                scales[(e * panels() + p) * PANEL + column + i] = groups.wide_scales ? 1.f : power_of_two(top);
                 for (int g = 0; g < per_row; g++) {
-                    const uint32_t zero = zeros ? zeros[group + g] : 8;
-                    const Word word = groups.wide ? wide_word(own[g], zero) : narrow_word(own[g], zero, top);
+                    const uint32_t zero_point = zero_points ? zero_points[group + g] : 8;
+                    const Word word = groups.wide_scales ? scale_word_32(group_scales[g], zero_point)
+                                                         : scale_word_16(group_scales[g], zero_point, top);
                     uint8_t* out = panel + g * groups.bytes();
                     int begin = g * groups.size, end = begin + groups.size < k ? begin + groups.size : k;
                     for (int c = begin; c < end; c += 8) {
@@ -195,7 +198,7 @@ void Packed::fill(long e, int first, int rows, const void* codes, size_t stride,
                         std::memcpy(&eight, row + c / 2, left < 8 ? (left + 1) / 2 : 4);
                         if (left < 8) eight &= (1u << left * 4) - 1;
                         eight = spread(eight & 0xffff) | spread(eight >> 16) << 4;
-                        eight = (eight & word.kept) ^ word.turned;
+                        eight = (eight & word.and_mask) ^ word.xor_mask;
                         std::memcpy(out + ((c - begin) / 8 * PANEL + column + i) * 4, &eight, 4);
                     }
                     std::memcpy(out + groups.codes() + (column + i) * groups.word(), &word.bits, groups.word());
@@ -219,7 +222,7 @@ size_t row_stride(const Packed& w) {
                           : w.kind == Kind::int4 ? d / w.groups.size * group_stride(w.groups)
                                                  : d * 2;
     if (stride < 512) return stride;
-    // An odd number of cache lines: rows a power of two apart would crowd into a few sets of the cache.
+    // An odd number of cache lines: rows a power of two apart would conflict in a few sets of the cache.
     const size_t lines = (stride + 63) / 64;
     return (lines + (lines % 2 ? 0 : 1)) * 64;
 }
@@ -263,11 +266,11 @@ void Rows::set(const Packed& w, long i, const uint16_t* x) {
         return;
     }
     if (is_float32(w.kind)) return kernels().load_bf16(x, w.k, (float*)y);
-    constexpr int WIDE = 16384;
-    float wide[WIDE];
-    if (w.k > WIDE) throw std::length_error("an inner dimension above 16384");
-    kernels().load_bf16(x, w.k, wide);
-    set(w, i, wide);
+    constexpr int MAX_DEPTH = 16384;
+    float x_f32[MAX_DEPTH];
+    if (w.k > MAX_DEPTH) throw std::length_error("an inner dimension above 16384");
+    kernels().load_bf16(x, w.k, x_f32);
+    set(w, i, x_f32);
 }
 
 void Rows::copy(long i, const Rows& from, long j) {

@@ -1,4 +1,4 @@
-// Packed: matrices in the panels of kernels.h, and Rows: activations in the form that a kind's loops take.
+// Packed: weight matrices in the panels of kernels.h. Rows: activations in the form that the loops of a kind take.
 #pragma once
 
 #include <cstddef>
@@ -9,8 +9,8 @@
 
 namespace glimmer {
 
-// `count` matrices of the same shape (n, k), each made of `parts` equal pieces one under the other (gate, up) whose panels
-// alternate, so that a panel of each lies beside its partner. Owns its memory; zeros until filled.
+// `count` matrices of the same shape (n, k), each made of `parts` equal parts one below the other (gate, up) whose panels
+// alternate, so that the panels for the same columns of gate and up are adjacent. Owns its memory; zeros until filled.
 struct Packed {
     const Kind kind;
     const long count;
@@ -18,17 +18,17 @@ struct Packed {
     const Groups groups;  // int4 only
 
     // Throws std::invalid_argument for impossible sizes, std::bad_alloc.
-    Packed(Kind kind, long count, int n, int k, int parts, int group, bool wide);
+    Packed(Kind kind, long count, int n, int k, int parts, int group_size, bool wide_scales);
     Packed(const Packed&) = delete;
     Packed& operator=(const Packed&) = delete;
 
-    // Rows first..first+rows of matrix e from memory: codes (rows, stride bytes apart) in the kind's own storage; int4 two a
-    // byte, the even column low. scales: float32, one a row (fp8, int8) or k / group a row (int4); zeros: bytes alike, int4
-    // only, null: 8. Scales of int4 that are not wide must be bf16 numbers; what is no number makes its row NaN, and below
-    // 2^-31 of the row's largest power of two a group is zero.
-    void fill(long e, int first, int rows, const void* codes, size_t stride, const float* scales, const uint8_t* zeros);
+    // Packs rows first..first+rows of matrix e. codes: the rows in the storage of their kind, `stride` bytes apart; int4 codes
+    // are two per byte, the even column in the low bits. scales: float32, one per row (fp8, int8) or k / group_size per row
+    // (int4). zero_points: int4 only, a byte for each scale; null: all 8. Without wide_scales, scales of int4 must be bf16
+    // numbers; a NaN or infinite scale makes its row NaN, and a scale below 2^-31 of the row's largest power of two becomes 0.
+    void fill(long e, int first, int rows, const void* codes, size_t stride, const float* scales, const uint8_t* zero_points);
 
-    int depth() const { return padded(kind, k, groups.size); }  // k as it lies in memory
+    int depth() const { return padded(kind, k, groups.size); }  // k with padding
     int panels() const { return (n / parts + PANEL - 1) / PANEL * parts; }
     size_t panel_bytes() const;
     size_t bytes() const { return taken; }
@@ -36,30 +36,30 @@ struct Packed {
     const float* panel_scales(long e, int p) const { return scales ? scales + (e * panels() + p) * PANEL : nullptr; }
 
 private:
-    std::shared_ptr<struct Chunk> chunk;
+    std::shared_ptr<struct Arena> arena;
     uint8_t* data = nullptr;
     float* scales = nullptr;
     size_t taken = 0;
 };
 
-// m rows as a kind wants them: values (m + BEYOND, depth) and, for fp8 and int8, a scale and a sum each; those of int4
-// lie among the values.
+// m rows of activations in the form of a kind: values (m + BEYOND, depth) and, for fp8 and int8, a scale and a sum per row;
+// the scales and sums of int4 are stored among the values.
 struct Rows {
     char* values;
     float* scales;
     float* sums;
     size_t stride;  // bytes
 
-    // In `memory` of bytes(w, m), 64-byte aligned.
+    // Uses `memory` of bytes(w, m), 64-byte aligned.
     Rows(const Packed& w, long m, void* memory);
     static size_t bytes(const Packed& w, long m);
-    // Row i from k numbers.
+    // Sets row i from k numbers.
     void set(const Packed& w, long i, const float* x);
     void set(const Packed& w, long i, const uint16_t* x);  // bf16
     void copy(long i, const Rows& from, long j);
     // c (m, 32) = rows first..first+m times panel p of matrix e, scales of columns not yet applied; c and next as in kernels.h.
     void times(const Packed& w, long e, int p, long first, int m, float* c, const void* next) const;
-    // What the sums of row i and its followers must be multiplied by, besides their columns' scales; null: nothing.
+    // Scales of row i and the following rows, which the sums must be multiplied by, besides their columns' scales; null: none.
     const float* row_scales(const Packed& w, long i) const {
         return w.kind == Kind::fp8 || w.kind == Kind::int8 ? scales + i : nullptr;
     }

@@ -1,5 +1,5 @@
-// Workers spin for a moment after each region, since the next one of the same step follows within microseconds, and then
-// sleep: waking a sleeping thread costs tens of microseconds, and an idle engine must cost no CPU.
+// Workers spin for 3 ms after each region, since the next region of the same step follows within microseconds, and then sleep:
+// waking a sleeping thread costs tens of microseconds, and an idle engine must use no CPU.
 #include "pool.h"
 
 #include <pthread.h>
@@ -31,12 +31,12 @@ namespace {
 constexpr auto SPIN = std::chrono::microseconds(3000);  // the longest gap between two regions of one step
 constexpr int SLOTS = 3;
 
-// Memory that only grows, its content lost when it does.
+// Memory that only grows; its content is lost when it grows.
 struct Buffer {
     void* data = nullptr;
     size_t size = 0;
     ~Buffer() { std::free(data); }
-    void* room(size_t bytes) {
+    void* reserve(size_t bytes) {
         if (size < bytes) {
             std::free(data);
             const size_t rounded = (bytes + bytes / 8 + 4095) / 4096 * 4096;
@@ -49,7 +49,7 @@ struct Buffer {
 };
 
 struct Pool {
-    std::recursive_mutex turn;
+    std::recursive_mutex region_mutex;
     std::mutex mutex;
     std::condition_variable wake;
     std::vector<std::thread> workers;
@@ -106,7 +106,7 @@ struct Pool {
 
 Pool* pool = new Pool;  // never destroyed: worker threads may outlive static destructors
 
-// A forked child has no workers and a lock in an unknown state: it starts afresh.
+// A forked child has no worker threads, and its mutexes are in an unknown state: it gets a new pool.
 void forked() {
     int wanted = pool->wanted;
     pool = new Pool;
@@ -119,7 +119,7 @@ const int registered = pthread_atfork(nullptr, nullptr, forked);
 
 void set_threads(int n) {
     if (n < 1) throw std::invalid_argument("at least one thread");
-    std::lock_guard<std::recursive_mutex> turn(pool->turn);
+    std::lock_guard<std::recursive_mutex> region_lock(pool->region_mutex);
     if (n - 1 < (int)pool->workers.size()) pool->join();
     pool->wanted = n;
 }
@@ -128,7 +128,7 @@ int threads() { return pool->wanted; }
 
 void parallel(long n, const std::function<void(long)>& task) {
     if (n <= 0) return;
-    std::lock_guard<std::recursive_mutex> turn(pool->turn);
+    std::lock_guard<std::recursive_mutex> region_lock(pool->region_mutex);
     Pool& p = *pool;
     p.task = &task;
     p.n = n;
@@ -137,7 +137,7 @@ void parallel(long n, const std::function<void(long)>& task) {
     p.start();
     p.busy.store((int)p.workers.size(), std::memory_order_relaxed);
     {
-        // Under the lock only where somebody sleeps: a worker on its way to sleep holds it, and looks again before it does.
+        // The mutex is taken only if a worker sleeps: a worker about to sleep holds it, and first checks the epoch again.
         p.epoch.fetch_add(1, std::memory_order_seq_cst);
         if (p.asleep.load(std::memory_order_seq_cst)) {
             std::lock_guard<std::mutex> lock(p.mutex);
@@ -148,14 +148,14 @@ void parallel(long n, const std::function<void(long)>& task) {
     while (p.busy.load(std::memory_order_acquire)) relax();
 }
 
-Turn::Turn() { pool->turn.lock(); }
-Turn::~Turn() { pool->turn.unlock(); }
+PoolLock::PoolLock() { pool->region_mutex.lock(); }
+PoolLock::~PoolLock() { pool->region_mutex.unlock(); }
 
-void* scratch(int slot, size_t bytes) { return pool->buffers[slot].room(bytes); }
+void* scratch(int slot, size_t bytes) { return pool->buffers[slot].reserve(bytes); }
 
-void* own(size_t bytes) {
+void* thread_buffer(size_t bytes) {
     thread_local Buffer buffer;
-    return buffer.room(bytes);
+    return buffer.reserve(bytes);
 }
 
 }  // namespace glimmer

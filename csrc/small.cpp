@@ -10,12 +10,12 @@
 namespace glimmer {
 namespace {
 
-constexpr long ALONE = 1 << 15;  // numbers that one thread is done with before a second would have begun
-constexpr long TASK = 1 << 13;
+constexpr long SERIAL_LIMIT = 1 << 15;  // numbers: one thread has computed fewer before a second one would have started
+constexpr long TASK = 1 << 13;          // numbers of a task
 
-// f(i) for each row, `width` numbers of work each.
+// Calls f(i) for each row i, in parallel if the work, `width` numbers per row, is large enough.
 template <class F> void over(long rows, long width, F f) {
-    if (rows * width < ALONE) {
+    if (rows * width < SERIAL_LIMIT) {
         for (long i = 0; i < rows; i++) f(i);
         return;
     }
@@ -66,7 +66,8 @@ void rope(Heads q, Heads k, long rows, long width, const float* cos, const float
     const SmallLoops& ops = kernels().small;
     over(rows, (q.count + k.count) * 2 * half, [&](long t) {
         for (const Heads& x : {q, k})
-            for (long h = 0; h < x.count; h++) ops.rope(x.data + t * x.stride + h * width, cos + t * half, sin + t * half, half);
+            for (long h = 0; h < x.count; h++)
+                ops.rope(x.data + t * x.stride + h * width, cos + t * half, sin + t * half, half);
     });
 }
 
@@ -86,26 +87,26 @@ void best_of(const float* choice, long n, int wanted, long* best) {
 void route_one(const float* logits, const float* bias, long experts, const Rule& rule, int64_t* ids, float* out) {
     thread_local std::vector<float> numbers;
     thread_local std::vector<long> places;
-    numbers.resize(2 * experts + rule.groups);
-    places.resize(rule.top_k + rule.groups);
+    numbers.resize(2 * experts + rule.n_group);
+    places.resize(rule.top_k + rule.n_group);
     float *scores = numbers.data(), *choice = scores + experts, *of_group = choice + experts;
     long *best = places.data(), *kept = best + rule.top_k;
     kernels().small.sigmoid(logits, experts, scores);
     for (long e = 0; e < experts; e++) {
         choice[e] = scores[e] + bias[e];
-        if (choice[e] != choice[e]) choice[e] = INFINITY;  // or it would compare with nothing
+        if (choice[e] != choice[e]) choice[e] = INFINITY;  // since NaN compares false with everything
     }
-    if (rule.groups > 1) {
-        const long size = experts / rule.groups;
-        for (int g = 0; g < rule.groups; g++) {
+    if (rule.n_group > 1) {
+        const long size = experts / rule.n_group;
+        for (int g = 0; g < rule.n_group; g++) {
             long two[2];
             best_of(choice + g * size, size, 2, two);
             of_group[g] = choice[g * size + two[0]] + choice[g * size + two[1]];
         }
-        best_of(of_group, rule.groups, rule.kept_groups, kept);
-        for (int g = 0; g < rule.groups; g++) {
+        best_of(of_group, rule.n_group, rule.topk_group, kept);
+        for (int g = 0; g < rule.n_group; g++) {
             bool stays = false;
-            for (int i = 0; i < rule.kept_groups; i++) stays |= kept[i] == g;
+            for (int i = 0; i < rule.topk_group; i++) stays |= kept[i] == g;
             for (long e = g * size; !stays && e < (g + 1) * size; e++) choice[e] = -INFINITY;
         }
     }
@@ -121,24 +122,25 @@ void route_one(const float* logits, const float* bias, long experts, const Rule&
 }  // namespace
 
 void route(const float* logits, const float* bias, long rows, long experts, const Rule& rule, int64_t* ids, float* scores) {
-    const bool grouped = rule.groups > 1;
-    if (rule.top_k < 1 || rule.top_k > experts || rule.groups < 1 ||
-        (grouped && (experts % rule.groups || experts / rule.groups < 2 || rule.kept_groups < 1 ||
-                     rule.kept_groups > rule.groups)))
+    const bool grouped = rule.n_group > 1;
+    if (rule.top_k < 1 || rule.top_k > experts || rule.n_group < 1 ||
+        (grouped &&
+         (experts % rule.n_group || experts / rule.n_group < 2 || rule.topk_group < 1 || rule.topk_group > rule.n_group)))
         throw std::invalid_argument("a rule that does not fit the experts");
-    over(rows, 8 * experts, [&](long t) {
-        route_one(logits + t * experts, bias, experts, rule, ids + t * rule.top_k, scores + t * rule.top_k);
-    });
+    over(rows, 8 * experts,
+         [&](long t) { route_one(logits + t * experts, bias, experts, rule, ids + t * rule.top_k, scores + t * rule.top_k); });
 }
 
-void quantize(Values x, long stride, long rows, long inner, long group, uint8_t* codes, float* scales, uint8_t* zeros) {
-    if (inner < 2 || inner % 2 || group < 2 || group % 2) throw std::invalid_argument("columns that do not pair");
+void quantize(Values x, long stride, long rows, long inner, long group_size, uint8_t* codes, float* scales,
+              uint8_t* zero_points) {
+    if (inner < 2 || inner % 2 || group_size < 2 || group_size % 2) throw std::invalid_argument("columns that do not pair");
     const SmallLoops& ops = kernels().small;
-    const long groups = (inner + group - 1) / group;
+    const long groups = (inner + group_size - 1) / group_size;
     over(rows, inner, [&](long r) {
         for (long g = 0; g < groups; g++) {
-            const long first = g * group, n = inner - first < group ? inner - first : group;
-            ops.to_int4(x + (r * stride + first), n, codes + (r * inner + first) / 2, scales + r * groups + g, zeros + r * groups + g);
+            const long first = g * group_size, n = inner - first < group_size ? inner - first : group_size;
+            ops.to_int4(x + (r * stride + first), n, codes + (r * inner + first) / 2, scales + r * groups + g,
+                        zero_points + r * groups + g);
         }
     });
 }

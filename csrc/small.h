@@ -1,19 +1,19 @@
-// The doors that read and write each number once: embedding, norms, rotary, SwiGLU, routing, and quantising a weight. Not
-// here: products of matrices, attention.
+// The ops that read and write each number once: embedding, norms, rotary embedding, SwiGLU, routing, and quantising a weight.
+// Not here: matrix products, attention.
 #pragma once
 
 #include "kernels.h"
 
 namespace glimmer {
 
-// How a token chooses experts; as RouteRule in glimmer/ops/__init__.py.
+// How the router chooses experts for a token; as RouteRule in glimmer/backends.
 struct Rule {
-    int top_k, groups, kept_groups;
+    int top_k, n_group, topk_group;
     bool normed;  // the chosen scores are divided by their sum
     float factor;
 };
 
-// All float32 inside. y may be x, but not overlap it otherwise.
+// All computed in float32. y may be x, but must not overlap it otherwise.
 struct SmallLoops {
     // y (n) = x (n) / sqrt(mean(x²) + eps) * weight (n)
     void (*rms_norm)(Values x, long n, Values weight, float eps, Values y);
@@ -21,15 +21,16 @@ struct SmallLoops {
     void (*add)(Values x, Values residual, long n, Values total);
     // y (n) = silu(x[:n]) * x[n:]
     void (*swiglu)(Values x, long n, Values y);
-    // Turns pairs (i, i + half) of x by the angles of cos, sin (half).
+    // Rotary embedding: rotates pairs (i, i + half) of x by the angles given as cos, sin (half).
     void (*rope)(Values x, const float* cos, const float* sin, long half);
     // scores (n) = 1 / (1 + e^-x)
     void (*sigmoid)(const float* x, long n, float* scores);
-    // A group of n numbers, n even, as int4: codes two a byte, the even one low. As _to_int4 in glimmer/weight.py.
-    void (*to_int4)(Values x, long n, uint8_t* codes, float* scale, uint8_t* zero);
+    // Quantises a group of n numbers, n even, to int4: codes two per byte, the even one in the low bits. As _to_int4 in
+    // glimmer/weight.py.
+    void (*to_int4)(Values x, long n, uint8_t* codes, float* scale, uint8_t* zero_point);
 };
 
-// The element of x that lies n further on.
+// The address of element n of x.
 [[gnu::always_inline]] inline Values operator+(Values x, long n) { return {(char*)x.data + n * (x.bf16 ? 2 : 4), x.bf16}; }
 
 // y (count, n) = rows of table (rows, n) for tokens first..first+rows; zeros for other tokens. Both of one type.
@@ -38,7 +39,7 @@ void embed(const int64_t* tokens, long count, Values table, long rows, long n, l
 // y (rows, heads, n), contiguous, of x whose rows lie `stride` elements apart and whose heads follow each other.
 void rms_norm(Values x, long rows, long heads, long n, long stride, Values weight, float eps, Values y);
 
-// total (rows, n) = residual + x, rounded to total's type; y = the norm of what was kept. All contiguous.
+// total (rows, n) = residual + x, rounded to total's type; y = the norm of the rounded total. All contiguous.
 void add_rms_norm(Values x, Values residual, long rows, long n, Values weight, float eps, Values total, Values y);
 
 // y (rows, n) += x.
@@ -47,19 +48,20 @@ void add(Values y, Values x, long rows, long n);
 // y (rows, n) of x (rows, 2n).
 void swiglu(Values x, long rows, long n, Values y);
 
-// Turns the first 2 * half of each head of q and k (rows, heads, width), whose rows lie a stride apart, by cos, sin (rows,
-// half).
+// Rotary embedding of the first 2 * half elements of each head of q and k (rows, heads, width), in place; rows lie a stride
+// apart. cos, sin (rows, half).
 struct Heads {
     Values data;
     long count, stride;
 };
 void rope(Heads q, Heads k, long rows, long width, const float* cos, const float* sin, long half);
 
-// ids, scores (rows, top_k), the best first, equals in ascending order; a NaN counts as best and comes out as NaN. Throws
+// ids, scores (rows, top_k), the best first, equals in ascending order; a NaN counts as best and its score is NaN. Throws
 // std::invalid_argument if the rule does not fit the experts.
 void route(const float* logits, const float* bias, long rows, long experts, const Rule& rule, int64_t* ids, float* scores);
 
-// x (rows, inner), rows `stride` elements apart, inner even -> codes (rows, inner / 2), scales and zeros (rows, groups).
-void quantize(Values x, long stride, long rows, long inner, long group, uint8_t* codes, float* scales, uint8_t* zeros);
+// x (rows, inner), rows `stride` elements apart, inner even -> codes (rows, inner / 2), scales and zero_points (rows, groups).
+void quantize(Values x, long stride, long rows, long inner, long group_size, uint8_t* codes, float* scales,
+              uint8_t* zero_points);
 
 }  // namespace glimmer

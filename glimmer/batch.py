@@ -13,21 +13,21 @@ from torch import Tensor
 class Batch:
     """One step as tensors: T tokens from S sequences, rows in sequence order.
 
-    tokens:     (T,)    int64   token ids
-    positions:  (T,)    int64   index of each token in its own sequence
-    slots:      (T,)    int64   where the token's key and value are stored: block * block_size + offset
-    blocks:     (S, B)  int64   block table of each sequence, padded with 0
-    rows:       (R,)    int64   rows whose logits are wanted
-    starts:     S+1 ints        rows of sequence s are starts[s]:starts[s+1]
-    lengths:    S ints          keys that the last row of s sees (all of them, itself included)
+    tokens           (T,)    int64   token ids
+    positions        (T,)    int64   index of each token in its own sequence
+    slot_mapping     (T,)    int64   where the token's key and value are stored: block * block_size + offset
+    block_tables     (S, B)  int64   block table of each sequence, padded with 0
+    logits_indices   (R,)    int64   rows whose logits are wanted
+    query_start_loc  S+1 ints        rows of sequence s are query_start_loc[s]:query_start_loc[s+1]
+    seq_lens         S ints          keys that the last row of s sees (all of them, itself included)
 
-    `starts` and `lengths` are host values, so that no kernel waits for the device to learn its own loop bounds.
+    `query_start_loc` and `seq_lens` are host values, so that no kernel waits for the device to learn its loop bounds.
     """
 
     tokens: Tensor
     positions: Tensor
-    slots: Tensor
-    blocks: Tensor
-    rows: Tensor
-    starts: tuple[int, ...]
-    lengths: tuple[int, ...]
+    slot_mapping: Tensor
+    block_tables: Tensor
+    logits_indices: Tensor
+    query_start_loc: tuple[int, ...]
+    seq_lens: tuple[int, ...]

@@ -163,7 +163,8 @@ def _decode(llm: LLM, source: random.Random, batch: int, context: int, steps: in
     if len(marks) < 1 + WARM + steps + COUNTED:
         raise ConfigError(
             f"{batch} sequences of {context} tokens and more do not decode together: the KV cache is too small",
-            "room for all of them", "ask for a smaller --context, or for a smaller batch with --decode",
+            "room for all of them",
+            "ask for a smaller --context, or for a smaller batch with --decode",
         )
     key = f"decode_b{batch}" + (f"_after_{context}" if context != CONTEXT else "")
     what = f"decode, batch {batch}" + (f", after {context:,}" if context != CONTEXT else "")
@@ -185,7 +186,7 @@ def _print(llm: LLM, figures: list[Figure], memory: dict[str, float], profile: b
                 between = f"{statistics.median(found):>12,.1f} {unit} ({found[0]:,.1f} to {found[-1]:,.1f})"
                 print(f"  {'limit beside them: ' + name:<34}{between}")
     else:
-        print("  no percentages: this machine's limits are measured by the native operations, which do not serve here")
+        print("  no percentages: this machine's limits are measured by the CPU kernels, which do not serve here")
     if profile:
         for figure in figures:
             _picture(figure)

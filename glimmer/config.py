@@ -107,9 +107,7 @@ class ModelConfig:
             rope_theta=rope["rope_theta"],
             partial_rotary_factor=rope["partial_rotary_factor"],
             max_position_embeddings=read.count("max_position_embeddings"),
-            num_nextn_predict_layers=read.count(
-                "num_nextn_predict_layers", alias="num_mtp_layers", default=0, least=0
-            ),
+            num_nextn_predict_layers=read.count("num_nextn_predict_layers", alias="num_mtp_layers", default=0, least=0),
             eos_token_id=_token_ids(raw.get("eos_token_id"), "config.json eos_token_id"),
             dtype=read.dtype(),
             quantization_config=raw.get("quantization_config"),
@@ -314,9 +312,7 @@ class EngineConfig:
                 raise ConfigError(f"{key}={getattr(self, key)!r}", "True or False", "pass one of these")
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-            raise ConfigError(
-                f"gpu_memory_utilization={self.gpu_memory_utilization!r}", "a share in (0, 1]", "try 0.9"
-            )
+            raise ConfigError(f"gpu_memory_utilization={self.gpu_memory_utilization!r}", "a share in (0, 1]", "try 0.9")
 
 
 def check_quantization(quantization: str | None, group_size: int | None) -> None:

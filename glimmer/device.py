@@ -119,7 +119,7 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-def finish(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was told; a CPU always has."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize(device)

@@ -4,7 +4,7 @@ import argparse
 import importlib.metadata
 import platform
 
-from glimmer import __version__, ops
+from glimmer import __version__, backends
 from glimmer import device as devices
 
 LIBRARIES = ("torch", "tokenizers", "safetensors", "jinja2", "omegaconf", "torch-npu")
@@ -17,15 +17,15 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     device = devices.resolve(args.device, 0)
     kind, threads = device.type, devices.share_cores(device, 1)
-    doors = ops.choose(kind, threads)
+    ops = backends.choose(kind, threads)
     rows = [
         ("glimmer", f"{__version__} on Python {platform.python_version()}, {platform.system()} {platform.machine()}"),
         *devices.describe(),
         *((name, _version(name)) for name in LIBRARIES),
         ("device", f"{kind} (of {', '.join(devices.available())}), collectives by {devices.COLLECTIVES[kind]}"),
         ("threads", f"{threads} unless --threads says otherwise"),
-        ("kernels", doors.kernels or "none of our own"),
-        *((f"op {door}", backend) for door, backend in doors.table()),
+        ("kernels", ops.kernels or "none of our own"),
+        *((f"op {op}", backend) for op, backend in ops.table()),
     ]
     width = max(len(name) for name, _ in rows)
     for name, finding in rows:

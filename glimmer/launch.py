@@ -7,7 +7,7 @@
                                                                   this machine's part of a job on several
 
 The agent starts the processes, watches them and ends them all when one fails. This file tells it where the machines
-meet (Meeting) and where each process logs (WorkerLogs), and puts into words what went wrong. It stays in the
+meet (Rendezvous) and where each process logs (WorkerLogs), and puts into words what went wrong. It stays in the
 foreground. Not here: what the processes do, and how they talk to each other (parallel.py).
 """
 
@@ -94,7 +94,8 @@ def parse(argv: list[str]) -> Job:
     """The job that the positional arguments describe. ConfigError for anything that could not run."""
     if len(argv) not in (1, 2, 6, 9):
         raise ConfigError(
-            f"{len(argv)} arguments", "1, 2, 6 or 9",
+            f"{len(argv)} arguments",
+            "1, 2, 6 or 9",
             "quote COMMAND as one argument; `bash scripts/msrun_launcher.sh --help` lists the others",
         )
     names = ["worker_num", "local_worker", "master_addr", "master_port", "node_rank", "log_dir", "join", "timeout"]
@@ -102,8 +103,13 @@ def parse(argv: list[str]) -> Job:
         names = ["worker_num", "master_port", "log_dir", "join", "timeout"]
     given = dict(zip(names, argv[1:]))
     fields: dict[str, Any] = {"command": split_command(argv[0])}
-    for name, least, most in (("worker_num", 1, 2**16), ("local_worker", 1, 2**16), ("node_rank", 0, 2**16),
-                              ("master_port", 0, 65535), ("timeout", 1, 10**7)):
+    for name, least, most in (
+        ("worker_num", 1, 2**16),
+        ("local_worker", 1, 2**16),
+        ("node_rank", 0, 2**16),
+        ("master_port", 0, 65535),
+        ("timeout", 1, 10**7),
+    ):
         if name in given:
             fields[name] = _whole(name, given[name], least, most)
     fields.setdefault("worker_num", 8)
@@ -125,7 +131,8 @@ def parse(argv: list[str]) -> Job:
     if fields["node_rank"] >= fields["worker_num"]:
         raise ConfigError(
             f"NODE_RANK={fields['node_rank']} with WORKER_NUM={fields['worker_num']}",
-            "the number of this machine: 0, 1, 2, ...", "correct NODE_RANK",
+            "the number of this machine: 0, 1, 2, ...",
+            "correct NODE_RANK",
         )
     if fields["master_port"] == 0:
         raise ConfigError("MASTER_PORT=0 on several machines", "a port that all of them know", "choose one, e.g. 50001")
@@ -163,7 +170,8 @@ def split_command(text: str) -> tuple[str, ...]:
         return tuple(words)
     if not words or shutil.which(words[0]) is None:
         raise ConfigError(
-            f"COMMAND {text!r}", "a Python script or a program, with its arguments, in one quoted string",
+            f"COMMAND {text!r}",
+            "a Python script or a program, with its arguments, in one quoted string",
             "e.g. \"run_mindformer.py --predict_data 'Hello'\"",
         )
     return tuple(words)
@@ -172,7 +180,7 @@ def split_command(text: str) -> tuple[str, ...]:
 # ---------------------------------------------------------------------- where machines meet
 
 
-class Meeting(RendezvousHandler):
+class Rendezvous(RendezvousHandler):
     """Where the machines of a job find each other, and where each hears that another has failed.
 
     Node 0 opens a store at MASTER_ADDR:MASTER_PORT, which its processes use too. Every node signs in there; the job
@@ -220,24 +228,44 @@ class Meeting(RendezvousHandler):
             ) from None
         port = door.getsockname()[1]
         if not job.alone:
-            self._say(f"node 0 with {job.local_worker} of {job.worker_num} processes waits at"
-                      f" {job.master_addr}:{port} for the others, at most {job.timeout:g} s")
-        self._reach(port, time.monotonic() + min(job.timeout, SELF), ConfigError(
-            f"node 0 on {self.host} cannot reach itself as MASTER_ADDR={job.master_addr}",
-            "an address of this machine", "correct MASTER_ADDR, or run this command on that machine",
-        ))
-        return TCPStore(job.master_addr, port, is_master=True, wait_for_workers=False,
-                        timeout=timedelta(seconds=job.timeout), master_listen_fd=door.detach())
+            self._say(
+                f"node 0 with {job.local_worker} of {job.worker_num} processes waits at"
+                f" {job.master_addr}:{port} for the others, at most {job.timeout:g} s"
+            )
+        self._reach(
+            port,
+            time.monotonic() + min(job.timeout, SELF),
+            ConfigError(
+                f"node 0 on {self.host} cannot reach itself as MASTER_ADDR={job.master_addr}",
+                "an address of this machine",
+                "correct MASTER_ADDR, or run this command on that machine",
+            ),
+        )
+        return TCPStore(
+            job.master_addr,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=job.timeout),
+            master_listen_fd=door.detach(),
+        )
 
     def _visit(self, deadline: float) -> TCPStore:
         job, place = self.job, f"{self.job.master_addr}:{self.job.master_port}"
-        self._say(f"node {job.node_rank} with {job.local_worker} of {job.worker_num} processes looks for node 0 at"
-                  f" {place}, at most {job.timeout:g} s")
-        self._reach(job.master_port, deadline, EngineError(
-            f"node 0 did not come within {job.timeout:g} s: {place} does not answer node {job.node_rank}, {self.host}",
-            "the launcher of node 0 to listen there",
-            "start it on node 0 with the same MASTER_ADDR and MASTER_PORT; check the addresses and the firewall",
-        ))
+        self._say(
+            f"node {job.node_rank} with {job.local_worker} of {job.worker_num} processes looks for node 0 at"
+            f" {place}, at most {job.timeout:g} s"
+        )
+        self._reach(
+            job.master_port,
+            deadline,
+            EngineError(
+                f"node 0 did not come within {job.timeout:g} s: {place} does not answer node {job.node_rank},"
+                f" {self.host}",
+                "the launcher of node 0 to listen there",
+                "start it on node 0 with the same MASTER_ADDR and MASTER_PORT; check the addresses and the firewall",
+            ),
+        )
         return TCPStore(job.master_addr, job.master_port, is_master=False, timeout=timedelta(seconds=LOST))
 
     def _reach(self, port: int, deadline: float, otherwise: GlimmerError) -> None:
@@ -248,7 +276,8 @@ class Meeting(RendezvousHandler):
             except socket.gaierror:
                 raise ConfigError(
                     f"MASTER_ADDR={self.job.master_addr!r} is no address and no name that this machine knows",
-                    "the address of node 0", "correct MASTER_ADDR",
+                    "the address of node 0",
+                    "correct MASTER_ADDR",
                 ) from None
             except OSError as error:
                 if time.monotonic() > deadline:
@@ -269,7 +298,8 @@ class Meeting(RendezvousHandler):
                 wanted = " or ".join(sorted({str(node["worker_num"]) for node in nodes.values()}))
                 raise ConfigError(
                     f"{here} processes for WORKER_NUM={wanted}: {came}",
-                    "the same WORKER_NUM everywhere, and LOCAL_WORKERs that add up to it", "correct the numbers",
+                    "the same WORKER_NUM everywhere, and LOCAL_WORKERs that add up to it",
+                    "correct the numbers",
                 )
             if here == job.worker_num and set(nodes) == set(range(len(nodes))):
                 return nodes
@@ -296,7 +326,8 @@ class Meeting(RendezvousHandler):
         except RuntimeError as error:
             raise EngineError(
                 f"node 0 ({self.job.master_addr}) is lost: {str(error).splitlines()[0][:160]}",
-                "node 0 to stay until the job is done", "see what its launcher said, then start again everywhere",
+                "node 0 to stay until the job is done",
+                "see what its launcher said, then start again everywhere",
             ) from None
 
     def tell(self, error: GlimmerError) -> None:
@@ -375,7 +406,8 @@ class WorkerLogs(LogsSpecs):
                 self.lock.close()
             except OSError as error:
                 raise ConfigError(
-                    f"LOG_DIR={str(self.directory)!r} cannot be written: {error.strerror}", "a directory for logs",
+                    f"LOG_DIR={str(self.directory)!r} cannot be written: {error.strerror}",
+                    "a directory for logs",
                     "choose another LOG_DIR, or start the command from another directory",
                 ) from None
         raise ConfigError(f"{n} jobs log into {str(job.log_dir)!r}", "a LOG_DIR for each", "give one")
@@ -420,7 +452,7 @@ class WorkerLogs(LogsSpecs):
 
 def run(job: Job) -> int:
     """Run this machine's part of the job; returns the exit code. GlimmerError names the process or machine at fault."""
-    logs, meeting = WorkerLogs(job), Meeting(job)
+    logs, meeting = WorkerLogs(job), Rendezvous(job)
     interface = interface_towards(job.master_addr)
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -429,8 +461,12 @@ def run(job: Job) -> int:
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup: the agent shall not listen to it either
         os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     logging.disable(logging.CRITICAL)  # what the agent would say is said here, in other words
-    print(f"msrun_launcher: {job.local_worker} process{'es' * (job.local_worker > 1)} on {meeting.host},"
-          f" logs in {logs.directory}/worker_N.log", file=sys.stderr, flush=True)
+    print(
+        f"msrun_launcher: {job.local_worker} process{'es' * (job.local_worker > 1)} on {meeting.host},"
+        f" logs in {logs.directory}/worker_N.log",
+        file=sys.stderr,
+        flush=True,
+    )
     spec = WorkerSpec(
         role="worker",
         local_world_size=job.local_worker,
@@ -447,8 +483,13 @@ def run(job: Job) -> int:
             raise failure(result.failures, logs, meeting.host)
     except SignalException as caught:
         name = signal.Signals(caught.sigval).name
-        meeting.tell(EngineError(f"the launcher on {meeting.host} was ended by {name}",
-                                 "every machine to stay until the job is done", "start the job again on all of them"))
+        meeting.tell(
+            EngineError(
+                f"the launcher on {meeting.host} was ended by {name}",
+                "every machine to stay until the job is done",
+                "start the job again on all of them",
+            )
+        )
         logs.close()
         print(f"msrun_launcher: ended by {name}; no process is left", file=sys.stderr)
         return 128 + caught.sigval

@@ -24,7 +24,7 @@ from glimmer.engine.sequence import FinishReason, Logprob, Output, Request
 from glimmer.errors import CheckpointError, ConfigError, EngineError, GlimmerError, RequestError
 from glimmer.parallel import Group
 from glimmer.text.chat import ChatTemplate
-from glimmer.text.reply import Reply
+from glimmer.text.incremental import IncrementalText
 from glimmer.text.tokenizer import Tokenizer
 
 log = logging.getLogger("glimmer")
@@ -59,7 +59,7 @@ class RequestOutput:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Delta:
     """What one step added to answer `index` of a stream; the last one carries the finish_reason."""
 
     index: int
@@ -88,17 +88,17 @@ class LLM:
         self._defaults, eos = generation_defaults(self.config.model)
         self.eos_token_ids = eos or self.model_config.eos_token_id
         vocab_size = self.model_config.vocab_size
-        choosable = self.tokenizer.size if self.tokenizer else vocab_size
-        if choosable > vocab_size:
+        sampling_vocab_size = self.tokenizer.size if self.tokenizer else vocab_size
+        if sampling_vocab_size > vocab_size:
             raise CheckpointError(
-                f"the tokenizer has ids up to {choosable - 1}, the model's vocab_size is {vocab_size}",
+                f"the tokenizer has ids up to {sampling_vocab_size - 1}, the model's vocab_size is {vocab_size}",
                 "a tokenizer whose ids the model knows",
                 "use the tokenizer.json and config.json of one checkpoint",
             )
         self.group = group or join(self.config)
         device = self.group.device
         self._runner = Runner(self.config, self.model_config, self.group, device, on_load)
-        self._engine = Engine(self.config, self._runner, self.group, vocab_size, choosable)
+        self._engine = Engine(self.config, self._runner, self.group, vocab_size, sampling_vocab_size)
         self._open: dict[str, _Answer] = {}
         self._numbers = itertools.count()
         self._inbox: deque[Callable[[], None]] = deque()  # what coroutines ask of the engine's thread
@@ -106,7 +106,11 @@ class LLM:
         self._guard = threading.Lock()
         log.info(
             "%s on %s x %d: context %d tokens, cache %d blocks of %d",
-            self.config.model, device, self.group.size, self.max_model_len, self._runner.room.num_blocks,
+            self.config.model,
+            device,
+            self.group.size,
+            self.max_model_len,
+            self._runner.kv_cache_config.num_blocks,
             self.config.block_size,
         )
 
@@ -139,7 +143,7 @@ class LLM:
 
     @property
     def kernels(self) -> str | None:
-        """The instruction set of the native operations, or None: see Ops.kernels."""
+        """The instruction set of the CPU kernels, or None: see Ops.kernels."""
         return self._runner.ops.kernels
 
     def profile(self) -> Profile:
@@ -208,8 +212,10 @@ class LLM:
             except RequestError as error:
                 if errors == "raise":
                     raise RequestError(
-                        error.field, f"{word} {i}: {error.found}" if len(asked) > 1 else error.found,
-                        error.expected, error.todo,
+                        error.field,
+                        f"{word} {i}: {error.found}" if len(asked) > 1 else error.found,
+                        error.expected,
+                        error.todo,
                     ) from None
                 outputs.append(RequestOutput(one if isinstance(one, str) else None, [], error=error))
         pending: dict[int, list[_Answer]] = {}
@@ -239,15 +245,17 @@ class LLM:
         kwargs = dict(kwargs or {})
         if own := sorted({"messages", "tools"} & set(kwargs)):
             raise RequestError(
-                "chat_template_kwargs", f"{own} among chat_template_kwargs", "variables of the template's own, such as"
-                " enable_thinking", "pass messages and tools as arguments",
+                "chat_template_kwargs",
+                f"{own} among chat_template_kwargs",
+                "variables of the template's own, such as enable_thinking",
+                "pass messages and tools as arguments",
             )
         text = self.chat_template.render(messages, tools=tools, **kwargs)
         return {"prompt": text, "prompt_token_ids": self._encode(text, add_special_tokens=False)}
 
     # ------------------------------------------------------------------ piece by piece
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Piece]:
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
         """Pieces of the answer (or of the n answers) as they come. Closing the iterator aborts what is left.
 
         The request is queued when the first piece is asked for. Several streams may be read in turn; each step advances
@@ -257,7 +265,7 @@ class LLM:
         output = self._checked(prompt, params)
         return self._stream(output, params)
 
-    def _stream(self, output: RequestOutput, params: SamplingParams) -> Iterator[Piece]:
+    def _stream(self, output: RequestOutput, params: SamplingParams) -> Iterator[Delta]:
         answers = self._start(output, params)  # here: an iterator that nobody ever reads has nothing to abort
         try:
             while not all(a.done and not a.pieces for a in answers):
@@ -272,7 +280,7 @@ class LLM:
             for answer in answers:
                 self._abort(answer)
 
-    async def astream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AsyncIterator[Piece]:
+    async def astream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AsyncIterator[Delta]:
         """`stream` for asyncio: any number of coroutines, computed together by one thread beside the event loop.
 
         Cancelling a coroutine aborts its request. `generate` and `stream` wait until every coroutine has its answer.
@@ -287,7 +295,7 @@ class LLM:
         output = self._checked(prompt, params)
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
 
-        def deliver(item: Piece | Exception) -> None:
+        def deliver(item: Delta | Exception) -> None:
             try:
                 loop.call_soon_threadsafe(queue.put_nowait, item)
             except RuntimeError:
@@ -350,7 +358,9 @@ class LLM:
         params = [given] * count if isinstance(given, SamplingParams) else list(given)
         if len(params) != count:
             raise RequestError(
-                "sampling_params", f"{len(params)} sampling_params for {count} {word}s", "one for all, or one for each",
+                "sampling_params",
+                f"{len(params)} sampling_params for {count} {word}s",
+                "one for all, or one for each",
                 f"pass a single SamplingParams, or a list with one for each {word}",
             )
         return params
@@ -362,8 +372,10 @@ class LLM:
             text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         if ids is None and not isinstance(text, str):
             raise RequestError(
-                "prompt", f"a prompt of type {type(prompt).__name__}",
-                'text, {"prompt": text} or {"prompt_token_ids": [ids]}', "pass one of these",
+                "prompt",
+                f"a prompt of type {type(prompt).__name__}",
+                'text, {"prompt": text} or {"prompt_token_ids": [ids]}',
+                "pass one of these",
             )
         if ids is None:
             ids = self._encode(text, add_special_tokens=True) if text else []
@@ -376,7 +388,9 @@ class LLM:
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if self.tokenizer is None:
             raise RequestError(
-                "prompt", "a prompt of text with skip_tokenizer_init", '{"prompt_token_ids": [ids]}',
+                "prompt",
+                "a prompt of text with skip_tokenizer_init",
+                '{"prompt_token_ids": [ids]}',
                 "pass ids, or leave skip_tokenizer_init out",
             )
         return self.tokenizer.encode(text, add_special_tokens)
@@ -446,12 +460,14 @@ class _Answer:
         deliver: Callable[[Any], None] | None,
     ):
         self.id, self.output, self.completion, self.params, self.tokenizer = id, output, completion, params, tokenizer
-        self.pieces: deque[Piece] = deque()
+        self.pieces: deque[Delta] = deque()
         self.awaited = deliver is not None  # by a coroutine
         self.deliver = deliver or self.pieces.append
-        self.reply = _NoReply()
+        self.reply = _NoText()
         if tokenizer is not None:
-            self.reply = Reply(tokenizer, params.stop, params.include_stop_str_in_output, params.skip_special_tokens)
+            self.reply = IncrementalText(
+                tokenizer, params.stop, params.include_stop_str_in_output, params.skip_special_tokens
+            )
 
     @property
     def done(self) -> bool:
@@ -485,7 +501,7 @@ class _Answer:
                 "check the checkpoint's files (a broken download or quantisation); try --dtype float32",
             )
         if output.token_ids or finish is not None:
-            piece = Piece(completion.index, text, output.token_ids, completion.finish_reason, completion.stop_reason)
+            piece = Delta(completion.index, text, output.token_ids, completion.finish_reason, completion.stop_reason)
             self.deliver(piece)
 
     def _decoded(self, position: dict[int, Logprob]) -> dict[int, Logprob]:
@@ -496,8 +512,8 @@ class _Answer:
         return {id: replace(found, decoded_token=text.get(id, "")) for id, found in position.items()}
 
 
-class _NoReply:
-    """In place of a Reply where there is no tokenizer: an answer of ids only."""
+class _NoText:
+    """In place of a IncrementalText where there is no tokenizer: an answer of ids only."""
 
     text, stopped = "", None
 

@@ -72,7 +72,7 @@ class Group:
         self._guard(dist.broadcast, data, 0)
         return json.loads(bytes(data.tolist()))
 
-    def least(self, n: int) -> int:
+    def all_reduce_min(self, n: int) -> int:
         """The smallest of the ranks' numbers."""
         if self.size == 1:
             return n
@@ -161,7 +161,8 @@ def connect(tensor_parallel_size: int, device: torch.device, backend: str, timeo
         if opens:
             raise ConfigError(
                 f"rank 0 on {socket.gethostname()} cannot open {meeting}: {_first_line(error)}",
-                "a free port of this machine", "choose another MASTER_PORT, on every machine",
+                "a free port of this machine",
+                "choose another MASTER_PORT, on every machine",
             ) from None
         raise EngineError(
             f"rank {rank} on {socket.gethostname()} cannot reach {meeting}: {_first_line(error)}",
@@ -208,7 +209,8 @@ def _number(name: str, default: float, least: float, most: float) -> float:
     if least <= value <= most:
         return value
     raise ConfigError(
-        f"{name}={text!r} in the environment", f"a number from {least:g} to {most:g}",
+        f"{name}={text!r} in the environment",
+        f"a number from {least:g} to {most:g}",
         f"start the processes with torchrun, or unset {name}",
     )
 

@@ -24,7 +24,7 @@ from glimmer.checkpoint import formats
 from glimmer.checkpoint.files import DTYPES, INDEX, Checkpoint
 from glimmer.config import ModelConfig, check_quantization, read_json
 from glimmer.errors import CheckpointError, ConfigError
-from glimmer.model.load import Plan
+from glimmer.model.load import WeightLoader
 from glimmer.model.names import mtp_prefix
 from glimmer.parallel import Group
 
@@ -60,11 +60,11 @@ def quantize(model: Path, out: Path, quantization: str, group_size: int | None) 
     formats.check(config.quantization_config)
     with Checkpoint(model) as checkpoint:
         mtp = formats.holds(checkpoint, f"{mtp_prefix(config)}eh_proj")
-        plan = Plan(config, checkpoint, Group(), torch.bfloat16, mtp, quantization, group_size)
+        loader = WeightLoader(config, checkpoint, Group(), torch.bfloat16, mtp, quantization, group_size)
         try:
             partial.mkdir()
             try:
-                nbytes = _write(plan, model, partial)
+                nbytes = _write(loader, model, partial)
                 partial.rename(out)
             except BaseException:
                 shutil.rmtree(partial)
@@ -72,7 +72,7 @@ def quantize(model: Path, out: Path, quantization: str, group_size: int | None) 
         except OSError as error:
             raise CheckpointError(
                 f"{error.filename or partial} cannot be written: {error.strerror or error}",
-                f"a place for {plan.nbytes / 1e9:.2f} GB beside {out}",
+                f"a place for {loader.nbytes / 1e9:.2f} GB beside {out}",
                 "free some space or choose another place; nothing was left behind",
             ) from error
     return nbytes
@@ -88,15 +88,15 @@ def _check_space(directory: Path, nbytes: int) -> None:
         )
 
 
-def _write(plan: Plan, model: Path, directory: Path) -> int:
+def _write(loader: WeightLoader, model: Path, directory: Path) -> int:
     """Everything into `directory`; returns the bytes of the tensors. config.json, a checkpoint's mark, comes last."""
-    shards = _divide(plan.outline())
+    shards = _divide(loader.outline())
     nbytes = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     _check_space(directory, nbytes)
     files = {}
     with (
-        tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False) as bar,
-        closing(plan.tensors(bar.update)) as tensors,
+        tqdm(total=loader.nbytes, unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False) as bar,
+        closing(loader.tensors(bar.update)) as tensors,
     ):
         for i, shard in enumerate(shards, start=1):
             name = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
@@ -109,7 +109,7 @@ def _write(plan: Plan, model: Path, directory: Path) -> int:
         if path.is_file() and not ours and not path.name.startswith("."):
             shutil.copyfile(path, directory / path.name)
     config = read_json(model / "config.json", "the model's configuration")
-    _write_json(directory / "config.json", config | {"quantization_config": formats.describe(plan.kinds())})
+    _write_json(directory / "config.json", config | {"quantization_config": formats.describe(loader.kinds())})
     return nbytes
 
 

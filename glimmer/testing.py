@@ -87,21 +87,23 @@ def write_tokenizer(directory: str | Path, vocab_extra: int = 0) -> dict[str, in
     vocab = {token: i for i, token in enumerate(symbols + [a + b for a, b in pairs])}
 
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(GLM_SPLIT), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(GLM_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken(name, special=special, normalized=False)
-                          for name, special in GLM_ADDED_TOKENS.items()])
+    tokenizer.add_tokens(
+        [AddedToken(name, special=special, normalized=False) for name, special in GLM_ADDED_TOKENS.items()]
+    )
     tokenizer.save(str(directory / "tokenizer.json"))
 
     ids = {name: tokenizer.token_to_id(name) for name in GLM_ADDED_TOKENS}
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     config = {
         "added_tokens_decoder": {
-            str(ids[name]): {"content": name, **flags, "special": special}
-            for name, special in GLM_ADDED_TOKENS.items()
+            str(ids[name]): {"content": name, **flags, "special": special} for name, special in GLM_ADDED_TOKENS.items()
         },
         "additional_special_tokens": [name for name, special in GLM_ADDED_TOKENS.items() if special],
         "clean_up_tokenization_spaces": False,

@@ -2,19 +2,20 @@
 
 Kinds: "plain" (bf16, fp16 or fp32 values), "fp8" (the official FP8 checkpoints), "int8" and "int4". Whoever multiplies
 by one of the last three quantises its activations too, as they come: "fp8" and "int8" per row, "int4" per row and
-group, so that the codes' products are exact and only scales are multiplied in float32 (ops/reference.py says how).
+group, so that the codes' products are exact and only scales are multiplied in float32 (backends/reference.py says how).
 A Weight joins, widens and quantises itself, so that nobody else has to know how a kind lays out its bits.
 Not here: files (checkpoint/), packing (ops/), devices, and which matrix of a model becomes what (model/load.py).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MIDDLE = 8  # the zero of an int4 weight that stores none: codes 0..15 mean -8..7
+DEFAULT_ZERO_POINT = 8  # the zero of an int4 weight that stores none: codes 0..15 mean -8..7
 GROUP = 32  # the group of a matrix whose width is no multiple of the one asked for
 TINY = torch.finfo(torch.float32).tiny  # the scale of zeros, which have none of their own
 BLOCK = 1 << 16  # values quantised at once: as float32, with all that is derived from them, they stay in the cache
@@ -26,6 +27,15 @@ LANES = 64
 # A group's range is stretched by each of these, and what fits its values best is taken. With four, the error is within
 # 0.5 % of what a fine search finds; 0.8 and below never won.
 STRETCHES = (1.05, 1.0, 0.95, 0.9)
+
+
+class Kind(StrEnum):
+    """How the values of a matrix are kept; see Weight."""
+
+    PLAIN = "plain"
+    FP8 = "fp8"
+    INT8 = "int8"
+    INT4 = "int4"
 
 
 def layout(kind: str, inner: int, group: int | None) -> tuple[str, int | None]:
@@ -114,7 +124,7 @@ class Weight:
         if kind != "plain":
             scales = torch.cat([p.scales for p in parts]).to(device)
         if any(p.zeros is not None for p in parts):
-            zeros = torch.cat([p.centers().to(torch.uint8) for p in parts]).to(device)
+            zeros = torch.cat([p.zero_points().to(torch.uint8) for p in parts]).to(device)
         return Weight(kind, codes, scales, zeros, group)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -124,7 +134,7 @@ class Weight:
         if self.kind != "int4":
             return (self.codes.float() * self.scales).to(dtype)
         spread = lambda each: each.repeat_interleave(self.group, 1)[:, : self.shape[1]]
-        scales, zeros = spread(self.scales), spread(self.centers())
+        scales, zeros = spread(self.scales), spread(self.zero_points())
         return ((self.nibbles().float() - zeros) * scales).to(dtype)
 
     def quantize(self, kind: str, group: int | None = None) -> "Weight":
@@ -151,9 +161,9 @@ class Weight:
         """(out, in) uint8 in 0..15: the codes of an int4 weight, one a byte."""
         return torch.stack((self.codes & 15, self.codes >> 4), -1).flatten(1)
 
-    def centers(self) -> Tensor:
+    def zero_points(self) -> Tensor:
         """(out, groups) float32: the zeros of an int4 weight, also where it stores none."""
-        return torch.full_like(self.scales, MIDDLE) if self.zeros is None else self.zeros.float()
+        return torch.full_like(self.scales, DEFAULT_ZERO_POINT) if self.zeros is None else self.zeros.float()
 
 
 def _to_int8(w: Tensor) -> tuple[Tensor, Tensor]:

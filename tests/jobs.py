@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-ONE = r'''bash scripts/msrun_launcher.sh "run_mindformer.py \
+ONE = r"""bash scripts/msrun_launcher.sh "run_mindformer.py \
  --config configs/glm4_moe/predict_glm4_moe.yaml \
  --run_mode predict \
  --use_parallel True \
@@ -17,8 +17,8 @@ ONE = r'''bash scripts/msrun_launcher.sh "run_mindformer.py \
  --parallel_config.data_parallel 1 \
  --parallel_config.model_parallel 8 \
  --predict_data '请介绍一下北京'" 8
-'''
-BATCH = r'''bash scripts/msrun_launcher.sh "run_mindformer.py \
+"""
+BATCH = r"""bash scripts/msrun_launcher.sh "run_mindformer.py \
  --config configs/glm4_moe/predict_glm4_moe.yaml \
  --run_mode predict \
  --predict_batch_size 4 \
@@ -27,8 +27,8 @@ BATCH = r'''bash scripts/msrun_launcher.sh "run_mindformer.py \
  --parallel_config.data_parallel 1 \
  --parallel_config.model_parallel 8 \
  --predict_data path/to/input_predict_data.txt" 8
-'''
-MACHINES = r'''bash scripts/msrun_launcher.sh "run_mindformer.py \
+"""
+MACHINES = r"""bash scripts/msrun_launcher.sh "run_mindformer.py \
  --config configs/glm4_moe/predict_glm4_moe.yaml \
  --run_mode predict \
  --use_parallel True \
@@ -36,7 +36,7 @@ MACHINES = r'''bash scripts/msrun_launcher.sh "run_mindformer.py \
  --parallel_config.data_parallel 1 \
  --parallel_config.model_parallel 8 \
  --predict_data 请介绍一下北京" $worker_num $local_worker $master_ip $port $node_rank output/msrun_log False 300
-'''
+"""
 
 
 def build_house(directory: Path) -> Path:

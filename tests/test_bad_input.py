@@ -99,15 +99,19 @@ def test_another_architecture(refused, directory):
     assert "LlamaForCausalLM" in message and "Glm4MoeForCausalLM" in message
 
 
-@pytest.mark.parametrize("config, word", [
-    ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "exllama"}, "'exllama'"),
-    ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "bits = 3"),
-    ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "'fp8'"),
-    ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "'marlin-24'"),
-    ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "'nvfp4-pack-quantized'"),
-    ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "'modelopt'"),
-    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "'bitsandbytes'"),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "config, word",
+    [
+        ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "exllama"}, "'exllama'"),
+        ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "bits = 3"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "'fp8'"),
+        ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "'marlin-24'"),
+        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "'nvfp4-pack-quantized'"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "'modelopt'"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "'bitsandbytes'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_another_quantisation_is_named(config, word, refused, directory):
     edit(directory / "config.json", quantization_config=config)
     message = refused("--model", directory)
@@ -117,20 +121,24 @@ def test_another_quantisation_is_named(config, word, refused, directory):
 # ---- configuration and tokenizer -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(num_key_value_heads=None), "no 'num_key_value_heads'"),
-    (dict(hidden_size="large"), "hidden_size='large'"),
-    (dict(num_experts_per_tok=99), "num_experts_per_tok=99"),
-    (dict(rope_scaling={"type": "yarn"}), "rope_type='yarn'"),
-    (dict(hidden_act="gelu"), "hidden_act='gelu'"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(num_key_value_heads=None), "no 'num_key_value_heads'"),
+        (dict(hidden_size="large"), "hidden_size='large'"),
+        (dict(num_experts_per_tok=99), "num_experts_per_tok=99"),
+        (dict(rope_scaling={"type": "yarn"}), "rope_type='yarn'"),
+        (dict(hidden_act="gelu"), "hidden_act='gelu'"),
+    ],
+)
 def test_configuration_key_missing_or_impossible(changes, words, refused, directory):
     edit(directory / "config.json", **changes)
     assert words in refused("--model", directory)
 
 
-@pytest.mark.parametrize("name", [
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", INDEX])
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", INDEX]
+)
 @pytest.mark.parametrize("content", ["", '{"half": ', "\x00\x01", "[1, 2]"], ids=["empty", "cut", "binary", "list"])
 def test_broken_json(name, content, refused, directory):
     (directory / name).write_text(content)
@@ -181,33 +189,51 @@ def test_index_names_a_missing_tensor(refused, directory):
     assert "model.layers.1.mlp.ghost.weight" in refused("--model", directory)
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda data: data[:-1000], "cut short"),
-    (lambda data: data[:500], "ends within its header"),
-    (lambda data: data[:3], "ends within its header"),
-    (lambda data: b"", "ends within its header"),
-    (lambda data: data + b"rest", "4 bytes too many"),
-    (lambda data: data[:8] + b"[" + data[9:], "no readable JSON"),
-    (lambda data: data[:8] + bytes(len(data) - 8), "no readable JSON"),
-    (lambda data: b"\xff" * 8 + data[8:], "claims a header"),
-    (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git-lfs pointer"),
-    (lambda data: b"<html>404 Not Found</html>", "header"),
-], ids=["cut", "cut in the header", "cut in the size", "empty", "too long", "no JSON", "zeros", "huge header",
-        "pointer", "web page"])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda data: data[:-1000], "cut short"),
+        (lambda data: data[:500], "ends within its header"),
+        (lambda data: data[:3], "ends within its header"),
+        (lambda data: b"", "ends within its header"),
+        (lambda data: data + b"rest", "4 bytes too many"),
+        (lambda data: data[:8] + b"[" + data[9:], "no readable JSON"),
+        (lambda data: data[:8] + bytes(len(data) - 8), "no readable JSON"),
+        (lambda data: b"\xff" * 8 + data[8:], "claims a header"),
+        (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git-lfs pointer"),
+        (lambda data: b"<html>404 Not Found</html>", "header"),
+    ],
+    ids=[
+        "cut",
+        "cut in the header",
+        "cut in the size",
+        "empty",
+        "too long",
+        "no JSON",
+        "zeros",
+        "huge header",
+        "pointer",
+        "web page",
+    ],
+)
 def test_truncated_or_corrupt_file(change, words, refused, directory):
     (directory / FIRST).write_bytes(change((directory / FIRST).read_bytes()))
     message = refused("--model", directory)
     assert FIRST in message and words in message
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda t: t.pop("model.norm.weight"), "model.norm.weight"),
-    (lambda t: t.update({"model.norm.bias": torch.zeros(64)}), "superfluous"),
-    (lambda t: t.update({"model.norm.weight": torch.zeros(63)}), "[63], config.json says [64]"),
-    (lambda t: t.update({"model.norm.weight": torch.zeros(64, dtype=torch.int32)}), "int32"),
-    (lambda t: t.update({"lm_head.weight": torch.zeros(320, 64, dtype=torch.int8)}), "int8"),
-    (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)}), "lm_head.weight_scale"),
-], ids=["missing", "superfluous", "misshapen", "integers", "int8", "fp8 without scales"])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: t.pop("model.norm.weight"), "model.norm.weight"),
+        (lambda t: t.update({"model.norm.bias": torch.zeros(64)}), "superfluous"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(63)}), "[63], config.json says [64]"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(64, dtype=torch.int32)}), "int32"),
+        (lambda t: t.update({"lm_head.weight": torch.zeros(320, 64, dtype=torch.int8)}), "int8"),
+        (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)}), "lm_head.weight_scale"),
+    ],
+    ids=["missing", "superfluous", "misshapen", "integers", "int8", "fp8 without scales"],
+)
 def test_tensors_that_are_not_the_model_s(change, words, refused, directory):
     spoil(directory, change, "model.norm.weight")
     message = refused("--model", directory)
@@ -224,13 +250,34 @@ def test_fp8_scales_that_are_no_numbers(refused, checkpoint, tmp_path):
 # ---- memory and machine --------------------------------------------------------------------------------------------
 
 AIR = {
-    "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "attention_bias": True, "hidden_size": 4096,
-    "num_hidden_layers": 46, "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128,
-    "intermediate_size": 10944, "moe_intermediate_size": 1408, "n_routed_experts": 128, "n_shared_experts": 1,
-    "num_experts_per_tok": 8, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
-    "first_k_dense_replace": 1, "use_qk_norm": False, "vocab_size": 151552, "max_position_embeddings": 131072,
-    "num_nextn_predict_layers": 1, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, "rope_theta": 1000000,
-    "eos_token_id": [151329, 151336, 151338], "pad_token_id": 151329, "torch_dtype": "bfloat16",
+    "architectures": ["Glm4MoeForCausalLM"],
+    "model_type": "glm4_moe",
+    "attention_bias": True,
+    "hidden_size": 4096,
+    "num_hidden_layers": 46,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "first_k_dense_replace": 1,
+    "use_qk_norm": False,
+    "vocab_size": 151552,
+    "max_position_embeddings": 131072,
+    "num_nextn_predict_layers": 1,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000,
+    "eos_token_id": [151329, 151336, 151338],
+    "pad_token_id": 151329,
+    "torch_dtype": "bfloat16",
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from glimmer import bench
 from glimmer.__main__ import main
-from glimmer.ops import choose
+from glimmer.backends import choose
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_every_figure_with_its_share_of_the_limits(run):
 
 
 def test_the_reference_has_no_limits_and_says_so(run, monkeypatch):
-    monkeypatch.setenv("GLIMMER_OPS", "reference")
+    monkeypatch.setenv("GLIMMER_BACKEND", "reference")
     table, figures = run("--prefill", "--decode", "2")
     assert figures["percent"] == {} and "no percentages" in table and "% of" not in table
 

@@ -10,15 +10,41 @@ from glimmer.errors import CheckpointError, ConfigError, RequestError
 from glimmer.testing import TINY
 
 GLM_45 = {  # the published file of GLM-4.5
-    "architectures": ["Glm4MoeForCausalLM"], "attention_bias": True, "attention_dropout": 0.0, "pad_token_id": 151329,
-    "eos_token_id": [151329, 151336, 151338], "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120,
-    "partial_rotary_factor": 0.5, "initializer_range": 0.02, "intermediate_size": 12288,
-    "max_position_embeddings": 131072, "model_type": "glm4_moe", "moe_intermediate_size": 1536, "norm_topk_prob": True,
-    "num_attention_heads": 96, "n_group": 1, "topk_group": 1, "n_routed_experts": 160, "n_shared_experts": 1,
-    "routed_scaling_factor": 2.5, "num_experts_per_tok": 8, "first_k_dense_replace": 3, "num_hidden_layers": 92,
-    "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 1000000,
-    "num_nextn_predict_layers": 1, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-    "transformers_version": "4.54.0", "use_cache": True, "use_qk_norm": True, "vocab_size": 151552,
+    "architectures": ["Glm4MoeForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "pad_token_id": 151329,
+    "eos_token_id": [151329, 151336, 151338],
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 5120,
+    "partial_rotary_factor": 0.5,
+    "initializer_range": 0.02,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 131072,
+    "model_type": "glm4_moe",
+    "moe_intermediate_size": 1536,
+    "norm_topk_prob": True,
+    "num_attention_heads": 96,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_routed_experts": 160,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.5,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+    "num_hidden_layers": 92,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "num_nextn_predict_layers": 1,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.54.0",
+    "use_cache": True,
+    "use_qk_norm": True,
+    "vocab_size": 151552,
 }
 
 
@@ -43,12 +69,20 @@ def test_the_published_file():
 def test_both_spellings_are_one_configuration():
     """transformers 4 and 5: RoPE at the top or in rope_parameters, torch_dtype or dtype, two renamed counts."""
     new = dict(GLM_45)
-    for key in ("rope_scaling", "rope_theta", "partial_rotary_factor", "torch_dtype", "n_routed_experts",
-                "num_nextn_predict_layers"):
+    for key in (
+        "rope_scaling",
+        "rope_theta",
+        "partial_rotary_factor",
+        "torch_dtype",
+        "n_routed_experts",
+        "num_nextn_predict_layers",
+    ):
         del new[key]
     new |= {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000, "partial_rotary_factor": 0.5},
-        "dtype": "bfloat16", "num_local_experts": 160, "num_mtp_layers": 1,
+        "dtype": "bfloat16",
+        "num_local_experts": 160,
+        "num_mtp_layers": 1,
     }
     assert ModelConfig.from_dict(new) == ModelConfig.from_dict(GLM_45)
 
@@ -60,10 +94,18 @@ def test_what_transformers_itself_writes(tmp_path):
     assert ModelConfig.load(tmp_path) == ModelConfig.from_dict(GLM_45)
 
 
-@pytest.mark.parametrize("missing, default", [
-    ("n_group", 1), ("topk_group", 1), ("use_qk_norm", False), ("attention_bias", False),
-    ("num_nextn_predict_layers", 0), ("partial_rotary_factor", 0.5), ("eos_token_id", ()),
-])
+@pytest.mark.parametrize(
+    "missing, default",
+    [
+        ("n_group", 1),
+        ("topk_group", 1),
+        ("use_qk_norm", False),
+        ("attention_bias", False),
+        ("num_nextn_predict_layers", 0),
+        ("partial_rotary_factor", 0.5),
+        ("eos_token_id", ()),
+    ],
+)
 def test_keys_that_may_be_absent(missing, default):
     """Absent and null are the same; the defaults are those of the architecture, not of one of its members."""
     assert getattr(ModelConfig.from_dict(without(missing)), missing) == default
@@ -83,9 +125,23 @@ def test_eos_is_one_id_or_several(eos, ids):
 
 
 REQUIRED = [
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
-    "moe_intermediate_size", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "routed_scaling_factor",
-    "norm_topk_prob", "first_k_dense_replace", "vocab_size", "rms_norm_eps", "rope_theta", "max_position_embeddings",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "routed_scaling_factor",
+    "norm_topk_prob",
+    "first_k_dense_replace",
+    "vocab_size",
+    "rms_norm_eps",
+    "rope_theta",
+    "max_position_embeddings",
 ]
 
 
@@ -97,19 +153,46 @@ def test_a_missing_key_is_named(key, raw):
     assert repr(key) in error.value.found and error.value.expected and "config.json" in error.value.todo
 
 
-@pytest.mark.parametrize("key, value", [
-    *((key, value) for key in REQUIRED for value in ("64", [64], True, -1, float("nan"))
-      if not (key == "norm_topk_prob" and value is True) and not (key == "routed_scaling_factor" and value == -1)),
-    *((key, 0) for key in REQUIRED if key not in ("first_k_dense_replace", "routed_scaling_factor")),
-    *((key, 1.5) for key in REQUIRED if key not in ("routed_scaling_factor", "rms_norm_eps", "rope_theta")),
-    ("use_qk_norm", 1), ("attention_bias", "yes"), ("hidden_act", "gelu"), ("tie_word_embeddings", True),
-    ("mlp_bias", True), ("dtype", "int8"), ("torch_dtype", "float64"), ("rope_scaling", 3), ("rope_parameters", [1]),
-    ("partial_rotary_factor", 0), ("partial_rotary_factor", 1.5), ("partial_rotary_factor", 0.19), ("rope_theta", 1),
-    ("num_key_value_heads", 3), ("n_group", 3), ("topk_group", 2), ("num_experts_per_tok", 9), ("rms_norm_eps", 0),
-    ("first_k_dense_replace", 5), ("num_nextn_predict_layers", 2), ("num_nextn_predict_layers", -1),
-    ("eos_token_id", "end"), ("eos_token_id", [1, -1]), ("eos_token_id", 1.0),
-    ("max_position_embeddings", 0), ("hidden_size", 10.0),
-], ids=str)
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        *(
+            (key, value)
+            for key in REQUIRED
+            for value in ("64", [64], True, -1, float("nan"))
+            if not (key == "norm_topk_prob" and value is True) and not (key == "routed_scaling_factor" and value == -1)
+        ),
+        *((key, 0) for key in REQUIRED if key not in ("first_k_dense_replace", "routed_scaling_factor")),
+        *((key, 1.5) for key in REQUIRED if key not in ("routed_scaling_factor", "rms_norm_eps", "rope_theta")),
+        ("use_qk_norm", 1),
+        ("attention_bias", "yes"),
+        ("hidden_act", "gelu"),
+        ("tie_word_embeddings", True),
+        ("mlp_bias", True),
+        ("dtype", "int8"),
+        ("torch_dtype", "float64"),
+        ("rope_scaling", 3),
+        ("rope_parameters", [1]),
+        ("partial_rotary_factor", 0),
+        ("partial_rotary_factor", 1.5),
+        ("partial_rotary_factor", 0.19),
+        ("rope_theta", 1),
+        ("num_key_value_heads", 3),
+        ("n_group", 3),
+        ("topk_group", 2),
+        ("num_experts_per_tok", 9),
+        ("rms_norm_eps", 0),
+        ("first_k_dense_replace", 5),
+        ("num_nextn_predict_layers", 2),
+        ("num_nextn_predict_layers", -1),
+        ("eos_token_id", "end"),
+        ("eos_token_id", [1, -1]),
+        ("eos_token_id", 1.0),
+        ("max_position_embeddings", 0),
+        ("hidden_size", 10.0),
+    ],
+    ids=str,
+)
 def test_an_impossible_value_is_named(key, value):
     with pytest.raises(ConfigError) as error:
         ModelConfig.from_dict(TINY | {key: value})
@@ -117,27 +200,33 @@ def test_an_impossible_value_is_named(key, value):
     assert error.value.expected and error.value.todo
 
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(n_group=8), "8 groups of 1 experts"),
-    (dict(n_group=4, topk_group=1), "num_experts_per_tok=4"),
-    (dict(n_group=2, topk_group=3), "topk_group=3"),
-    (dict(rope_scaling={"rope_type": "yarn", "factor": 4}), "rope_type='yarn'"),
-    (dict(rope_scaling={"type": "linear", "factor": 2}), "rope_type='linear'"),
-    (dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e6}), "rope_type='llama3'"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(n_group=8), "8 groups of 1 experts"),
+        (dict(n_group=4, topk_group=1), "num_experts_per_tok=4"),
+        (dict(n_group=2, topk_group=3), "topk_group=3"),
+        (dict(rope_scaling={"rope_type": "yarn", "factor": 4}), "rope_type='yarn'"),
+        (dict(rope_scaling={"type": "linear", "factor": 2}), "rope_type='linear'"),
+        (dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e6}), "rope_type='llama3'"),
+    ],
+)
 def test_impossible_combinations(changes, words):
     with pytest.raises(ConfigError) as error:
         ModelConfig.from_dict(TINY | changes)
     assert words in error.value.found
 
 
-@pytest.mark.parametrize("changes", [
-    dict(architectures=["LlamaForCausalLM"], model_type="llama"),
-    dict(architectures=["Glm4MoeLiteForCausalLM"], model_type="glm4_moe_lite"),  # GLM-4.7-Flash
-    dict(architectures=["Glm4vMoeForConditionalGeneration"], model_type="glm4v_moe"),  # GLM-4.5V
-    dict(architectures=["Glm4MoeForSequenceClassification"]),
-    dict(model_type=None),
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(architectures=["LlamaForCausalLM"], model_type="llama"),
+        dict(architectures=["Glm4MoeLiteForCausalLM"], model_type="glm4_moe_lite"),  # GLM-4.7-Flash
+        dict(architectures=["Glm4vMoeForConditionalGeneration"], model_type="glm4v_moe"),  # GLM-4.5V
+        dict(architectures=["Glm4MoeForSequenceClassification"]),
+        dict(model_type=None),
+    ],
+)
 def test_another_architecture_is_named_and_ours_too(changes):
     with pytest.raises(ConfigError) as error:
         ModelConfig.from_dict(TINY | changes)
@@ -145,10 +234,16 @@ def test_another_architecture_is_named_and_ours_too(changes):
     assert "Glm4MoeForCausalLM" in error.value.expected and "GLM-4.6" in error.value.expected
 
 
-@pytest.mark.parametrize("text, words", [
-    (None, "config.json does not exist"), ("{", "cannot be read"), ("[]", "holds a JSON list"),
-    ("\xff", "cannot be read"), ("[" * 100_000, "cannot be read"),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (None, "config.json does not exist"),
+        ("{", "cannot be read"),
+        ("[]", "holds a JSON list"),
+        ("\xff", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+    ],
+)
 def test_a_broken_file(text, words, tmp_path):
     if text is not None:
         (tmp_path / "config.json").write_text(text, encoding="latin-1")
@@ -168,15 +263,18 @@ def test_no_directory(tmp_path):
 # ---- generation_config.json ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("raw, defaults, eos", [
-    (None, {}, ()),
-    ({"eos_token_id": [151329, 151336, 151338], "pad_token_id": 151329}, {}, (151329, 151336, 151338)),  # GLM-4.5
-    ({"temperature": 1.0, "top_p": 0.95, "eos_token_id": 7}, {"temperature": 1.0, "top_p": 0.95}, (7,)),
-    ({"do_sample": True, "top_k": 40, "temperature": 0.6}, {"top_k": 40, "temperature": 0.6}, ()),
-    ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.0}, ()),
-    ({"do_sample": False, "repetition_penalty": 1.1}, {"temperature": 0.0, "repetition_penalty": 1.1}, ()),
-    ({"temperature": None, "max_new_tokens": 5, "min_p": 0.1}, {"min_p": 0.1}, ()),
-])
+@pytest.mark.parametrize(
+    "raw, defaults, eos",
+    [
+        (None, {}, ()),
+        ({"eos_token_id": [151329, 151336, 151338], "pad_token_id": 151329}, {}, (151329, 151336, 151338)),  # GLM-4.5
+        ({"temperature": 1.0, "top_p": 0.95, "eos_token_id": 7}, {"temperature": 1.0, "top_p": 0.95}, (7,)),
+        ({"do_sample": True, "top_k": 40, "temperature": 0.6}, {"top_k": 40, "temperature": 0.6}, ()),
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.0}, ()),
+        ({"do_sample": False, "repetition_penalty": 1.1}, {"temperature": 0.0, "repetition_penalty": 1.1}, ()),
+        ({"temperature": None, "max_new_tokens": 5, "min_p": 0.1}, {"min_p": 0.1}, ()),
+    ],
+)
 def test_generation_defaults(raw, defaults, eos, tmp_path):
     if raw is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(raw))
@@ -184,8 +282,10 @@ def test_generation_defaults(raw, defaults, eos, tmp_path):
     SamplingParams(**defaults)
 
 
-@pytest.mark.parametrize("raw, word", [({"temperature": -1}, "temperature"), ({"top_p": "x"}, "top_p"),
-                                       ({"eos_token_id": "x"}, "eos_token_id")])
+@pytest.mark.parametrize(
+    "raw, word",
+    [({"temperature": -1}, "temperature"), ({"top_p": "x"}, "top_p"), ({"eos_token_id": "x"}, "eos_token_id")],
+)
 def test_impossible_generation_defaults(raw, word, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps(raw))
     with pytest.raises(ConfigError) as error:
@@ -196,31 +296,87 @@ def test_impossible_generation_defaults(raw, word, tmp_path):
 # ---- settings and requests -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key, value", [
-    *((key, value) for key in ("tensor_parallel_size", "block_size", "max_num_seqs", "max_num_batched_tokens",
-                               "max_model_len", "kv_cache_memory_bytes") for value in (0, -1, 1.5, "8", True)),
-    ("dtype", "float16"), ("dtype", "int8"), ("seed", "x"), ("gpu_memory_utilization", 0),
-    ("gpu_memory_utilization", 1.01), ("gpu_memory_utilization", "0.9"), ("gpu_memory_utilization", True),
-    ("kv_cache_dtype", "int4"), ("kv_cache_dtype", None), ("kv_cache_dtype", "fp8"),
-    ("enable_prefix_caching", "no"), ("skip_tokenizer_init", 1),
-], ids=str)
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        *(
+            (key, value)
+            for key in (
+                "tensor_parallel_size",
+                "block_size",
+                "max_num_seqs",
+                "max_num_batched_tokens",
+                "max_model_len",
+                "kv_cache_memory_bytes",
+            )
+            for value in (0, -1, 1.5, "8", True)
+        ),
+        ("dtype", "float16"),
+        ("dtype", "int8"),
+        ("seed", "x"),
+        ("gpu_memory_utilization", 0),
+        ("gpu_memory_utilization", 1.01),
+        ("gpu_memory_utilization", "0.9"),
+        ("gpu_memory_utilization", True),
+        ("kv_cache_dtype", "int4"),
+        ("kv_cache_dtype", None),
+        ("kv_cache_dtype", "fp8"),
+        ("enable_prefix_caching", "no"),
+        ("skip_tokenizer_init", 1),
+    ],
+    ids=str,
+)
 def test_engine_settings_are_refused_by_name(key, value):
     with pytest.raises(ConfigError) as error:
         EngineConfig(model="x", **{key: value})
     assert f"{key}={value!r}" in error.value.found and error.value.expected and error.value.todo
 
 
-@pytest.mark.parametrize("field, value", [
-    ("n", 0), ("n", 1.0), ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")),
-    ("temperature", "hot"), ("temperature", 1e-39), ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("top_k", 1.5),
-    ("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0), ("repetition_penalty", 1e300),
-    ("presence_penalty", 2.1), ("frequency_penalty", -2.1), ("seed", 1.5), ("seed", True), ("stop", ""),
-    ("stop", ["a", ""]), ("stop", 5), ("stop", {"a": 1}), ("stop", [5]), ("stop_token_ids", 5),
-    ("stop_token_ids", [-1]), ("stop_token_ids", ["a"]), ("logit_bias", [1]), ("logit_bias", {"5": 1}),
-    ("logit_bias", {5: "x"}), ("logit_bias", {5: float("inf")}), ("logit_bias", {-5: 1}), ("logit_bias", {5: 1e39}),
-    ("min_tokens", -1), ("max_tokens", 0), ("max_tokens", 1.5), ("logprobs", -1), ("prompt_logprobs", -1),
-    ("logprobs", True),
-], ids=str)
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("n", 0),
+        ("n", 1.0),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("temperature", "hot"),
+        ("temperature", 1e-39),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("top_k", -2),
+        ("top_k", 1.5),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 1e300),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("seed", 1.5),
+        ("seed", True),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop", 5),
+        ("stop", {"a": 1}),
+        ("stop", [5]),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", ["a"]),
+        ("logit_bias", [1]),
+        ("logit_bias", {"5": 1}),
+        ("logit_bias", {5: "x"}),
+        ("logit_bias", {5: float("inf")}),
+        ("logit_bias", {-5: 1}),
+        ("logit_bias", {5: 1e39}),
+        ("min_tokens", -1),
+        ("max_tokens", 0),
+        ("max_tokens", 1.5),
+        ("logprobs", -1),
+        ("prompt_logprobs", -1),
+        ("logprobs", True),
+    ],
+    ids=str,
+)
 def test_sampling_parameters_are_refused_by_field(field, value):
     with pytest.raises(RequestError) as error:
         SamplingParams(**{field: value})

@@ -3,19 +3,19 @@
 import pytest
 
 from glimmer import doctor
-from glimmer.ops import choose
+from glimmer.backends import choose
 
 
 @pytest.mark.parametrize("only", ["", "reference"])
 def test_findings(capsys, monkeypatch, only):
-    monkeypatch.setenv("GLIMMER_OPS", only)
+    monkeypatch.setenv("GLIMMER_BACKEND", only)
     assert doctor.main(["--device", "cpu"]) == 0
     rows = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines() if not line.startswith("op "))
-    doors = choose("cpu")
-    assert rows["kernels"] == (doors.kernels or "none of our own")
+    ops = choose("cpu")
+    assert rows["kernels"] == (ops.kernels or "none of our own")
     assert int(rows["threads"].split()[0]) >= 1 and rows["device"].startswith("cpu")
-    if doors.kernels is not None:
-        used, _, could = doors.kernels.partition(" (of ")
+    if ops.kernels is not None:
+        used, _, could = ops.kernels.partition(" (of ")
         assert used == could.rstrip(")").split(", ")[-1], "the best that this processor can"
 
 
@@ -23,5 +23,5 @@ def test_every_door_is_listed(capsys):
     doctor.main(["--device", "cpu"])
     out = capsys.readouterr().out
     assert [line.split() for line in out.splitlines() if line.startswith("op ")] == [
-        ["op", door, backend] for door, backend in choose("cpu").table()
+        ["op", op, backend] for op, backend in choose("cpu").table()
     ]

@@ -24,7 +24,12 @@ spec = importlib.util.spec_from_file_location("jobs", Path(__file__).with_name("
 jobs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(jobs)
 ROOT, launcher, script, ended, until, processes_in = (
-    jobs.ROOT, jobs.launcher, jobs.script, jobs.ended, jobs.until, jobs.processes_in
+    jobs.ROOT,
+    jobs.launcher,
+    jobs.script,
+    jobs.ended,
+    jobs.until,
+    jobs.processes_in,
 )
 
 
@@ -90,9 +95,11 @@ def test_nine_arguments_on_one_machine(start, checkpoint):
 
 def test_a_killed_rank_ends_the_job_and_is_named(house, start, checkpoint):
     log = house / "output/msrun_log/worker_0.log"
-    job = start(launcher(
-        f"run_mindformer.py --model {checkpoint(dtype='float32')} --max_new_tokens 4000 --ignore-eos hello", "2"
-    ))
+    job = start(
+        launcher(
+            f"run_mindformer.py --model {checkpoint(dtype='float32')} --max_new_tokens 4000 --ignore-eos hello", "2"
+        )
+    )
     until(lambda: log.exists() and "loaded" in log.read_text())
     os.kill(jobs.rank_in(house, 1), signal.SIGKILL)
     begin = time.monotonic()
@@ -105,10 +112,13 @@ def test_a_killed_rank_ends_the_job_and_is_named(house, start, checkpoint):
 def test_when_a_rank_is_lost_rank_0_says_what_is_kept(house, start, checkpoint):
     (house / "prompts.txt").write_text("hello\n" * 40)
     rows, log = house / "rows.jsonl", house / "output/msrun_log/worker_0.log"
-    job = start(launcher(
-        f"run_mindformer.py --model {checkpoint(dtype='float32')} --predict_data prompts.txt --output rows.jsonl"
-        " --max_new_tokens 40 --ignore-eos --max-num-seqs 1", "2"
-    ))
+    job = start(
+        launcher(
+            f"run_mindformer.py --model {checkpoint(dtype='float32')} --predict_data prompts.txt --output rows.jsonl"
+            " --max_new_tokens 40 --ignore-eos --max-num-seqs 1",
+            "2",
+        )
+    )
     until(lambda: rows.exists() and rows.read_bytes().count(b"\n") >= 2)
     os.kill(jobs.rank_in(house, 1), signal.SIGKILL)
     code, _, err = ended(job, timeout=30)
@@ -168,8 +178,11 @@ def test_ctrl_c_keeps_rows_and_resume_goes_on(house, start, checkpoint, monkeypa
 
 
 def test_failures_are_told_in_words(house, start):
-    script(house, "print('last words of', rank, sys.argv[2], flush=True)\n"
-                  "if rank == 1: sys.exit(int(sys.argv[1]))\ntime.sleep(60)\n")
+    script(
+        house,
+        "print('last words of', rank, sys.argv[2], flush=True)\n"
+        "if rank == 1: sys.exit(int(sys.argv[1]))\ntime.sleep(60)\n",
+    )
     said = "$HOME ${local_rank} $$ 北京"
     commands = {n: launcher(f'python worker.py {n} "{said}"', "2", "0", f"log{n}", "False", "9") for n in (3, 2)}
     for number, job in {n: start(command) for n, command in commands.items()}.items():
@@ -194,8 +207,8 @@ def test_what_rank_0_has_said_is_not_said_again(house, start):
 def test_ctrl_c_on_one_machine_is_heard_on_the_other(node, house, start):
     """Both are this machine; each has a log directory of its own."""
     script(house, "print('up', flush=True)\ntry: time.sleep(100)\nexcept KeyboardInterrupt: sys.exit(130)\n")
-    with socket.create_server(("127.0.0.1", 0)) as door:
-        port = str(door.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as op:
+        port = str(op.getsockname()[1])
     rest = lambda n: ("2", "1", "127.0.0.1", port, str(n), f"logs{n}", "False", "60")
     both = [start(launcher("worker.py", *rest(n))) for n in (0, 1)]
     logs = [house / f"logs{n}/worker_{n}.log" for n in (0, 1)]
@@ -228,13 +241,13 @@ def test_join_shows_every_rank(house, start):
 
 def meet(*machines: tuple[int, int, int], timeout: float = 20) -> list:
     """What comes of (NODE_RANK, LOCAL_WORKER, WORKER_NUM) on each machine, all of them here: ranks and errors."""
-    with socket.create_server(("", 0)) as door:
-        port = door.getsockname()[1]
+    with socket.create_server(("", 0)) as op:
+        port = op.getsockname()[1]
     command = (sys.executable,)
     parts = [launch.Job(command, all, local, "127.0.0.1", port, node, timeout=timeout) for node, local, all in machines]
-    meetings = [launch.Meeting(part) for part in parts]  # kept until all are done: the store of node 0 is in there
+    meetings = [launch.Rendezvous(part) for part in parts]  # kept until all are done: the store of node 0 is in there
 
-    def come(meeting: launch.Meeting):
+    def come(meeting: launch.Rendezvous):
         try:
             found = meeting.next_rendezvous()
             return found.rank, found.world_size
@@ -273,7 +286,7 @@ def test_machines_that_contradict_each_other_are_told():
 def test_an_address_that_is_not_ours():
     part = launch.Job((sys.executable,), 2, 1, "192.0.2.1", 50099, 0, timeout=0.1)
     with pytest.raises(ConfigError, match=r"cannot reach itself as MASTER_ADDR=192\.0\.2\.1"):
-        launch.Meeting(part).next_rendezvous()
+        launch.Rendezvous(part).next_rendezvous()
 
 
 # ---------------------------------------------------------------------- arguments
@@ -330,7 +343,14 @@ def test_arguments_that_are_refused(here, argv, words):
 def test_commands_are_split_as_a_shell_would_and_nothing_more(here):
     python = sys.executable
     assert launch.split_command("python -u w.py 'a b' \"c\"d $HOME `ls` *") == (
-        python, "-u", "w.py", "a b", "cd", "$HOME", "`ls`", "*"
+        python,
+        "-u",
+        "w.py",
+        "a b",
+        "cd",
+        "$HOME",
+        "`ls`",
+        "*",
     )
     assert launch.split_command("w.py \\\n --a '请介绍\n北京'") == (python, "w.py", "--a", "请介绍\n北京")
     assert launch.split_command("python -m glimmer predict x.py")[:3] == (python, "-m", "glimmer")

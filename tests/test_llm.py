@@ -90,13 +90,27 @@ def test_special_tokens_in_an_answer(llm):
     assert llm.generate("x", greedy(**params, skip_special_tokens=False))[0].outputs[0].text == "<|user|>" * 2
 
 
-@pytest.mark.parametrize("prompt, field", [
-    ("", "prompt"), ({"prompt_token_ids": []}, "prompt"), ({"prompt": ""}, "prompt"), (5, "prompt"), (None, "prompt"),
-    ({}, "prompt"), ({"prompt": 5}, "prompt"), (b"bytes", "prompt"), ({"prompt_token_ids": "12"}, "prompt_token_ids"),
-    ({"prompt_token_ids": [1.0]}, "prompt_token_ids"), ({"prompt_token_ids": [True]}, "prompt_token_ids"),
-    ({"prompt_token_ids": [-1]}, "prompt"), ({"prompt_token_ids": [320]}, "prompt"),
-    ({"prompt_token_ids": [1] * 512}, "prompt"), ("\ud83d", "text"),
-], ids=str)
+@pytest.mark.parametrize(
+    "prompt, field",
+    [
+        ("", "prompt"),
+        ({"prompt_token_ids": []}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        (5, "prompt"),
+        (None, "prompt"),
+        ({}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        (b"bytes", "prompt"),
+        ({"prompt_token_ids": "12"}, "prompt_token_ids"),
+        ({"prompt_token_ids": [1.0]}, "prompt_token_ids"),
+        ({"prompt_token_ids": [True]}, "prompt_token_ids"),
+        ({"prompt_token_ids": [-1]}, "prompt"),
+        ({"prompt_token_ids": [320]}, "prompt"),
+        ({"prompt_token_ids": [1] * 512}, "prompt"),
+        ("\ud83d", "text"),
+    ],
+    ids=str,
+)
 def test_prompts_that_are_refused(prompt, field, llm):
     for refuse in (lambda: llm.generate([prompt], greedy()), lambda: llm.stream(prompt, greedy())):
         with pytest.raises(RequestError) as error:
@@ -156,9 +170,15 @@ def test_defaults_come_from_the_checkpoint(checkpoint, tmp_path):
 
 
 def test_chat(llm):
-    hello, more = [{"role": "user", "content": "Hi"}], [
-        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "One?"},
-        {"role": "assistant", "content": "Two."}, {"role": "user", "content": "Three?"}]
+    hello, more = (
+        [{"role": "user", "content": "Hi"}],
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "One?"},
+            {"role": "assistant", "content": "Two."},
+            {"role": "user", "content": "Three?"},
+        ],
+    )
     single, (first, second) = llm.chat(hello, greedy()), llm.chat([hello, more], greedy())
     assert single[0].prompt == first.prompt == llm.chat_template.render(hello)
     assert second.prompt == llm.chat_template.render(more)
@@ -365,8 +385,17 @@ def test_padding_is_never_sampled(checkpoint, tmp_path):
     wanted = llm.generate(prompt, greedy(1, prompt_logprobs=1))[0].prompt_logprobs[1:]
     likeliest = [id for found in wanted for id, f in found.items() if f.rank == 1]
     assert min(likeliest) >= 292, "the head was meant to want padding only"
-    for params in (dict(temperature=0), {}, dict(temperature=50.0), dict(top_k=3), dict(top_p=0.5), dict(min_p=0.5),
-                   dict(min_tokens=20), dict(repetition_penalty=1.5), dict(logit_bias={3: 1.0}, ignore_eos=True)):
+    for params in (
+        dict(temperature=0),
+        {},
+        dict(temperature=50.0),
+        dict(top_k=3),
+        dict(top_p=0.5),
+        dict(min_p=0.5),
+        dict(min_tokens=20),
+        dict(repetition_penalty=1.5),
+        dict(logit_bias={3: 1.0}, ignore_eos=True),
+    ):
         output = llm.generate(prompt, SamplingParams(max_tokens=20, n=2, seed=1, logprobs=1, **params))[0]
         for o in output.outputs:
             assert set(o.token_ids) <= set(range(292)), params
@@ -576,8 +605,11 @@ def test_a_refused_or_failing_coroutine_does_not_hurt_the_others(llm):
 
     async def run():
         return await asyncio.gather(
-            collect(llm, "x", spelt(40)), collect(llm, "", greedy()), fails(),
-            collect(llm, {"prompt_token_ids": [999]}, greedy()), return_exceptions=True,
+            collect(llm, "x", spelt(40)),
+            collect(llm, "", greedy()),
+            fails(),
+            collect(llm, {"prompt_token_ids": [999]}, greedy()),
+            return_exceptions=True,
         )
 
     fine, empty, failed, unknown = asyncio.run(run())
@@ -590,7 +622,7 @@ def test_the_engine_s_failure_is_everybody_s(llm, monkeypatch):
     forward, failed = llm._runner.forward, []
 
     def failing(batch):
-        if len(batch.lengths) == 3 and not failed:  # once all three are being answered
+        if len(batch.seq_lens) == 3 and not failed:  # once all three are being answered
             failed.append(batch)
             raise EngineError("the device is gone", "a device", "find it")
         return forward(batch)

@@ -84,7 +84,15 @@ def test_a_rank_that_dies_on_one_machine_ends_the_job_on_the_other(house, start)
     """One process on the first machine, two on the second: the machines need not be alike."""
     jobs.script(house, "print('up', os.environ['GLOO_SOCKET_IFNAME'], flush=True)\ntime.sleep(100)\n")
     arguments = lambda node, local: (
-        "worker.py", "3", local, ADDRESSES[0], "50003", node, "output/msrun_log", "False", "60"
+        "worker.py",
+        "3",
+        local,
+        ADDRESSES[0],
+        "50003",
+        node,
+        "output/msrun_log",
+        "False",
+        "60",
     )
     both = [start(0, jobs.launcher(*arguments("0", "1"))), start(1, jobs.launcher(*arguments("1", "2")))]
     logs = [house / f"output/msrun_log/worker_{rank}.log" for rank in range(3)]

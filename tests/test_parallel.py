@@ -21,8 +21,14 @@ from glimmer.model.names import check_tensor_parallel, tensor_parallel_sizes
 from glimmer.parallel import Group, connect, local_rank, share, world
 
 SCRIPT = str(Path(__file__).with_name("answer.py"))
-WIDE = {"num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 98, "moe_intermediate_size": 30,
-        "use_qk_norm": True, "vocab_size": 323}
+WIDE = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 98,
+    "moe_intermediate_size": 30,
+    "use_qk_norm": True,
+    "vocab_size": 323,
+}
 
 
 def torchrun(processes: int, *args: str, options: tuple[str, ...] = ("--standalone",)) -> subprocess.Popen:
@@ -100,8 +106,13 @@ def meeting(monkeypatch):
 
     def open_(key: str) -> subprocess.Popen:
         opened.append(subprocess.Popen([sys.executable, "-c", STORE, key], stdout=subprocess.PIPE, text=True))
-        for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", opened[-1].stdout.readline().strip()),
-                            ("RANK", "1"), ("WORLD_SIZE", "2"), ("GLIMMER_JOIN_TIMEOUT", "30")):
+        for name, value in (
+            ("MASTER_ADDR", "127.0.0.1"),
+            ("MASTER_PORT", opened[-1].stdout.readline().strip()),
+            ("RANK", "1"),
+            ("WORLD_SIZE", "2"),
+            ("GLIMMER_JOIN_TIMEOUT", "30"),
+        ):
             monkeypatch.setenv(name, value)
         return opened[-1]
 
@@ -199,4 +210,4 @@ def test_shares_cover_everything_once(n, size):
 def test_a_group_of_one_does_nothing():
     group, x = Group(), torch.ones(2, 3)
     assert group.all_reduce(x) is x and group.all_gather(x, 3) is x
-    assert group.broadcast("anything") == "anything" and group.least(7) == 7 and group.split(9) == (0, 9)
+    assert group.broadcast("anything") == "anything" and group.all_reduce_min(7) == 7 and group.split(9) == (0, 9)

@@ -12,9 +12,15 @@ spec = importlib.util.spec_from_file_location("peers", BENCHMARKS / "peers.py")
 peers = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(peers)
 
-OURS = {"engine": "glimmer", "load_s": 2.0, "load_peak_memory_gib": 1.0, "peak_memory_gib": 1.5, "decode_b1": 30.0,
-        "percent": {"decode_b1": {"bandwidth": 88.0, "arithmetic": 3.0}},
-        "limits": {"decode_b1": {"read": 4e10, "bfloat16": 9e11, "int8": 2e12}}}
+OURS = {
+    "engine": "glimmer",
+    "load_s": 2.0,
+    "load_peak_memory_gib": 1.0,
+    "peak_memory_gib": 1.5,
+    "decode_b1": 30.0,
+    "percent": {"decode_b1": {"bandwidth": 88.0, "arithmetic": 3.0}},
+    "limits": {"decode_b1": {"read": 4e10, "bfloat16": 9e11, "int8": 2e12}},
+}
 THEIRS = {"engine": "transformers 5", "load_s": 3.0, "peak_memory_gib": 3.0, "decode_b1": 10.0}
 
 

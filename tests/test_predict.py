@@ -21,15 +21,15 @@ from hypothesis import strategies as st
 from glimmer import launch, predict
 from glimmer.config import EngineConfig, SamplingParams
 from glimmer.errors import ConfigError, EngineError, GlimmerError
-from glimmer.predict import keys
-from glimmer.predict.rows import Rows, read_prompts, row, save
+from glimmer.predict import options
+from glimmer.predict.results import Rows, read_prompts, row, save
 
 ROOT = Path(__file__).resolve().parents[1]
 YAML = ROOT / "configs/glm4_moe/predict_glm4_moe.yaml"
 
 
-def plan(*argv: str, running: int = 1, home: Path | None = ROOT) -> keys.Plan:
-    return keys.plan(list(argv), running, lambda: Path("/demo"), home)
+def plan(*argv: str, running: int = 1, home: Path | None = ROOT) -> options.Plan:
+    return options.plan(list(argv), running, lambda: Path("/demo"), home)
 
 
 def refusal(*argv: str, **options) -> str:
@@ -42,15 +42,15 @@ def refusal(*argv: str, **options) -> str:
 
 
 def test_every_setting_exists_in_the_engine():
-    assert set(keys.ENGINE) <= {field.name for field in fields(EngineConfig)}
-    assert set(keys.SAMPLING) <= {field.name for field in fields(SamplingParams)}
+    assert set(options.ENGINE) <= {field.name for field in fields(EngineConfig)}
+    assert set(options.SAMPLING) <= {field.name for field in fields(SamplingParams)}
     special = {"weights", "use_parallel", "prompts", "do_sample", "max_length"}
-    assert {row.setting for row in keys.TRANSLATED.values()} <= set(keys.OPTIONS) | special
+    assert {row.setting for row in options.TRANSLATED.values()} <= set(options.OPTIONS) | special
 
 
 def test_no_key_is_in_two_tables():
-    for key in [*keys.OPTIONS, *keys.TRANSLATED, *keys.REFUSED]:
-        tables = [key in keys.OPTIONS, key in keys.TRANSLATED, key in keys.REFUSED, keys.is_ignored(key)]
+    for key in [*options.OPTIONS, *options.TRANSLATED, *options.REFUSED]:
+        tables = [key in options.OPTIONS, key in options.TRANSLATED, key in options.REFUSED, options.is_ignored(key)]
         assert sum(tables) == 1, f"{key} is in {sum(tables)} tables"
 
 
@@ -63,7 +63,7 @@ def test_shipped_files_hold_only_keys_that_mean_something(file):
 
 def test_commented_keys_of_the_shipped_file_are_known():
     commented = re.findall(r"^# (\w+):", YAML.read_text(), re.MULTILINE)
-    assert len(commented) >= 5 and all(keys.kind_of(key) for key in commented)
+    assert len(commented) >= 5 and all(options.kind_of(key) for key in commented)
 
 
 def test_command_line_over_file_over_defaults(tmp_path):
@@ -75,7 +75,7 @@ def test_command_line_over_file_over_defaults(tmp_path):
     assert plan("--config", str(file), "--model", "/typed").engine["model"] == "/typed"
     bare = plan("hello")
     assert bare.engine == {"model": "/demo", "tensor_parallel_size": 1}
-    assert bare.sampling == {"max_tokens": keys.MAX_TOKENS} and bare.prompts == ["hello"]
+    assert bare.sampling == {"max_tokens": options.MAX_TOKENS} and bare.prompts == ["hello"]
 
 
 def test_references_in_the_file_see_the_command_line(tmp_path):
@@ -87,12 +87,12 @@ def test_references_in_the_file_see_the_command_line(tmp_path):
 
 @given(st.text().filter(lambda t: not t.startswith("--")))
 def test_a_text_arrives_as_it_is(text):
-    given_, prompts = keys.read_command_line(["--predict_data", text, "--stop=" + text, "--", text])
+    given_, prompts = options.read_command_line(["--predict_data", text, "--stop=" + text, "--", text])
     assert given_ == {"predict_data": [text], "stop": text} and prompts == [text]
 
 
 def test_words_with_one_dash_are_prompts_unless_they_look_like_an_option():
-    assert keys.read_command_line(["-x", "-1", "-", "--", "-model"]) == ({}, ["-x", "-1", "-", "-model"])
+    assert options.read_command_line(["-x", "-1", "-", "--", "-model"]) == ({}, ["-x", "-1", "-", "-model"])
 
 
 def test_texts_with_equals_and_braces_pass_a_file_unchanged():
@@ -154,8 +154,14 @@ def test_keys_that_mean_nothing_are_named_once(tmp_path):
         "model:\n  model_config:\n    rotary_dtype: bfloat16\nparallel_config:\nprocessor: {}\n"
     )
     assert plan("--config", str(file), "--context.mode", "1").ignored == [
-        "context.ascend_config.precision_mode", "context.mode", "model.model_config.rotary_dtype", "output_dir",
-        "parallel.parallel_mode", "trainer.model_name", "trainer.type", "use_legacy",
+        "context.ascend_config.precision_mode",
+        "context.mode",
+        "model.model_config.rotary_dtype",
+        "output_dir",
+        "parallel.parallel_mode",
+        "trainer.model_name",
+        "trainer.type",
+        "use_legacy",
     ]
 
 
@@ -250,7 +256,7 @@ def test_lengths(tmp_path):
     "text, number", [("59GB", 59 * 2**30), ("512MB", 2**29), ("1.5g", 3 * 2**29), ("4096", 4096), ("2 KiB", 2048)]
 )
 def test_sizes(text, number):
-    assert keys.size(text) == number
+    assert options.size(text) == number
 
 
 # ---------------------------------------------------------------------- prompts
@@ -508,10 +514,19 @@ def test_ctrl_c_while_a_command_is_loading_is_one_line(tmp_path, command):
 def test_help_tells_of_every_name(capsys):
     assert predict.main(["--help"]) == 0
     out = capsys.readouterr().out
-    for name in keys.OPTIONS:
+    for name in options.OPTIONS:
         assert f"--{name.replace('_', '-')} " in out
-    for name in ("config", "run_mode", "use_parallel", "predict_data", "predict_batch_size", "pretrained_model_dir",
-                 "parallel_config.data_parallel", "parallel_config.model_parallel", *keys.GENERATION):
+    for name in (
+        "config",
+        "run_mode",
+        "use_parallel",
+        "predict_data",
+        "predict_batch_size",
+        "pretrained_model_dir",
+        "parallel_config.data_parallel",
+        "parallel_config.model_parallel",
+        *options.GENERATION,
+    ):
         assert f"--{name}" in out
     assert max(map(len, out.splitlines())) <= 120
 
@@ -540,8 +555,8 @@ def test_the_pages_list_what_the_tables_hold(page):
     text = (ROOT / "docs" / page).read_text("utf-8")
     listed = dict(re.findall(r"^<!-- (\w+) -->\n\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL))
     rows = {name: re.findall(r"^\| `([^`]+)`", body, re.MULTILINE) for name, body in listed.items()}
-    assert sorted(rows["translated"]) == sorted(keys.TRANSLATED)
-    assert sorted(rows["refused"]) == sorted(keys.REFUSED)
-    assert sorted(re.findall(r"`([^`]+)`", listed["ignored"])) == sorted(keys.IGNORED)
+    assert sorted(rows["translated"]) == sorted(options.TRANSLATED)
+    assert sorted(rows["refused"]) == sorted(options.REFUSED)
+    assert sorted(re.findall(r"`([^`]+)`", listed["ignored"])) == sorted(options.IGNORED)
     for option in re.findall(r"`--([a-z-]+)", listed["translated"]):
-        assert option.replace("-", "_") in keys.OPTIONS
+        assert option.replace("-", "_") in options.OPTIONS

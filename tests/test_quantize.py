@@ -17,7 +17,7 @@ from glimmer.__main__ import main
 from glimmer.checkpoint.files import INDEX, Checkpoint
 from glimmer.config import EngineConfig, ModelConfig
 from glimmer.errors import CheckpointError, ConfigError
-from glimmer.model.load import Plan
+from glimmer.model.load import WeightLoader
 from glimmer.parallel import Group
 from glimmer.testing import TINY, empty_checkpoint
 
@@ -30,8 +30,8 @@ def tensors(directory: Path, **asked) -> dict[str, torch.Tensor]:
     config = ModelConfig.load(directory)
     with Checkpoint(directory) as checkpoint:
         mtp = any(name.endswith("eh_proj.weight") for name in checkpoint.names())
-        plan = Plan(config, checkpoint, Group(), torch.float32, mtp, **asked)
-        return {name: tensor.clone() for name, tensor in plan.tensors()}
+        loader = WeightLoader(config, checkpoint, Group(), torch.float32, mtp, **asked)
+        return {name: tensor.clone() for name, tensor in loader.tensors()}
 
 
 def logits(directory: Path, **settings) -> list[dict]:

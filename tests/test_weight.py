@@ -21,16 +21,19 @@ def error(weight: Weight, values: Tensor) -> float:
     return float((weight.dequantize() - values).norm() / values.norm())
 
 
-@pytest.mark.parametrize("kind, inner, group, expected", [
-    ("int8", 44, None, ("int8", None)),
-    ("int4", 4096, 128, ("int4", 128)),
-    ("int4", 4096, 32, ("int4", 32)),
-    ("int4", 1408, 128, ("int4", 128)),
-    ("int4", 10944, 128, ("int4", 32)),
-    ("int4", 64, 128, ("int4", 32)),
-    ("int4", 44, 32, ("int4", 32)),
-    ("int4", 37, 32, ("int8", None)),
-])
+@pytest.mark.parametrize(
+    "kind, inner, group, expected",
+    [
+        ("int8", 44, None, ("int8", None)),
+        ("int4", 4096, 128, ("int4", 128)),
+        ("int4", 4096, 32, ("int4", 32)),
+        ("int4", 1408, 128, ("int4", 128)),
+        ("int4", 10944, 128, ("int4", 32)),
+        ("int4", 64, 128, ("int4", 32)),
+        ("int4", 44, 32, ("int4", 32)),
+        ("int4", 37, 32, ("int8", None)),
+    ],
+)
 def test_layout(kind, inner, group, expected):
     assert layout(kind, inner, group) == expected
     made = Weight("plain", draw(3, inner)).quantize(kind, group)

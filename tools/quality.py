@@ -6,7 +6,7 @@ and once more in bf16 with its KV cache in int8.
 Without --text the texts are the demo model's held-out conversations, of which only what the model would have written
 counts (everything after the last role tag of the assistant). Prints a markdown table; --write puts it between the marks
 in a document. KL is the mean over positions of KL(bf16 || quantised), in nats; top-1 is how often both think the same
-token likeliest; perplexity is of the text itself. The operations are those that serve this device (GLIMMER_OPS).
+token likeliest; perplexity is of the text itself. The operations are those that serve this device (GLIMMER_BACKEND).
 """
 
 import argparse
@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from glimmer import backends
 from glimmer import device as devices
-from glimmer import ops
 from glimmer.batch import Batch
 from glimmer.checkpoint.files import Checkpoint
 from glimmer.config import ModelConfig
 from glimmer.model.cache import Cache
 from glimmer.model.glm4_moe import Glm4Moe
-from glimmer.model.load import Plan
+from glimmer.model.load import WeightLoader
 from glimmer.parallel import Group
 from glimmer.text.tokenizer import Tokenizer
 
@@ -59,13 +59,13 @@ class Reader:
         config = ModelConfig.load(directory)
         self.device = device
         with Checkpoint(directory) as checkpoint, torch.inference_mode():
-            doors = ops.choose(device.type)
+            ops = backends.choose(device.type)
             asked = False, quantization, group_size
-            plan = Plan(config, checkpoint, Group(), torch.bfloat16, *asked, packed_bytes=doors.packed_bytes)
+            loader = WeightLoader(config, checkpoint, Group(), torch.bfloat16, *asked, packed_bytes=ops.packed_bytes)
             residual = devices.residual_dtype(device, torch.bfloat16)
-            self.model = Glm4Moe(config, Group(), doors, residual, None).eval()
-            plan.fill(self.model, device)
-        self.nbytes = plan.nbytes
+            self.model = Glm4Moe(config, Group(), ops, residual, None).eval()
+            loader.fill(self.model, device)
+        self.nbytes = loader.nbytes
         heads, layers = config.num_key_value_heads, config.num_hidden_layers
         blocks = -(-LONGEST // BLOCK)
         self.cache = Cache(layers, blocks, BLOCK, heads, config.head_dim, kept, device)

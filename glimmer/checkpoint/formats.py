@@ -27,7 +27,7 @@ from torch import Tensor
 from glimmer.checkpoint import packed
 from glimmer.checkpoint.files import Checkpoint
 from glimmer.errors import CheckpointError, ConfigError
-from glimmer.weight import GROUP, MIDDLE, Weight
+from glimmer.weight import DEFAULT_ZERO_POINT, GROUP, Weight
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 ACCEPTED = (
@@ -324,10 +324,10 @@ def _check_order(checkpoint: Checkpoint, matrix: Matrix) -> None:
 
 def _check_middle(checkpoint: Checkpoint, name: str, zeros: Tensor) -> None:
     """Zeros of a symmetric GPTQ matrix: all are 8, kept as such or less one."""
-    if not ((zeros == MIDDLE).all() or (zeros == MIDDLE - 1).all()):
+    if not ((zeros == DEFAULT_ZERO_POINT).all() or (zeros == DEFAULT_ZERO_POINT - 1).all()):
         raise CheckpointError(
             f"{checkpoint.file(name)} has zeros from {zeros.min()} to {zeros.max()} in {name}; config.json says sym",
-            f"{MIDDLE - 1} or {MIDDLE} everywhere, which symmetric GPTQ checkpoints have",
+            f"{DEFAULT_ZERO_POINT - 1} or {DEFAULT_ZERO_POINT} everywhere, which symmetric GPTQ checkpoints have",
             "set sym to false in quantization_config if the checkpoint is asymmetric, or download it again",
         )
 

@@ -34,7 +34,7 @@ class Blocks:
         """Blocks for that many tokens."""
         return -(-tokens // self.size)
 
-    def grow(self, sequence: Sequence, tokens: int) -> bool:
+    def allocate(self, sequence: Sequence, tokens: int) -> bool:
         """Make room for the sequence's first `tokens` tokens. False, and nothing changes, if there is not enough."""
         more = self.needed(tokens) - len(sequence.blocks)
         if more > len(self._free):
@@ -57,9 +57,9 @@ class Blocks:
                 if self._hash_of[block] is None:  # of no use to anyone, and its memory is in use already
                     self._free.move_to_end(block, last=False)
         sequence.blocks.clear()
-        sequence.computed = 0
+        sequence.num_computed_tokens = 0
 
-    def shared(self, sequence: Sequence) -> list[int]:
+    def match_prefix(self, sequence: Sequence) -> list[int]:
         """Blocks that already hold the sequence's beginning. At least one token is left to be computed."""
         found = []
         if self.reuse:
@@ -69,19 +69,19 @@ class Blocks:
                 found.append(self._block_of[digest])
         return found
 
-    def adopt(self, sequence: Sequence, blocks: Sequence_[int]) -> None:
-        """Begin a sequence with blocks that `shared` found."""
+    def share(self, sequence: Sequence, blocks: Sequence_[int]) -> None:
+        """Begin a sequence with blocks that `match_prefix` found."""
         for block in blocks:
             self._free.pop(block, None)
             self._references[block] += 1
         sequence.blocks = list(blocks)
-        sequence.computed = len(blocks) * self.size
+        sequence.num_computed_tokens = len(blocks) * self.size
 
-    def publish(self, sequence: Sequence, before: int) -> None:
+    def cache_full_blocks(self, sequence: Sequence, before: int) -> None:
         """The sequence has computed more than `before` tokens: offer the blocks filled since to others."""
         if not self.reuse:
             return
-        last = sequence.computed // self.size
+        last = sequence.num_computed_tokens // self.size
         digests = self.hashes(sequence, last)
         for i in range(before // self.size, last):
             block = sequence.blocks[i]

@@ -11,21 +11,21 @@ from glimmer.config import EngineConfig
 from glimmer.engine.blocks import Blocks
 from glimmer.engine.sampler import Sampler
 from glimmer.engine.scheduler import Scheduler
-from glimmer.engine.sequence import Choice, Output, Request, Sequence
+from glimmer.engine.sequence import Output, Request, SamplerOutput, Sequence
 from glimmer.errors import RequestError
 from glimmer.parallel import Group
 
 
 class Engine:
     """runner: what computes a step (engine/runner.py, or a scripted one in tests): batch(step), forward(batch), room.
-    vocab_size: ids that a prompt may hold; choosable: ids that may be sampled, from 0 on."""
+    vocab_size: ids that a prompt may hold; sampling_vocab_size: ids that may be sampled, from 0 on."""
 
-    def __init__(self, config: EngineConfig, runner: Any, group: Group, vocab_size: int, choosable: int):
+    def __init__(self, config: EngineConfig, runner: Any, group: Group, vocab_size: int, sampling_vocab_size: int):
         self.runner, self.group, self.vocab_size = runner, group, vocab_size
-        self.max_model_len = runner.room.max_model_len
-        blocks = Blocks(runner.room.num_blocks, config.block_size, config.enable_prefix_caching)
+        self.max_model_len = runner.kv_cache_config.max_model_len
+        blocks = Blocks(runner.kv_cache_config.num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(blocks, config.max_num_batched_tokens, config.max_num_seqs)
-        self.sampler = Sampler(choosable)
+        self.sampler = Sampler(sampling_vocab_size)
 
     @property
     def busy(self) -> bool:
@@ -49,7 +49,7 @@ class Engine:
             ("logit_bias", params.logit_bias),
             ("stop_token_ids", params.stop_token_ids),
         ):
-            limit = self.sampler.choosable if field == "logit_bias" else self.vocab_size
+            limit = self.sampler.sampling_vocab_size if field == "logit_bias" else self.vocab_size
             if ids and not 0 <= min(ids) <= max(ids) < limit:
                 found = f"token id {min(ids) if min(ids) < 0 else max(ids)} in {field}"
                 raise RequestError(field, found, f"ids from 0 to {limit - 1}", "remove that id")
@@ -68,17 +68,17 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Advance every running sequence by one step; return what became known."""
-        step = self.scheduler.plan()                      # who computes which tokens
+        step = self.scheduler.schedule()  # who computes which tokens
         if not step.chunks:
             return []
-        batch = self.runner.batch(step)                   # the same, as tensors
-        logits = self.runner.forward(batch)               # the model
-        choices = self.sampler.choose(logits, step)       # one new token for each sequence that is up to date
-        return self.scheduler.commit(step, self._agree(choices))  # blocks, stops, outputs
+        batch = self.runner.batch(step)  # the same, as tensors
+        logits = self.runner.forward(batch)  # the model
+        outputs = self.sampler.sample(logits, step)  # one new token for each sequence that is up to date
+        return self.scheduler.update(step, self._agree(outputs))  # blocks, stops, outputs
 
-    def _agree(self, choices: list[Choice]) -> list[Choice]:
+    def _agree(self, outputs: list[SamplerOutput]) -> list[SamplerOutput]:
         """Rank 0's tokens are everybody's, should the last bit of a float differ somewhere."""
         if self.group.size == 1:
-            return choices
-        agreed = self.group.broadcast([(c.token, c.problem) for c in choices])
-        return [replace(c, token=token, problem=problem) for c, (token, problem) in zip(choices, agreed)]
+            return outputs
+        agreed = self.group.broadcast([(c.token, c.problem) for c in outputs])
+        return [replace(c, token=token, problem=problem) for c, (token, problem) in zip(outputs, agreed)]

@@ -1,9 +1,9 @@
 """Profile: where the time of steps goes, what they must read, and what they compute.
 
-While one is open, the doors of Ops, the collectives, the sampler and the steps themselves are timed, and the arguments
+While one is open, the ops of Ops, the collectives, the sampler and the steps themselves are timed, and the arguments
 of each call tell its work: bytes of weights and cache that it cannot do without (of experts, those that a token has
-chosen), and operations, a multiplication and an addition being two. Steps are not recorded meanwhile (graphs.py): what
-Python does between the doors is in sight. Nothing of this exists when no profile is open.
+chosen), and operations, a multiplication and an addition being two. Steps are not recorded meanwhile (capture.py): what
+Python does between the ops is in sight. Nothing of this exists when no profile is open.
 Not here: what the machine could do at best (Ops.limits), and how any of it is shown (bench.py).
 """
 
@@ -62,8 +62,8 @@ class Profile:
             for name, module in modules
             if getattr(module, "packed", None) is not None
         }
-        doors = {door: self._door(door, getattr(runner.ops, door)) for door, _ in runner.ops.table()}
-        metered = replace(runner.ops, **doors, record=None)  # a recorded step would pass by the doors
+        ops = {op: self._op(op, getattr(runner.ops, op)) for op, _ in runner.ops.table()}
+        metered = replace(runner.ops, **ops, record=None)  # a recorded step would pass by the ops
         for _, module in modules:
             if getattr(module, "ops", None) is runner.ops:
                 self._set(module, "ops", metered)
@@ -71,7 +71,7 @@ class Profile:
             for name in ("all_reduce", "all_gather"):
                 self._set(engine.group, name, self._watched("collectives", getattr(engine.group, name)))
         self._set(runner, "forward", self._watched("model", runner.forward))
-        self._set(engine.sampler, "choose", self._watched("sampler", engine.sampler.choose))
+        self._set(engine.sampler, "sample", self._watched("sampler", engine.sampler.sample))
         self._set(engine, "step", self._watched("step", self._counted(engine.step)))
         return self
 
@@ -125,19 +125,19 @@ class Profile:
         part, device = self._timed[name], self._engine.runner.device
 
         def watched(*args: Any) -> Any:
-            devices.finish(device)
+            devices.synchronize(device)
             begin = perf_counter()
             result = call(*args)
-            devices.finish(device)
+            devices.synchronize(device)
             part.seconds += perf_counter() - begin
             return result
 
         return watched
 
-    def _door(self, door: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        if door != "linear":
-            timed = self._watched(door, call)
-            count = {"attention": self._attention, "experts": self._experts}.get(door)
+    def _op(self, op: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        if op != "linear":
+            timed = self._watched(op, call)
+            count = {"attention": self._attention, "experts": self._experts}.get(op)
         else:
             by_name: dict[str, Callable[..., Any]] = {}
 
@@ -170,10 +170,10 @@ class Profile:
 
     def _attention(self, _: Any, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, *__: Any):
         a_key = (keys.nbytes + values.nbytes) // (keys.shape[0] * keys.shape[1])
-        rows = [stop - start for start, stop in zip(batch.starts, batch.starts[1:])]
-        pairs = sum(n * length - n * (n - 1) // 2 for n, length in zip(rows, batch.lengths))
+        rows = [stop - start for start, stop in zip(batch.query_start_loc, batch.query_start_loc[1:])]
+        pairs = sum(n * length - n * (n - 1) // 2 for n, length in zip(rows, batch.seq_lens))
         kind = str(q.dtype).removeprefix("torch.")
-        self._timed["attention"].add(sum(batch.lengths) * a_key, kind, 4 * q.shape[1] * q.shape[2] * pairs)
+        self._timed["attention"].add(sum(batch.seq_lens) * a_key, kind, 4 * q.shape[1] * q.shape[2] * pairs)
 
 
 def _matrix(packed: Any) -> tuple[int, int, int, int, str]:

@@ -12,18 +12,18 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from glimmer import backends
 from glimmer import device as devices
-from glimmer import ops
 from glimmer.batch import Batch
 from glimmer.checkpoint import formats
 from glimmer.checkpoint.files import Checkpoint
 from glimmer.config import EngineConfig, ModelConfig
-from glimmer.engine.graphs import Graphs
+from glimmer.engine.capture import StepCapture
 from glimmer.engine.sequence import Step
 from glimmer.errors import ConfigError, NotEnoughMemory
 from glimmer.model.cache import Cache, block_bytes
 from glimmer.model.glm4_moe import Glm4Moe
-from glimmer.model.load import Plan
+from glimmer.model.load import WeightLoader
 from glimmer.model.names import check_tensor_parallel
 from glimmer.parallel import Group
 
@@ -31,7 +31,7 @@ log = logging.getLogger("glimmer")
 
 
 @dataclass(frozen=True)
-class Room:
+class KVCacheConfig:
     """num_blocks of cache, and the longest sequence that they and the model allow."""
 
     num_blocks: int
@@ -53,42 +53,44 @@ class Runner:
         self.device = device
         dtype = resolve_dtype(config.dtype, model_config.dtype)
         formats.check(model_config.quantization_config)  # first: another format's files may not even open
-        self.ops = doors = ops.choose(device.type, devices.share_cores(device, group.local_size, config.threads))
-        log.info("operations: %s", _served(doors.table()))
+        self.ops = ops = backends.choose(device.type, devices.share_cores(device, group.local_size, config.threads))
+        log.info("operations: %s", _served(ops.table()))
         with Checkpoint(config.model) as checkpoint:
-            plan = Plan(
+            loader = WeightLoader(
                 model_config, checkpoint, group, dtype, quantization=config.quantization, group_size=config.group_size,
-                packed_bytes=doors.packed_bytes,
+                packed_bytes=ops.packed_bytes,
             )  # fmt: skip
-            kept = torch.int8 if config.kv_cache_dtype == "int8" else dtype
-            self.room = make_room(config, model_config, group, device, kept, plan.nbytes)
+            kv_cache_dtype = torch.int8 if config.kv_cache_dtype == "int8" else dtype
+            self.kv_cache_config = make_kv_cache_config(
+                config, model_config, group, device, kv_cache_dtype, loader.nbytes
+            )
             residual = devices.residual_dtype(device, dtype)
-            self.model = Glm4Moe(model_config, group, doors, residual, plan.mtp).eval()
+            self.model = Glm4Moe(model_config, group, ops, residual, loader.mtp).eval()
             done = 0
 
             def progress(nbytes: int) -> None:
                 nonlocal done
                 done += nbytes
                 if on_load is not None:
-                    on_load(done, plan.nbytes)
+                    on_load(done, loader.nbytes)
 
             with torch.inference_mode():
-                plan.fill(self.model, device, progress)
-        if doors.own_threads:
+                loader.fill(self.model, device, progress)
+        if ops.own_threads:
             torch.set_num_threads(1)  # what is left to torch is too small to be shared
         if on_load is not None:
-            on_load(plan.nbytes, plan.nbytes)
+            on_load(loader.nbytes, loader.nbytes)
         self.cache = Cache(
             model_config.num_hidden_layers,
-            self.room.num_blocks,
+            self.kv_cache_config.num_blocks,
             config.block_size,
             model_config.key_value_heads(group.size),
             model_config.head_dim,
-            kept,
+            kv_cache_dtype,
             device,
         )
 
-        self.graphs = Graphs(self.model, self.cache, -(-self.room.max_model_len // config.block_size))
+        self.graphs = StepCapture(self.model, self.cache, -(-self.kv_cache_config.max_model_len // config.block_size))
 
     def batch(self, step: Step) -> Batch:
         """The step as tensors on the device."""
@@ -107,11 +109,11 @@ class Runner:
         return Batch(
             tokens=tensor(tokens),
             positions=tensor(positions),
-            slots=tensor(slots),
-            blocks=tensor(table),
-            rows=tensor(rows),
-            starts=tuple(accumulate((chunk.n for chunk in step.chunks), initial=0)),
-            lengths=tuple(chunk.start + chunk.n for chunk in step.chunks),
+            slot_mapping=tensor(slots),
+            block_tables=tensor(table),
+            logits_indices=tensor(rows),
+            query_start_loc=tuple(accumulate((chunk.n for chunk in step.chunks), initial=0)),
+            seq_lens=tuple(chunk.start + chunk.n for chunk in step.chunks),
         )
 
     @torch.inference_mode()
@@ -119,7 +121,7 @@ class Runner:
         """Logits (R, V) float32 of the rows that the batch wants; None if it wants none."""
         try:
             hidden = self.graphs(batch) if self.graphs.serves(batch) else self.model(batch, self.cache)
-            return self.model.logits(hidden[batch.rows]) if len(batch.rows) else None
+            return self.model.logits(hidden[batch.logits_indices]) if len(batch.logits_indices) else None
         except torch.OutOfMemoryError as error:
             raise NotEnoughMemory(
                 f"a step of {len(batch.tokens)} tokens ran out of memory: {str(error).splitlines()[0]}",
@@ -129,11 +131,11 @@ class Runner:
 
 
 def _served(table: list[tuple[str, str]]) -> str:
-    """Which backend serves which doors, in one line."""
-    doors: dict[str, list[str]] = {}
-    for door, backend in table:
-        doors.setdefault(backend, []).append(door)
-    return "; ".join(f"{', '.join(served)} by {backend}" for backend, served in doors.items())
+    """Which backend serves which ops, in one line."""
+    ops: dict[str, list[str]] = {}
+    for op, backend in table:
+        ops.setdefault(backend, []).append(op)
+    return "; ".join(f"{', '.join(served)} by {backend}" for backend, served in ops.items())
 
 
 def resolve_dtype(asked: str, stored: str) -> torch.dtype:
@@ -144,10 +146,15 @@ def resolve_dtype(asked: str, stored: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def make_room(
-    config: EngineConfig, model: ModelConfig, group: Group, device: torch.device, kept: torch.dtype, weights: int
-) -> Room:
-    """Divide the free memory: weights (bytes of this rank), a step's activations, blocks of a cache of dtype `kept`.
+def make_kv_cache_config(
+    config: EngineConfig,
+    model: ModelConfig,
+    group: Group,
+    device: torch.device,
+    kv_cache_dtype: torch.dtype,
+    weights: int,
+) -> KVCacheConfig:
+    """Divide the free memory: weights (bytes of this rank), a step's activations, blocks of the cache.
 
     Raises NotEnoughMemory with what is needed and what there is; ConfigError if max_model_len exceeds the model's own.
     """
@@ -158,14 +165,14 @@ def make_room(
             f"at most max_position_embeddings={longest}: the model knows no position beyond",
             f"set max_model_len to {longest} or less, or leave it out",
         )
-    free = group.least(devices.free_memory(device, group.local_size))  # all look before any of them takes some
+    free = group.all_reduce_min(devices.free_memory(device, group.local_size))  # all look before any of them takes some
     share, cap = int(free * config.gpu_memory_utilization), config.max_memory_bytes
     usable, limit = share, f"gpu_memory_utilization={config.gpu_memory_utilization}"
     if cap is not None and cap < share:
         usable, limit = cap, f"max_memory_bytes={cap}"
     activations = _activation_bytes(config, model)
     heads = model.key_value_heads(group.size)
-    block = block_bytes(model.num_hidden_layers, config.block_size, heads, model.head_dim, kept)
+    block = block_bytes(model.num_hidden_layers, config.block_size, heads, model.head_dim, kv_cache_dtype)
     blocks_for = lambda tokens: -(-tokens // config.block_size)
     least = blocks_for(config.max_model_len or config.block_size) * block
     cache = max(least, config.kv_cache_memory_bytes or 0)
@@ -190,11 +197,13 @@ def make_room(
             )
     else:
         left = min(left, max(devices.default_cache(device) or left, least))
-    num_blocks = group.least(min(left // block, config.max_num_seqs * blocks_for(config.max_model_len or longest)))
+    num_blocks = group.all_reduce_min(
+        min(left // block, config.max_num_seqs * blocks_for(config.max_model_len or longest))
+    )
     limit = min(config.max_model_len or longest, num_blocks * config.block_size)
     if config.max_model_len is None and limit < longest:
         log.warning("context limited to %d of the model's %d tokens by the memory for its cache", limit, longest)
-    return Room(num_blocks, limit)
+    return KVCacheConfig(num_blocks, limit)
 
 
 def _activation_bytes(config: EngineConfig, model: ModelConfig) -> int:

@@ -11,44 +11,44 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from glimmer.engine.sequence import Choice, Chunk, Logprob, Sequence, Step
+from glimmer.engine.sequence import Chunk, Logprob, SamplerOutput, Sequence, Step
 
 CANDIDATES = 1024  # top-k and top-p look at that many likeliest first, and sort everything only if these are too few
 
 
 class Sampler:
-    """choosable: ids 0..choosable-1 may be sampled; the model's vocabulary may be padded beyond them."""
+    """sampling_vocab_size: ids below it may be sampled; the model's vocabulary may be padded beyond them."""
 
-    def __init__(self, choosable: int):
-        self.choosable = choosable
+    def __init__(self, sampling_vocab_size: int):
+        self.sampling_vocab_size = sampling_vocab_size
 
-    def choose(self, logits: Tensor | None, step: Step) -> list[Choice]:
-        """One Choice a chunk. logits: (R, V) float32, the wanted rows of all chunks in order; None if R is 0."""
+    def sample(self, logits: Tensor | None, step: Step) -> list[SamplerOutput]:
+        """One SamplerOutput a chunk. logits: (R, V) float32, the wanted rows of all chunks in order; None if R is 0."""
         if logits is None:
-            return [Choice() for _ in step.chunks]
+            return [SamplerOutput() for _ in step.chunks]
         finite = _finite(logits)
-        choices, drawing, row = [], [], 0
+        outputs, drawing, row = [], [], 0
         for chunk in step.chunks:
             rows = range(row, row + chunk.rows)
             row = rows.stop
             if not all(finite[r] for r in rows):
-                choices.append(Choice(problem="the model's logits hold NaN or infinity"))
+                outputs.append(SamplerOutput(problem="the model's logits hold NaN or infinity"))
                 continue
             if chunk.samples:
-                drawing.append((len(choices), rows[-1]))
-            choices.append(Choice(prompt_logprobs=_prompt_logprobs(logits, rows, chunk)))
+                drawing.append((len(outputs), rows[-1]))
+            outputs.append(SamplerOutput(prompt_logprobs=_prompt_logprobs(logits, rows, chunk)))
         if drawing:
             sequences = [step.chunks[i].sequence for i, _ in drawing]
             raw = logits if len(drawing) == len(logits) else logits[[r for _, r in drawing]]
             for (i, r), sequence, token in zip(drawing, sequences, self._tokens(raw, sequences)):
                 asked = sequence.request.params.logprobs
                 logprobs = None if asked is None else _logprobs(logits[r], token, asked)
-                choices[i] = Choice(token, None, logprobs, choices[i].prompt_logprobs)
-        return choices
+                outputs[i] = SamplerOutput(token, None, logprobs, outputs[i].prompt_logprobs)
+        return outputs
 
     def _tokens(self, raw: Tensor, sequences: list[Sequence]) -> list[int]:
         """A token for each row of raw (N, V)."""
-        logits = raw[:, : self.choosable]
+        logits = raw[:, : self.sampling_vocab_size]
         if any(_adjusts(s) for s in sequences):
             logits = logits.clone()
             for row, sequence in zip(logits, sequences):
@@ -83,7 +83,7 @@ def _adjusts(sequence: Sequence) -> bool:
         or p.presence_penalty != 0
         or p.frequency_penalty != 0
         or bool(p.logit_bias)
-        or sequence.answered < p.min_tokens
+        or sequence.num_output_tokens < p.min_tokens
     )
 
 
@@ -101,7 +101,7 @@ def _adjust_(logits: Tensor, sequence: Sequence) -> None:
         logits -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
     for token, bias in p.logit_bias.items():
         logits[token] += bias
-    if sequence.answered < p.min_tokens:
+    if sequence.num_output_tokens < p.min_tokens:
         logits[[i for i in sequence.request.stop_ids if i < len(logits)]] = float("-inf")
 
 
@@ -160,7 +160,7 @@ def _suffices(kept: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> bool
 
 def _uniform(sequence: Sequence) -> float:
     """A number in [0, 1) that depends on the request's seed and the length of its answer only."""
-    digest = blake2b(f"{sequence.request.seed}:{sequence.answered}".encode(), digest_size=8).digest()
+    digest = blake2b(f"{sequence.request.seed}:{sequence.num_output_tokens}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 

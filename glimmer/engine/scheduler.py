@@ -1,4 +1,4 @@
-"""Who computes which tokens (`plan`), and what came of it (`commit`).
+"""Who computes which tokens (`schedule`), and what came of it (`update`).
 
 Running sequences go first, in the order of their arrival; what is left of the step's token budget goes to the rest of
 long prompts and to new sequences. When blocks run out, the latest arrival gives its own back and waits again. Decisions
@@ -8,7 +8,7 @@ depend on arrival order and counts only, never on clocks or values, so that all 
 from collections import deque
 
 from glimmer.engine.blocks import Blocks
-from glimmer.engine.sequence import Choice, Chunk, FinishReason, Output, Sequence, Step
+from glimmer.engine.sequence import Chunk, FinishReason, Output, SamplerOutput, Sequence, Step
 
 # With prompt_logprobs every prompt row has logits, a vocabulary wide each: 128 rows of 151,552 float32 are 78 MB.
 PROMPT_LOGPROB_ROWS = 128
@@ -25,7 +25,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """A new sequence; the caller has checked that it can fit when alone."""
-        assert self.blocks.needed(sequence.limit) <= self.blocks.count, "a sequence that can never fit"
+        assert self.blocks.needed(sequence.max_total_tokens) <= self.blocks.count, "a sequence that can never fit"
         self.waiting.append(sequence)
 
     def abort(self, request_id: str) -> bool:
@@ -38,16 +38,16 @@ class Scheduler:
                     return True
         return False
 
-    def plan(self) -> Step:
+    def schedule(self) -> Step:
         """Choose the chunks of the next step and give them blocks. No chunks only when there are no sequences."""
         budget, chunks = self.max_tokens, []
         i = 0
         while i < len(self.running) and budget > 0:
             sequence = self.running[i]
             n = self._length(sequence, budget)
-            while not self.blocks.grow(sequence, sequence.computed + n):
+            while not self.blocks.allocate(sequence, sequence.num_computed_tokens + n):
                 latest = self.running.pop()  # not yet planned: it stands behind, or is this very one
-                self._wait_again(latest)
+                self.preempt(latest)
                 if latest is sequence:
                     break
             else:
@@ -64,17 +64,17 @@ class Scheduler:
         held = deque()  # those that wait a step for a block that another sequence is computing right now
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
             sequence = self.waiting.popleft()
-            found = [] if sequence.request.params.prompt_logprobs is not None else self.blocks.shared(sequence)
+            found = [] if sequence.request.params.prompt_logprobs is not None else self.blocks.match_prefix(sequence)
             if self._follows(sequence, len(found), coming):
                 held.append(sequence)
                 continue
-            self.blocks.adopt(sequence, found)
+            self.blocks.share(sequence, found)
             if self.blocks.needed(len(sequence.tokens)) - len(found) > self.blocks.free:
                 self.blocks.release(sequence)  # room for its known tokens, not only for a first chunk, or not at all
                 self.waiting.appendleft(sequence)
                 break
             n = self._length(sequence, budget)
-            grown = self.blocks.grow(sequence, sequence.computed + n)
+            grown = self.blocks.allocate(sequence, sequence.num_computed_tokens + n)
             assert grown, "free blocks were counted"
             self.running.append(sequence)
             chunks.append(self._chunk(sequence, n))
@@ -104,53 +104,56 @@ class Scheduler:
 
     def _length(self, sequence: Sequence, budget: int) -> int:
         """How many tokens of the sequence to compute in this step."""
-        if sequence.request.params.prompt_logprobs is not None and sequence.computed < sequence.prompt_length:
+        if (
+            sequence.request.params.prompt_logprobs is not None
+            and sequence.num_computed_tokens < sequence.prompt_length
+        ):
             budget = min(budget, PROMPT_LOGPROB_ROWS)
-        return min(len(sequence.tokens) - sequence.computed, budget)
+        return min(len(sequence.tokens) - sequence.num_computed_tokens, budget)
 
     def _chunk(self, sequence: Sequence, n: int) -> Chunk:
         """Logits are wanted of the last known token, and of every prompt token that has a log-probability to give."""
-        start = sequence.computed
+        start = sequence.num_computed_tokens
         rows = int(start + n == len(sequence.tokens))
         if sequence.request.params.prompt_logprobs is not None and start < sequence.prompt_length:
             rows = n
         return Chunk(sequence, start, n, rows)
 
-    def _wait_again(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: Sequence) -> None:
         self.blocks.release(sequence)
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 
-    def commit(self, step: Step, choices: list[Choice]) -> list[Output]:
+    def update(self, step: Step, sampled: list[SamplerOutput]) -> list[Output]:
         """Advance the sequences of the step, append their new tokens, free the blocks of those that ended."""
         outputs = []
-        for chunk, choice in zip(step.chunks, choices, strict=True):
+        for chunk, output in zip(step.chunks, sampled, strict=True):
             sequence = chunk.sequence
-            before = sequence.computed
-            sequence.computed += chunk.n
-            self.blocks.publish(sequence, before)
+            before = sequence.num_computed_tokens
+            sequence.num_computed_tokens += chunk.n
+            self.blocks.cache_full_blocks(sequence, before)
             # A sequence that was preempted within its prompt computes it again, but reports each row once.
-            prompt_logprobs = choice.prompt_logprobs[max(0, sequence.reported - before) :]
-            sequence.reported += len(prompt_logprobs)
+            prompt_logprobs = output.prompt_logprobs[max(0, sequence.num_prompt_logprobs_sent - before) :]
+            sequence.num_prompt_logprobs_sent += len(prompt_logprobs)
             finish = None
-            if choice.problem is not None:
+            if output.problem is not None:
                 finish = FinishReason.ERROR
-            elif choice.token is not None:
-                sequence.tokens.append(choice.token)
+            elif output.token is not None:
+                sequence.tokens.append(output.token)
                 finish = sequence.finish_reason()
             if finish is not None:
                 self.running.remove(sequence)
                 self.blocks.release(sequence)
-            if finish is None and choice.token is None and not prompt_logprobs:
+            if finish is None and output.token is None and not prompt_logprobs:
                 continue
             outputs.append(
                 Output(
                     sequence.request.id,
-                    () if choice.token is None else (choice.token,),
-                    () if choice.logprobs is None else (choice.logprobs,),
+                    () if output.token is None else (output.token,),
+                    () if output.logprobs is None else (output.logprobs,),
                     prompt_logprobs,
                     finish,
-                    choice.problem,
+                    output.problem,
                 )
             )
         return outputs

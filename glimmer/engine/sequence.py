@@ -4,8 +4,7 @@
     computed   |<- keys and values are in the cache ->|
                                                       |<- to do ->|   a step computes some of these
 
-A sequence that lost its blocks has computed = 0 and computes its tokens, answer included, again. Rejected guesses, one
-day, are a subtraction from `computed`: slots beyond it are simply written over.
+A sequence that lost its blocks has num_computed_tokens = 0 and computes its tokens, answer included, again.
 """
 
 from dataclasses import dataclass, field
@@ -52,15 +51,15 @@ class Logprob:
 
 @dataclass
 class Sequence:
-    """A request in flight. The scheduler changes `computed` and `blocks`; commit appends to `tokens`."""
+    """A request in flight. The scheduler changes `num_computed_tokens` and `blocks`; update appends to `tokens`."""
 
     request: Request
-    limit: int  # most tokens, prompt and answer
+    max_total_tokens: int  # prompt and answer
     tokens: list[int] = field(default_factory=list)
-    computed: int = 0
+    num_computed_tokens: int = 0
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`, made when they are needed
-    reported: int = 0  # rows of the prompt whose log-probabilities have gone out
+    num_prompt_logprobs_sent: int = 0  # rows of the prompt whose log-probabilities have gone out
 
     def __post_init__(self):
         self.tokens = list(self.request.prompt_token_ids)
@@ -70,7 +69,7 @@ class Sequence:
         return len(self.request.prompt_token_ids)
 
     @property
-    def answered(self) -> int:
+    def num_output_tokens(self) -> int:
         """Tokens of the answer so far."""
         return len(self.tokens) - self.prompt_length
 
@@ -78,7 +77,7 @@ class Sequence:
         """Whether the token just appended was the last one."""
         if self.tokens[-1] in self.request.stop_ids:  # the sampler never chooses one before min_tokens
             return FinishReason.STOP
-        return FinishReason.LENGTH if len(self.tokens) >= self.limit else None
+        return FinishReason.LENGTH if len(self.tokens) >= self.max_total_tokens else None
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Choice:
+class SamplerOutput:
     """What the sampler made of one chunk.
 
     token            the new token, or None: the chunk does not reach the end, or `problem` says why there is none

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from glimmer import device as devices
-from glimmer.ops.reference import SCALE
+from glimmer.backends.reference import SCALE
 
 
 class Cache:
     """For each layer a pair of tensors (num_blocks, block_size, kv_heads, head_dim) in the model's dtype; or in int8,
-    each head's scale behind its codes (ops/__init__.py).
+    each head's scale behind its codes (backends/__init__.py).
 
     The MTP layer, where it is loaded, owns one more layer at the end.
     """

@@ -6,14 +6,15 @@ Names follow the checkpoint's. Arithmetic is done by `ops`; tokens, positions an
 Not here: devices, files, sampling, and whether a row belongs to a prompt or to an answer.
 """
 
+# fmt: off  (each line of a forward pass ends with the shape of its result, in one column)
 import torch
 from torch import Tensor, nn
 
+from glimmer.backends import Ops, RouteRule
 from glimmer.batch import Batch
 from glimmer.config import ModelConfig
 from glimmer.model.cache import Cache
-from glimmer.model.leaves import Embedding, Experts, Linear, RMSNorm, Vector
-from glimmer.ops import Ops, RouteRule
+from glimmer.model.layers import Embedding, Experts, Linear, RMSNorm, Vector
 from glimmer.parallel import Group
 
 
@@ -33,14 +34,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(ops, config.rms_norm_eps) if config.use_qk_norm else None
         self.k_norm = RMSNorm(ops, config.rms_norm_eps) if config.use_qk_norm else None
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], batch: Batch, cache: tuple[Tensor, Tensor]) -> Tensor:
-        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))                    # (T, h + 2g, D)
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), 1)           # (T, h, D) (T, g, D) (T, g, D)
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], batch: Batch, cache: tuple[Tensor, Tensor]) -> Tensor:
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, h + 2g, D)
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), 1)  # (T, h, D) (T, g, D) (T, g, D)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        self.ops.rope_(q, k, *turn)
-        self.ops.store_kv_(k, v, *cache, batch.slots)
-        y = self.o_proj(self.ops.attention(q, *cache, batch, self.scale))            # (T, H) a partial sum
+        self.ops.rope_(q, k, *rotary)
+        self.ops.store_kv_(k, v, *cache, batch.slot_mapping)
+        y = self.o_proj(self.ops.attention(q, *cache, batch, self.scale))  # (T, H) a partial sum
         return self.group.all_reduce(y)
 
 
@@ -54,7 +55,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(ops)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.ops.swiglu(self.gate_up_proj(x)))                 # (T, H)
+        return self.down_proj(self.ops.swiglu(self.gate_up_proj(x)))  # (T, H)
 
 
 class DenseMLP(MLP):
@@ -112,10 +113,10 @@ class MoE(nn.Module):
         self.shared_experts = MLP(ops)
 
     def forward(self, x: Tensor) -> Tensor:
-        ids, scores = self.gate(x)                                                   # (T, K) (T, K)
-        y = self.experts(x, ids, scores)                                             # (T, H) a partial sum
-        self.ops.add_(y, self.shared_experts(x))                                     # (T, H) also partial
-        return self.group.all_reduce(y)                                              # one sum serves both
+        ids, scores = self.gate(x)  # (T, K) (T, K)
+        y = self.experts(x, ids, scores)  # (T, H) a partial sum
+        self.ops.add_(y, self.shared_experts(x))  # (T, H) also partial
+        return self.group.all_reduce(y)  # one sum serves both
 
 
 class Block(nn.Module):
@@ -128,11 +129,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(ops, config.rms_norm_eps)
         self.mlp = DenseMLP(group, ops) if dense else MoE(config, group, ops)
 
-    def forward(self, x, residual, turn, batch: Batch, cache: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        x, residual = self.input_layernorm(x, residual)                              # residual += x; x = norm(residual)
-        x = self.self_attn(x, turn, batch, cache)                                    # (T, H)
+    def forward(self, x, residual, rotary, batch: Batch, cache: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, residual = self.input_layernorm(x, residual)  # residual += x; x = norm(residual)
+        x = self.self_attn(x, rotary, batch, cache)  # (T, H)
         x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual                                                 # (T, H) (T, H)
+        return self.mlp(x), residual  # (T, H) (T, H)
 
 
 class MTP(nn.Module):
@@ -180,17 +181,17 @@ class Glm4Moe(nn.Module):
 
     def forward(self, batch: Batch, cache: Cache) -> Tensor:
         """The hidden state of every row after the final norm, (T, H): what logits and the MTP layer start from."""
-        return self.through(*self.enter(batch), batch, cache)
+        return self.run_layers(*self.embed(batch), batch, cache)
 
-    def enter(self, batch: Batch) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    def embed(self, batch: Batch) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """What the first layer gets: x (T, H), nothing yet; residual (T, H), the embedded tokens; the rotary angles."""
-        x = self.group.all_reduce(self.embed_tokens(batch.tokens))                   # (T, H)
-        return torch.zeros_like(x), x.to(self.residual_dtype), self._turn(batch.positions)
+        x = self.group.all_reduce(self.embed_tokens(batch.tokens))  # (T, H)
+        return torch.zeros_like(x), x.to(self.residual_dtype), self._rotary(batch.positions)
 
-    def through(self, x: Tensor, residual: Tensor, turn, batch: Batch, cache: Cache) -> Tensor:
-        """All layers and the final norm. Nothing but doors and collectives, so that a step may be recorded."""
+    def run_layers(self, x: Tensor, residual: Tensor, rotary, batch: Batch, cache: Cache) -> Tensor:
+        """All layers and the final norm. Nothing but ops and collectives, so that a step may be recorded."""
         for i, block in enumerate(self.layers):
-            x, residual = block(x, residual, turn, batch, cache.layer(i))
+            x, residual = block(x, residual, rotary, batch, cache.layer(i))
         x, _ = self.norm(x, residual)
         return x
 
@@ -205,9 +206,9 @@ class Glm4Moe(nn.Module):
         """
         mtp = self.mtp
         embedded = self.group.all_reduce((mtp.embed_tokens or self.embed_tokens)(tokens))
-        x = mtp.eh_proj(torch.cat((mtp.enorm(embedded), mtp.hnorm(hidden)), -1))     # (T, H), the embedding first
+        x = mtp.eh_proj(torch.cat((mtp.enorm(embedded), mtp.hnorm(hidden)), -1))  # (T, H), the embedding first
         x, residual = torch.zeros_like(x), x.to(self.residual_dtype)
-        x, residual = mtp.block(x, residual, self._turn(batch.positions), batch, cache.layer(len(self.layers)))
+        x, residual = mtp.block(x, residual, self._rotary(batch.positions), batch, cache.layer(len(self.layers)))
         x, _ = mtp.norm(x, residual)
         return x
 
@@ -215,9 +216,9 @@ class Glm4Moe(nn.Module):
         """(R, H) of `draft` -> (R, V) float32: guesses of the token two places after the row's own."""
         return self.group.all_gather((self.mtp.head or self.lm_head)(hidden).float(), self.config.vocab_size)
 
-    def _turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of the rotary angles, (T, R/2) float32 each; computed once for all layers."""
         i = torch.arange(0, self.config.rotary_dim, 2, device=positions.device, dtype=torch.float32)
-        frequencies = 1.0 / self.config.rope_theta ** (i / self.config.rotary_dim)   # (R/2,)
+        frequencies = 1.0 / self.config.rope_theta ** (i / self.config.rotary_dim)  # (R/2,)
         angles = positions[:, None].float() * frequencies
         return angles.cos(), angles.sin()

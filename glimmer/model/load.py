@@ -1,10 +1,10 @@
 """names x checkpoint -> a filled model, with every name accounted for.
 
-`Plan` looks at headers only: what is missing, superfluous or misshapen is refused, and the bytes of this rank's share
-are known, before the first weight is read. `Plan.fill` then walks the leaves; each asks for its own slices, which are
-copied once from the memory-mapped files into the form that the backend wants, quantised on the way where that is asked
-for. Norms, biases, the router and the embedding stay as they are; under int4 the matrices that face the vocabulary, and
-eh_proj, become int8 (docs/numerics.md says why).
+`WeightLoader` looks at headers only: what is missing, superfluous or misshapen is refused, and the bytes of this
+rank's share are known, before the first weight is read. `WeightLoader.fill` then walks the leaves; each asks for its
+own slices, which are copied once from the memory-mapped files into the form that the backend wants, quantised on the
+way where that is asked for. Norms, biases, the router and the embedding stay as they are; under int4 the matrices
+that face the vocabulary, and eh_proj, become int8 (docs/numerics.md says why).
 """
 
 from collections.abc import Callable, Iterator
@@ -15,22 +15,22 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from glimmer.backends import quantizer
 from glimmer.checkpoint import formats
 from glimmer.checkpoint.files import Checkpoint
 from glimmer.config import ModelConfig
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.model import names
 from glimmer.model.glm4_moe import Glm4Moe
-from glimmer.ops import quantizer
 from glimmer.parallel import Group
 from glimmer.weight import GROUP, Weight, layout
 
 SHOWN = 8  # names in an error message; the rest is counted
 MTP_ONLY = ("eh_proj.", "enorm.", "hnorm.", "embed_tokens.", "shared_head.")  # what an ordinary layer does not have
-FINE = ("lm_head", "mtp.head", "mtp.eh_proj")  # leaves that are int8 where the others are int4
+INT8_PARAMS = ("lm_head", "mtp.head", "mtp.eh_proj")  # leaves that are int8 where the others are int4
 
 
-class Plan:
+class WeightLoader:
     """What this rank will read. Raises CheckpointError with the names when the checkpoint is not exactly the model.
 
     nbytes: bytes of this rank's weights once loaded in `dtype`, or as quantised on disk or by us (quantization: None,
@@ -56,10 +56,10 @@ class Plan:
         self._read = partial(formats.read, checkpoint, gptq_zeros=formats.gptq_zeros(config.quantization_config))
         self._prefix = names.mtp_prefix(config)
         self.mtp = self._copies() if mtp else None
-        self.entries = list(names.entries(config, group, self.mtp, self._grain))
+        self.param_specs = list(names.param_specs(config, group, self.mtp, self._shard_alignment))
         self.nbytes = self._account()
 
-    def _grain(self, module: str, width: int) -> int:
+    def _shard_alignment(self, module: str, width: int) -> int:
         """How many inputs of a matrix belong together, so that no process should get only some of them."""
         if self._asked is not None:
             group = layout(self._asked[0], width, self._asked[1])[1]
@@ -81,18 +81,20 @@ class Plan:
     def _account(self) -> int:
         """Compare both sides, names and shapes; return the bytes of our cut."""
         missing, misshapen, wanted, total = [], [], set(), 0
-        for entry in self.entries:
-            width = 4 if entry.exact else self.dtype.itemsize
-            for part in (part for group in entry.groups for part in group):
-                if not formats.holds(self.checkpoint, part.name):
-                    missing.append(f"{part.name}.weight")
+        for spec in self.param_specs:
+            width = 4 if spec.keep_float32 else self.dtype.itemsize
+            for shard in (shard for group in spec.groups for shard in group):
+                if not formats.holds(self.checkpoint, shard.name):
+                    missing.append(f"{shard.name}.weight")
                     continue
-                stored = formats.stored(self.checkpoint, part.name)
+                stored = formats.stored(self.checkpoint, shard.name)
                 wanted.update(stored.tensors)
-                if stored.shape != part.shape:
-                    misshapen.append(f"{part.name}.weight is {list(stored.shape)}, config.json says {list(part.shape)}")
-                total += self._nbytes(entry, part)
-            for name, length, cut in entry.vectors:
+                if stored.shape != shard.shape:
+                    misshapen.append(
+                        f"{shard.name}.weight is {list(stored.shape)}, config.json says {list(shard.shape)}"
+                    )
+                total += self._nbytes(spec, shard)
+            for name, length, cut in spec.vectors:
                 wanted.add(name)
                 if name not in self.checkpoint:
                     missing.append(name)
@@ -127,16 +129,16 @@ class Plan:
     def fill(self, model: Glm4Moe, device: torch.device, progress: Callable[[int], None] = lambda nbytes: None) -> None:
         """Read our cuts into `model`. progress is told the bytes of nbytes that each group of matrices makes up."""
         with _one_thread() as threads:
-            for entry in self.entries:
-                leaf, dtype = model.get_submodule(entry.leaf), torch.float32 if entry.exact else self.dtype
-                vectors = [formats.vector(self.checkpoint, name, cut) for name, _, cut in entry.vectors]
-                matrices = self._matrices(entry, threads, progress)
-                if not entry.groups:
+            for spec in self.param_specs:
+                leaf, dtype = model.get_submodule(spec.leaf), torch.float32 if spec.keep_float32 else self.dtype
+                vectors = [formats.vector(self.checkpoint, name, cut) for name, _, cut in spec.vectors]
+                matrices = self._matrices(spec, threads, progress)
+                if not spec.groups:
                     leaf.fill(vectors[0], dtype, device)
-                elif len(entry.groups) > 1 or ".experts." in entry.leaf:
-                    leaf.fill(matrices, len(entry.groups), dtype, device)
+                elif len(spec.groups) > 1 or ".experts." in spec.leaf:
+                    leaf.fill(matrices, len(spec.groups), dtype, device)
                 for weights in matrices:  # that nobody has taken: one group
-                    if entry.leaf.endswith("embed_tokens"):
+                    if spec.leaf.endswith("embed_tokens"):
                         leaf.fill(weights[0].dequantize(dtype), dtype, device)
                     else:
                         leaf.fill(weights, torch.cat(vectors) if vectors else None, dtype, device)
@@ -145,54 +147,54 @@ class Plan:
     def tensors(self, progress: Callable[[int], None] = lambda nbytes: None) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of a checkpoint that holds what `fill` would make of this one, matrix by matrix."""
         with _one_thread() as threads:
-            for entry in self.entries:
-                for weights, parts in zip(self._matrices(entry, threads, progress), entry.groups):
-                    for part, weight in zip(parts, weights):
-                        yield from ((f"{part.name}.{end}", tensor) for end, tensor in formats.encode(weight).items())
-                for name, _, cut in entry.vectors:
+            for spec in self.param_specs:
+                for weights, shards in zip(self._matrices(spec, threads, progress), spec.groups):
+                    for shard, weight in zip(shards, weights):
+                        yield from ((f"{shard.name}.{end}", tensor) for end, tensor in formats.encode(weight).items())
+                for name, _, cut in spec.vectors:
                     yield name, formats.vector(self.checkpoint, name, cut)
                 self.checkpoint.release()
 
     def outline(self) -> Iterator[tuple[str, Tensor]]:
         """What `tensors` will give, without values (torch's meta device)."""
-        for entry in self.entries:
-            for part in (part for group in entry.groups for part in group):
-                dtype = self.checkpoint.dtype(formats.stored(self.checkpoint, part.name).tensors[0])
-                blank = formats.encode(self._outline(entry, part, dtype))
-                yield from ((f"{part.name}.{end}", tensor) for end, tensor in blank.items())
-            for name, _, cut in entry.vectors:
+        for spec in self.param_specs:
+            for shard in (shard for group in spec.groups for shard in group):
+                dtype = self.checkpoint.dtype(formats.stored(self.checkpoint, shard.name).tensors[0])
+                blank = formats.encode(self._outline(spec, shard, dtype))
+                yield from ((f"{shard.name}.{end}", tensor) for end, tensor in blank.items())
+            for name, _, cut in spec.vectors:
                 yield name, formats.vector(self.checkpoint, name, cut).to("meta")
 
     def kinds(self) -> dict[str, tuple[str, int | None]]:
         """(kind, group) that each matrix of the checkpoint becomes, by name."""
-        parts = ((entry, part) for entry in self.entries for group in entry.groups for part in group)
-        return {part.name: self._target(entry, part) for entry, part in parts}
+        shards = ((spec, shard) for spec in self.param_specs for group in spec.groups for shard in group)
+        return {shard.name: self._target(spec, shard) for spec, shard in shards}
 
-    def _matrices(self, entry: names.Entry, threads: int, progress: Callable[[int], None]) -> Iterator[list[Weight]]:
+    def _matrices(self, spec: names.ParamSpec, threads: int, progress: Callable[[int], None]) -> Iterator[list[Weight]]:
         """Group after group: one at a time, or, where codes must be made, one for each thread.
 
         A group is taken to be done with, its pages are given back and its bytes reported, when the next is asked for.
         """
-        quantised = entry.groups and self._target(entry, entry.groups[0][0])[0] not in ("plain", "fp8")
+        quantised = spec.groups and self._target(spec, spec.groups[0][0])[0] not in ("plain", "fp8")
         width = threads if quantised else 1
-        quantize = quantizer(threads) if self._quantises(entry) else Weight.quantize
+        quantize = quantizer(threads) if self._quantises(spec) else Weight.quantize
         with ThreadPoolExecutor(width, initializer=lambda: torch.set_num_threads(1)) as workers:
-            work = map if width == 1 or len(entry.groups) == 1 else workers.map
-            for i in range(0, len(entry.groups), width):
-                yield from work(partial(self._weights, entry, quantize=quantize), entry.groups[i : i + width])
+            work = map if width == 1 or len(spec.groups) == 1 else workers.map
+            for i in range(0, len(spec.groups), width):
+                yield from work(partial(self._weights, spec, quantize=quantize), spec.groups[i : i + width])
                 self.checkpoint.release()
-                progress(sum(self._nbytes(entry, part) for g in entry.groups[i : i + width] for part in g))
+                progress(sum(self._nbytes(spec, shard) for g in spec.groups[i : i + width] for shard in g))
 
     def _weights(
-        self, entry: names.Entry, parts: tuple[names.Part, ...], quantize: Callable[..., Weight] = Weight.quantize
+        self, spec: names.ParamSpec, shards: tuple[names.Shard, ...], quantize: Callable[..., Weight] = Weight.quantize
     ) -> list[Weight]:
-        """Our cuts of matrices that are computed together, as they will be held; quantize: as the door of ops."""
-        weights = [self._read(part.name, part.rows, part.cols) for part in parts]
-        if self._quantises(entry):
-            weights = [quantize(weight, *self._target(entry, part)) for weight, part in zip(weights, parts)]
+        """Our cuts of matrices that are computed together, as they will be held; quantize: as the op of ops."""
+        weights = [self._read(shard.name, shard.rows, shard.cols) for shard in shards]
+        if self._quantises(spec):
+            weights = [quantize(weight, *self._target(spec, shard)) for weight, shard in zip(weights, shards)]
         if len({(w.kind, w.group) for w in weights}) > 1:
             kind = lambda w: w.kind if w.group is None else f"{w.kind} in groups of {w.group}"
-            kinds = ", ".join(f"{part.name}: {kind(weight)}" for part, weight in zip(parts, weights))
+            kinds = ", ".join(f"{shard.name}: {kind(weight)}" for shard, weight in zip(shards, weights))
             raise CheckpointError(
                 f"matrices that are computed together are stored in different formats ({kinds})",
                 "one format for q, k and v, and one for gate and up",
@@ -200,40 +202,40 @@ class Plan:
             )
         return weights
 
-    def _quantises(self, entry: names.Entry) -> bool:
+    def _quantises(self, spec: names.ParamSpec) -> bool:
         """Whether we quantise this leaf's matrices while loading."""
-        return self._asked is not None and not entry.exact and not entry.leaf.endswith("embed_tokens")
+        return self._asked is not None and not spec.keep_float32 and not spec.leaf.endswith("embed_tokens")
 
-    def _target(self, entry: names.Entry, part: names.Part) -> tuple[str, int | None]:
-        """(kind, group) of the Weight that a part becomes."""
-        stored = formats.stored(self.checkpoint, part.name)
-        if entry.leaf.endswith("embed_tokens"):
+    def _target(self, spec: names.ParamSpec, shard: names.Shard) -> tuple[str, int | None]:
+        """(kind, group) of the Weight that a shard becomes."""
+        stored = formats.stored(self.checkpoint, shard.name)
+        if spec.leaf.endswith("embed_tokens"):
             return "plain", None
-        if not self._quantises(entry):
+        if not self._quantises(spec):
             return stored.kind, stored.group
         if stored.kind not in ("plain", "fp8"):
             raise ConfigError(
-                f"quantization={self._asked[0]!r} for a checkpoint in which {part.name} is {stored.kind} already",
+                f"quantization={self._asked[0]!r} for a checkpoint in which {shard.name} is {stored.kind} already",
                 "a checkpoint in bf16, fp16, fp32 or FP8, to be quantised while loading",
                 "leave quantization out: what is quantised on disk is used as it is",
             )
-        kind, group = layout("int8" if entry.leaf in FINE else self._asked[0], part.shape[1], self._asked[1])
-        return layout(kind, part.local_shape[1], group)  # as the whole is laid out, where the cut allows it
+        kind, group = layout("int8" if spec.leaf in INT8_PARAMS else self._asked[0], shard.shape[1], self._asked[1])
+        return layout(kind, shard.local_shape[1], group)  # as the whole is laid out, where the cut allows it
 
-    def _nbytes(self, entry: names.Entry, part: names.Part) -> int:
+    def _nbytes(self, spec: names.ParamSpec, shard: names.Shard) -> int:
         """Bytes of our cut once loaded."""
-        outline = self._outline(entry, part, torch.float32 if entry.exact else self.dtype)
+        outline = self._outline(spec, shard, torch.float32 if spec.keep_float32 else self.dtype)
         bfloat16_scales = True  # ours are
-        if outline.kind == "int4" and not self._quantises(entry):
-            _, scales, *_ = formats.stored(self.checkpoint, part.name).tensors
+        if outline.kind == "int4" and not self._quantises(spec):
+            _, scales, *_ = formats.stored(self.checkpoint, shard.name).tensors
             bfloat16_scales = self.checkpoint.dtype(scales) == torch.bfloat16
         return self._packed_bytes(outline, bfloat16_scales)
 
-    def _outline(self, entry: names.Entry, part: names.Part, dtype: torch.dtype) -> Weight:
-        """The Weight that a part becomes, without values; dtype: if they are plain."""
-        zeros = self._quantises(entry) or formats.stored(self.checkpoint, part.name).zeros
-        kind, group = self._target(entry, part)
-        return Weight.empty(kind, part.local_shape, group, zeros, dtype)
+    def _outline(self, spec: names.ParamSpec, shard: names.Shard, dtype: torch.dtype) -> Weight:
+        """The Weight that a shard becomes, without values; dtype: if they are plain."""
+        zeros = self._quantises(spec) or formats.stored(self.checkpoint, shard.name).zeros
+        kind, group = self._target(spec, shard)
+        return Weight.empty(kind, shard.local_shape, group, zeros, dtype)
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """The table: for each leaf of the model, the checkpoint's tensors that fill it and this rank's cut of them.
 
-`entries` walks the model in the order of its layers. Cuts are half-open ranges of rows (outputs) or columns (inputs);
-None means whole. Heads must divide (key-value heads are copied when there are more ranks than heads); widths and the
-vocabulary need not, because Group.split gives some ranks one more, or one grain more: the columns of a quantised
-matrix that share a scale stay together. Not here: reading (load.py) and packing (ops/).
+`param_specs` walks the model in the order of its layers. Cuts are half-open ranges of rows (outputs) or columns
+(inputs); None means whole. Heads must divide (key-value heads are copied when there are more ranks than heads);
+widths and the vocabulary need not, because Group.split gives some ranks one more, or one group more: the
+columns of a quantised matrix that share a scale stay together. Not here: reading (load.py) and packing (backends/).
 """
 
 from collections.abc import Callable, Iterator
@@ -14,11 +14,13 @@ from glimmer.errors import ConfigError
 from glimmer.parallel import Group
 
 Cut = tuple[int, int] | None
-Grain = Callable[[str, int], int]  # (name of a matrix that is cut along its inputs, their number) -> inputs in a grain
+ShardAlignment = Callable[
+    [str, int], int
+]  # (name of a matrix that is cut along its inputs, their number) -> inputs that stay together
 
 
 @dataclass(frozen=True)
-class Part:
+class Shard:
     """One matrix `name`.weight of the checkpoint: its whole shape (out, in) there, and our cut of it."""
 
     name: str
@@ -34,19 +36,19 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What fills one leaf. `groups` has one tuple of parts, or one for each expert; norms and vectors have none.
+class ParamSpec:
+    """What fills one leaf. `groups` has one tuple of shards, or one for each expert; norms and vectors have none.
 
     leaf     path in the model
     groups   matrices whose rows follow each other
-    vectors  (name, whole length, cut): a norm's weight, the correction bias, or the biases of the parts, in order
-    exact    kept in float32 whatever the model's dtype (router)
+    vectors  (name, whole length, cut): a norm's weight, the correction bias, or the biases of the shards, in order
+    keep_float32  kept in float32 whatever the model's dtype (router)
     """
 
     leaf: str
-    groups: tuple[tuple[Part, ...], ...] = ()
+    groups: tuple[tuple[Shard, ...], ...] = ()
     vectors: tuple[tuple[str, int, Cut], ...] = ()
-    exact: bool = False
+    keep_float32: bool = False
 
 
 def tensor_parallel_sizes(config: ModelConfig) -> list[int]:
@@ -73,75 +75,82 @@ def mtp_prefix(config: ModelConfig) -> str:
     return f"model.layers.{config.num_hidden_layers}."
 
 
-def entries(
-    config: ModelConfig, group: Group, mtp: tuple[bool, bool] | None, grain: Grain = lambda name, width: 1
-) -> Iterator[Entry]:
+def param_specs(
+    config: ModelConfig,
+    group: Group,
+    mtp: tuple[bool, bool] | None,
+    shard_alignment: ShardAlignment = lambda name, width: 1,
+) -> Iterator[ParamSpec]:
     """Every leaf once. mtp as in Glm4Moe: None, or whether the MTP layer has its own embedding and its own head."""
     hidden, vocabulary = config.hidden_size, group.split(config.vocab_size)
     table = (config.vocab_size, hidden)
-    yield Entry("embed_tokens", ((Part("model.embed_tokens", table, rows=vocabulary),),))
+    yield ParamSpec("embed_tokens", ((Shard("model.embed_tokens", table, rows=vocabulary),),))
     for i in range(config.num_hidden_layers):
         dense = i < config.first_k_dense_replace
-        yield from _block(config, group, grain, f"layers.{i}", f"model.layers.{i}", dense)
-    yield Entry("norm", vectors=(("model.norm.weight", hidden, None),))
-    yield Entry("lm_head", ((Part("lm_head", table, rows=vocabulary),),))
+        yield from _block(config, group, shard_alignment, f"layers.{i}", f"model.layers.{i}", dense)
+    yield ParamSpec("norm", vectors=(("model.norm.weight", hidden, None),))
+    yield ParamSpec("lm_head", ((Shard("lm_head", table, rows=vocabulary),),))
     if mtp is None:
         return
     ours, theirs = "mtp", mtp_prefix(config)[:-1]
     for norm in ("enorm", "hnorm"):
-        yield Entry(f"{ours}.{norm}", vectors=((f"{theirs}.{norm}.weight", hidden, None),))
-    yield Entry(f"{ours}.eh_proj", ((Part(f"{theirs}.eh_proj", (hidden, 2 * hidden)),),))
-    yield from _block(config, group, grain, f"{ours}.block", theirs, dense=False)
-    yield Entry(f"{ours}.norm", vectors=((f"{theirs}.shared_head.norm.weight", hidden, None),))
+        yield ParamSpec(f"{ours}.{norm}", vectors=((f"{theirs}.{norm}.weight", hidden, None),))
+    yield ParamSpec(f"{ours}.eh_proj", ((Shard(f"{theirs}.eh_proj", (hidden, 2 * hidden)),),))
+    yield from _block(config, group, shard_alignment, f"{ours}.block", theirs, dense=False)
+    yield ParamSpec(f"{ours}.norm", vectors=((f"{theirs}.shared_head.norm.weight", hidden, None),))
     own_embedding, own_head = mtp
     if own_embedding:
-        yield Entry(f"{ours}.embed_tokens", ((Part(f"{theirs}.embed_tokens", table, rows=vocabulary),),))
+        yield ParamSpec(f"{ours}.embed_tokens", ((Shard(f"{theirs}.embed_tokens", table, rows=vocabulary),),))
     if own_head:
-        yield Entry(f"{ours}.head", ((Part(f"{theirs}.shared_head.head", table, rows=vocabulary),),))
+        yield ParamSpec(f"{ours}.head", ((Shard(f"{theirs}.shared_head.head", table, rows=vocabulary),),))
 
 
-def _block(config: ModelConfig, group: Group, grain: Grain, ours: str, theirs: str, dense: bool) -> Iterator[Entry]:
+def _block(
+    config: ModelConfig, group: Group, shard_alignment: ShardAlignment, ours: str, theirs: str, dense: bool
+) -> Iterator[ParamSpec]:
     hidden = config.hidden_size
     for norm in ("input_layernorm", "post_attention_layernorm"):
-        yield Entry(f"{ours}.{norm}", vectors=((f"{theirs}.{norm}.weight", hidden, None),))
+        yield ParamSpec(f"{ours}.{norm}", vectors=((f"{theirs}.{norm}.weight", hidden, None),))
     yield from _attention(config, group, f"{ours}.self_attn", f"{theirs}.self_attn")
     ours, theirs = f"{ours}.mlp", f"{theirs}.mlp"
     if dense:
-        yield from _mlp(config.intermediate_size, hidden, group, grain, ours, theirs)
+        yield from _mlp(config.intermediate_size, hidden, group, shard_alignment, ours, theirs)
         return
     experts = config.n_routed_experts
     correction = (f"{theirs}.gate.e_score_correction_bias", experts, None)
-    yield Entry(f"{ours}.gate.proj", ((Part(f"{theirs}.gate", (experts, hidden)),),), exact=True)
-    yield Entry(f"{ours}.gate.e_score_correction_bias", vectors=(correction,), exact=True)
+    yield ParamSpec(f"{ours}.gate.proj", ((Shard(f"{theirs}.gate", (experts, hidden)),),), keep_float32=True)
+    yield ParamSpec(f"{ours}.gate.e_score_correction_bias", vectors=(correction,), keep_float32=True)
     width = config.moe_intermediate_size
-    each = [list(_mlp(width, hidden, group, grain, ours, f"{theirs}.experts.{e}")) for e in range(experts)]
+    each = [list(_mlp(width, hidden, group, shard_alignment, ours, f"{theirs}.experts.{e}")) for e in range(experts)]
     for i, leaf in enumerate(("gate_up_proj", "down_proj")):
-        yield Entry(f"{ours}.experts.{leaf}", tuple(pair[i].groups[0] for pair in each))
+        yield ParamSpec(f"{ours}.experts.{leaf}", tuple(pair[i].groups[0] for pair in each))
     shared = f"{ours}.shared_experts", f"{theirs}.shared_experts"
-    yield from _mlp(width * config.n_shared_experts, hidden, group, grain, *shared)
+    yield from _mlp(width * config.n_shared_experts, hidden, group, shard_alignment, *shared)
 
 
-def _attention(config: ModelConfig, group: Group, ours: str, theirs: str) -> Iterator[Entry]:
+def _attention(config: ModelConfig, group: Group, ours: str, theirs: str) -> Iterator[ParamSpec]:
     hidden, d, (h, g) = config.hidden_size, config.head_dim, (config.num_attention_heads, config.num_key_value_heads)
     q = (h // group.size * group.rank * d, h // group.size * (group.rank + 1) * d)
     kv = config.key_value_heads(group.size)  # with more ranks than heads, neighbours hold the same one
     first = group.rank * g // group.size
     k = (first * d, (first + kv) * d)
     rows = (("q_proj", h * d, q), ("k_proj", g * d, k), ("v_proj", g * d, k))
-    yield Entry(
+    yield ParamSpec(
         f"{ours}.qkv_proj",
-        (tuple(Part(f"{theirs}.{name}", (out, hidden), rows=cut) for name, out, cut in rows),),
+        (tuple(Shard(f"{theirs}.{name}", (out, hidden), rows=cut) for name, out, cut in rows),),
         tuple((f"{theirs}.{name}.bias", out, cut) for name, out, cut in rows) if config.attention_bias else (),
     )
-    yield Entry(f"{ours}.o_proj", ((Part(f"{theirs}.o_proj", (hidden, h * d), cols=q),),))
+    yield ParamSpec(f"{ours}.o_proj", ((Shard(f"{theirs}.o_proj", (hidden, h * d), cols=q),),))
     for norm in ("q_norm", "k_norm") if config.use_qk_norm else ():
-        yield Entry(f"{ours}.{norm}", vectors=((f"{theirs}.{norm}.weight", d, None),))
+        yield ParamSpec(f"{ours}.{norm}", vectors=((f"{theirs}.{norm}.weight", d, None),))
 
 
-def _mlp(width: int, hidden: int, group: Group, grain: Grain, ours: str, theirs: str) -> Iterator[Entry]:
-    size = grain(f"{theirs}.down_proj", width)
+def _mlp(
+    width: int, hidden: int, group: Group, shard_alignment: ShardAlignment, ours: str, theirs: str
+) -> Iterator[ParamSpec]:
+    size = shard_alignment(f"{theirs}.down_proj", width)
     size = size if width // size >= group.size else 1  # no rank goes without
     cut = tuple(size * place for place in group.split(width // size))
-    gate, up = (Part(f"{theirs}.{name}", (width, hidden), rows=cut) for name in ("gate_proj", "up_proj"))
-    yield Entry(f"{ours}.gate_up_proj", ((gate, up),))
-    yield Entry(f"{ours}.down_proj", ((Part(f"{theirs}.down_proj", (hidden, width), cols=cut),),))
+    gate, up = (Shard(f"{theirs}.{name}", (width, hidden), rows=cut) for name in ("gate_proj", "up_proj"))
+    yield ParamSpec(f"{ours}.gate_up_proj", ((gate, up),))
+    yield ParamSpec(f"{ours}.down_proj", ((Shard(f"{theirs}.down_proj", (hidden, width), cols=cut),),))

@@ -22,8 +22,8 @@ from glimmer.config import EngineConfig, SamplingParams
 from glimmer.errors import ConfigError, GlimmerError, RequestError
 from glimmer.llm import LLM, RequestOutput, join
 from glimmer.parallel import world
-from glimmer.predict.keys import ENGINE, GENERATION, INPUT, OUTPUT, SAMPLING, TRANSLATED, Plan, plan
-from glimmer.predict.rows import Rows, read_prompts, row, save
+from glimmer.predict.options import ENGINE, GENERATION, INPUT, OUTPUT, SAMPLING, TRANSLATED, Plan, plan
+from glimmer.predict.results import Rows, read_prompts, row, save
 from glimmer.testing import default_model
 
 RESULT = Path("text_generation_result.txt")
@@ -91,8 +91,10 @@ def predict(argv: list[str], home: Path | None) -> int:
     except (GlimmerError, KeyboardInterrupt, Terminated) as reason:
         word = "interrupted" if isinstance(reason, KeyboardInterrupt) else "stopped"
         if progress.begun and rows.path is not None:
-            progress.say(f"{word}; {len(rows.rows)} of {len(rows.prompts)} rows are in {rows.path};"
-                         " the same command with --resume answers the rest")
+            progress.say(
+                f"{word}; {len(rows.rows)} of {len(rows.prompts)} rows are in {rows.path};"
+                " the same command with --resume answers the rest"
+            )
         elif progress.begun:
             progress.say(f"{word}; no answer is kept (with --output FILE.jsonl those that are done would be)")
         elif word == "interrupted":
@@ -117,8 +119,11 @@ def answer(asked: Plan, rows: Rows, progress: "Progress") -> None:
     here, first = engine_settings(asked), task["engine"]
     for name in sorted(here.keys() | first.keys()):
         if here.get(name) != first.get(name):
-            raise ConfigError(f"{name}={here.get(name)!r}, but {first.get(name)!r} on rank 0", "the same on every rank",
-                              "give the same command and the same YAML file on every machine")
+            raise ConfigError(
+                f"{name}={here.get(name)!r}, but {first.get(name)!r} on rank 0",
+                "the same on every rank",
+                "give the same command and the same YAML file on every machine",
+            )
     # The row decides the randomness: an answer is the same whether the run was resumed before it or not.
     params = SamplingParams(**task["params"] | {"logit_bias": dict(task["params"]["logit_bias"])})
     each = [replace(params, seed=(llm.config.seed << 32) + index) for index in task["indices"]]

@@ -58,8 +58,14 @@ class ChatTemplate:
             return cls(_configured_template(path), f'"chat_template" in {path}')
         return cls(None, str(directory))
 
-    def render(self, /, messages: Sequence[dict], tools: Sequence[dict] | None = None,
-               add_generation_prompt: bool = True, **kwargs: Any) -> str:
+    def render(
+        self,
+        /,
+        messages: Sequence[dict],
+        tools: Sequence[dict] | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> str:
         """The prompt. It holds all special tokens, to be encoded with add_special_tokens=False.
 
         messages: dicts with "role" (system, user, assistant, tool) and "content" (a text, a list of text parts, or
@@ -176,7 +182,7 @@ def _read(path: Path) -> str:
 
 
 def _configured_template(path: Path) -> str | None:
-    """"chat_template" in tokenizer_config.json: absent, a text, or a list of named texts of which "default" counts."""
+    """ "chat_template" in tokenizer_config.json: absent, a text, or a list of named texts of which "default" counts."""
     try:
         found = json.loads(_read(path)).get("chat_template")
         if isinstance(found, list):
@@ -231,8 +237,12 @@ def _message(message: Any, at: str) -> dict:
             "correct the role; instructions of a developer go under system",
         )
     if role != "assistant" and "content" not in message:
-        raise RequestError(f"{at}.content", f"{at}.content is absent", "a text, or a list of text parts",
-                           f"send what the {role} says as {at}.content")
+        raise RequestError(
+            f"{at}.content",
+            f"{at}.content is absent",
+            "a text, or a list of text parts",
+            f"send what the {role} says as {at}.content",
+        )
     message = {**message, "content": _content(message.get("content"), role, f"{at}.content")}
     if message.get("reasoning_content") is not None:
         _need(message["reasoning_content"], str, f"{at}.reasoning_content", "a text")
@@ -253,8 +263,11 @@ def _content(content: Any, role: str, at: str) -> str | list:
     if role == "tool" and all(map(_is_text_part, content)):
         # One result in parts. The template would take each for a result of its own and print it as Python does.
         return "".join(part["text"] for part in content)
-    known, expected = (_is_result, 'a text or {"output": ...}') if role == "tool" else (
-        _is_text_part, 'a text or {"type": "text", "text": ...}')
+    known, expected = (
+        (_is_result, 'a text or {"output": ...}')
+        if role == "tool"
+        else (_is_text_part, 'a text or {"type": "text", "text": ...}')
+    )
     for i, part in enumerate(content):
         if not (isinstance(part, str) or known(part)):
             # The template would leave it out and say nothing.
@@ -321,6 +334,14 @@ def _need(value: Any, type: Any, field: str, expected: str) -> None:
 
 def _kind(value: Any) -> str:
     """What a JSON value is, in JSON's words."""
-    kinds = {type(None): "null or absent", bool: "a boolean", str: "a text", int: "a number", float: "a number",
-             list: "a list", tuple: "a list", dict: "an object"}
+    kinds = {
+        type(None): "null or absent",
+        bool: "a boolean",
+        str: "a text",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        tuple: "a list",
+        dict: "an object",
+    }
     return kinds.get(type(value), f"a {type(value).__name__}")

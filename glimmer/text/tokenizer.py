@@ -167,8 +167,9 @@ def _configured_tokens(path: Path) -> list[tuple[int, str, bool]]:
         return []
     try:
         listed = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
-        return sorted((int(id), str(token["content"]), bool(token.get("special", False)))
-                      for id, token in listed.items())
+        return sorted(
+            (int(id), str(token["content"]), bool(token.get("special", False))) for id, token in listed.items()
+        )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} cannot be read: {type(error).__name__}: {error}",

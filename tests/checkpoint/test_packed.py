@@ -83,9 +83,18 @@ LAYOUTS: dict[str, Callable[..., dict[str, Tensor]]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("out, inner, group", [
-    (16, 64, 32), (8, 256, 128), (24, 192, 64), (40, 96, 96), (8, 1408, 128), (8, 352, 32), (8, 72, 72),
-])
+@pytest.mark.parametrize(
+    "out, inner, group",
+    [
+        (16, 64, 32),
+        (8, 256, 128),
+        (24, 192, 64),
+        (40, 96, 96),
+        (8, 1408, 128),
+        (8, 352, 32),
+        (8, 72, 72),
+    ],
+)
 def test_every_layout_holds_its_values(layout, out, inner, group, tmp_path):
     codes, zeros, scales = draw(out, inner, group)
     checkpoint = write(tmp_path, LAYOUTS[layout](codes, zeros, scales))
@@ -173,10 +182,16 @@ def test_symmetric_gptq_is_told_from_its_zeros(format, less, tmp_path):
         read(write(tmp_path / "other", gptq(codes, zeros, scales, less)), "m", gptq_zeros=said)
 
 
-@pytest.mark.parametrize("config, expected", [
-    (None, "less one"), ({}, "less one"), ({"sym": False}, "less one"), ({"checkpoint_format": "gptq"}, "less one"),
-    ({"sym": False, "checkpoint_format": "gptq_v2"}, "plain"),
-])
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        (None, "less one"),
+        ({}, "less one"),
+        ({"sym": False}, "less one"),
+        ({"checkpoint_format": "gptq"}, "less one"),
+        ({"sym": False, "checkpoint_format": "gptq_v2"}, "plain"),
+    ],
+)
 def test_what_gptq_says_of_its_zeros(config, expected):
     assert gptq_zeros(config) == expected
 
@@ -209,26 +224,29 @@ def changed(layout: str, **changes) -> dict[str, Tensor]:
 INT = torch.int32
 
 
-@pytest.mark.parametrize("tensors, found, expected", [
-    (changed("compressed", weight_scale=None), "no tensor m.weight_scale", "scales"),
-    (changed("compressed", weight_scale=torch.ones(16, 3)), "of shape (16, 3)", "(16, groups)"),
-    (changed("compressed", weight_scale=torch.ones(15, 2)), "of shape (15, 2)", "(16, groups)"),
-    (changed("compressed", weight_scale=torch.ones(16, 4)), "of shape (16, 4)", "a multiple of 32"),
-    (changed("compressed", weight_scale=torch.ones(16, 2, dtype=INT)), "as int32", "float16"),
-    (changed("compressed", weight_shape=torch.tensor([16, 65])), "m.weight_packed", "[16, 65]"),
-    (changed("compressed", weight_shape=torch.ones(3)), "m.weight_shape", "two whole numbers"),
-    (changed("compressed", weight_zero_point=torch.ones(1, 2, dtype=INT)), "m.weight_zero_point", "(2, 2)"),
-    (changed("compressed", weight_zero_point=torch.ones(16, 2, dtype=torch.int8)), "as int8", "int32"),
-    (changed("compressed", weight_packed=torch.ones(16, 8, dtype=torch.int64)), "as int64", "int32"),
-    (changed("compressed", weight=torch.ones(16, 64)), "m.weight and m.weight_packed", "m.weight, in"),
-    (changed("awq", scales=None), "m.qweight", "m.scales"),
-    (changed("awq", qzeros=None), "m.qweight", "m.qzeros"),
-    (changed("awq", qzeros=torch.ones(2, 3, dtype=INT)), "m.qzeros", "(2, 2)"),
-    (changed("awq", scales=torch.ones(2, 24)), "m.qweight", "(64, 3)"),
-    (changed("gptq", g_idx=torch.ones(3, dtype=INT)), "m.g_idx", "(64,)"),
-    (changed("gptq", qweight=torch.ones(16, 16, dtype=INT)), "m.g_idx", "(128,)"),
-    (changed("gptq", scales=torch.full((2, 16), float("nan"))), "32 scales", "scales"),
-])
+@pytest.mark.parametrize(
+    "tensors, found, expected",
+    [
+        (changed("compressed", weight_scale=None), "no tensor m.weight_scale", "scales"),
+        (changed("compressed", weight_scale=torch.ones(16, 3)), "of shape (16, 3)", "(16, groups)"),
+        (changed("compressed", weight_scale=torch.ones(15, 2)), "of shape (15, 2)", "(16, groups)"),
+        (changed("compressed", weight_scale=torch.ones(16, 4)), "of shape (16, 4)", "a multiple of 32"),
+        (changed("compressed", weight_scale=torch.ones(16, 2, dtype=INT)), "as int32", "float16"),
+        (changed("compressed", weight_shape=torch.tensor([16, 65])), "m.weight_packed", "[16, 65]"),
+        (changed("compressed", weight_shape=torch.ones(3)), "m.weight_shape", "two whole numbers"),
+        (changed("compressed", weight_zero_point=torch.ones(1, 2, dtype=INT)), "m.weight_zero_point", "(2, 2)"),
+        (changed("compressed", weight_zero_point=torch.ones(16, 2, dtype=torch.int8)), "as int8", "int32"),
+        (changed("compressed", weight_packed=torch.ones(16, 8, dtype=torch.int64)), "as int64", "int32"),
+        (changed("compressed", weight=torch.ones(16, 64)), "m.weight and m.weight_packed", "m.weight, in"),
+        (changed("awq", scales=None), "m.qweight", "m.scales"),
+        (changed("awq", qzeros=None), "m.qweight", "m.qzeros"),
+        (changed("awq", qzeros=torch.ones(2, 3, dtype=INT)), "m.qzeros", "(2, 2)"),
+        (changed("awq", scales=torch.ones(2, 24)), "m.qweight", "(64, 3)"),
+        (changed("gptq", g_idx=torch.ones(3, dtype=INT)), "m.g_idx", "(64,)"),
+        (changed("gptq", qweight=torch.ones(16, 16, dtype=INT)), "m.g_idx", "(128,)"),
+        (changed("gptq", scales=torch.full((2, 16), float("nan"))), "32 scales", "scales"),
+    ],
+)
 def test_what_does_not_fit_together_is_refused(tensors, found, expected, tmp_path):
     with pytest.raises(CheckpointError) as caught:
         read(write(tmp_path, tensors), "m")
@@ -269,16 +287,34 @@ def test_accepted(config):
     check(config)
 
 
-@pytest.mark.parametrize("config, key, value", [
-    (PACK, f"{GROUP}.num_bits", 8), (PACK, f"{GROUP}.group_size", 16), (PACK, f"{GROUP}.strategy", "tensor"),
-    (PACK, f"{GROUP}.actorder", "group"), (PACK, f"{GROUP}.type", "float"), (PACK, f"{GROUP}.dynamic", True),
-    (PACK, f"{ROOT}.input_activations", INT8), (PACK, f"{ROOT}.format", "int-quantized"),
-    (W8A8, f"{GROUP}.symmetric", False), (W8A8, f"{GROUP}.num_bits", 4), (W8A8, f"{GROUP}.strategy", "group"),
-    (W8A8, f"{ROOT}.input_activations", None), (W8A8, f"{ROOT}.input_activations.dynamic", False),
-    (AWQ, "bits", 8), (AWQ, "group_size", 48), (AWQ, "version", "gemv"), (AWQ, "zero_point", False),
-    (GPTQ, "bits", 8), (GPTQ, "group_size", 0), (GPTQ, "desc_act", True), (GPTQ, "checkpoint_format", "marlin"),
-    (GPTQ, "is_marlin_format", True), (GPTQ, "dynamic", {"+:.*q_proj": {"bits": 8}}),
-])
+@pytest.mark.parametrize(
+    "config, key, value",
+    [
+        (PACK, f"{GROUP}.num_bits", 8),
+        (PACK, f"{GROUP}.group_size", 16),
+        (PACK, f"{GROUP}.strategy", "tensor"),
+        (PACK, f"{GROUP}.actorder", "group"),
+        (PACK, f"{GROUP}.type", "float"),
+        (PACK, f"{GROUP}.dynamic", True),
+        (PACK, f"{ROOT}.input_activations", INT8),
+        (PACK, f"{ROOT}.format", "int-quantized"),
+        (W8A8, f"{GROUP}.symmetric", False),
+        (W8A8, f"{GROUP}.num_bits", 4),
+        (W8A8, f"{GROUP}.strategy", "group"),
+        (W8A8, f"{ROOT}.input_activations", None),
+        (W8A8, f"{ROOT}.input_activations.dynamic", False),
+        (AWQ, "bits", 8),
+        (AWQ, "group_size", 48),
+        (AWQ, "version", "gemv"),
+        (AWQ, "zero_point", False),
+        (GPTQ, "bits", 8),
+        (GPTQ, "group_size", 0),
+        (GPTQ, "desc_act", True),
+        (GPTQ, "checkpoint_format", "marlin"),
+        (GPTQ, "is_marlin_format", True),
+        (GPTQ, "dynamic", {"+:.*q_proj": {"bits": 8}}),
+    ],
+)
 def test_refused_by_name(config, key, value):
     config = copy.deepcopy(config)
     *path, last = key.split(".")

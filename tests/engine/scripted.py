@@ -7,7 +7,7 @@ import torch
 
 from glimmer.config import EngineConfig
 from glimmer.engine.engine import Engine
-from glimmer.engine.runner import Room, Runner
+from glimmer.engine.runner import KVCacheConfig, Runner
 from glimmer.parallel import Group
 
 VOCABULARY = 50
@@ -20,7 +20,7 @@ class ScriptedRunner:
     device = torch.device("cpu")
 
     def __init__(self, num_blocks: int, block_size: int, max_model_len: int):
-        self.room = Room(num_blocks, max_model_len)
+        self.kv_cache_config = KVCacheConfig(num_blocks, max_model_len)
         self.cache = self  # Runner.batch asks it for block_size
         self.block_size = block_size
         self.slots = [-1] * (num_blocks * block_size)
@@ -29,15 +29,15 @@ class ScriptedRunner:
     def forward(self, batch):
         self.steps += 1
         self.rows = max(self.rows, len(batch.tokens))
-        assert len(set(batch.slots.tolist())) == len(batch.slots), "two tokens in one slot"
-        for token, slot in zip(batch.tokens.tolist(), batch.slots.tolist()):
+        assert len(set(batch.slot_mapping.tolist())) == len(batch.slot_mapping), "two tokens in one slot"
+        for token, slot in zip(batch.tokens.tolist(), batch.slot_mapping.tolist()):
             self.slots[slot] = token
-        wanted, logits = set(batch.rows.tolist()), []
-        for s, length in enumerate(batch.lengths):
-            table = batch.blocks[s].tolist()
+        wanted, logits = set(batch.logits_indices.tolist()), []
+        for s, length in enumerate(batch.seq_lens):
+            table = batch.block_tables[s].tolist()
             size = self.block_size
             history = [self.slots[table[p // size] * size + p % size] for p in range(length)]
-            first, last = batch.starts[s], batch.starts[s + 1]
+            first, last = batch.query_start_loc[s], batch.query_start_loc[s + 1]
             assert batch.positions[first:last].tolist() == list(range(length - (last - first), length))
             logits += [row_for(history[: length - last + r + 1]) for r in range(first, last) if r in wanted]
         return torch.tensor(logits) if logits else None

@@ -12,56 +12,56 @@ def sequence(*tokens: int) -> Sequence:
 def computed(blocks: Blocks, *tokens: int) -> Sequence:
     """A sequence all of whose tokens are in the cache."""
     new = sequence(*tokens)
-    blocks.adopt(new, blocks.shared(new))
-    before = new.computed
-    assert blocks.grow(new, len(tokens))
-    new.computed = len(tokens)
-    blocks.publish(new, before)
+    blocks.share(new, blocks.match_prefix(new))
+    before = new.num_computed_tokens
+    assert blocks.allocate(new, len(tokens))
+    new.num_computed_tokens = len(tokens)
+    blocks.cache_full_blocks(new, before)
     return new
 
 
 def test_grow_takes_all_or_nothing():
     blocks = Blocks(3, 4, reuse=True)
     held = sequence(*range(8))
-    assert blocks.grow(held, 8) and len(held.blocks) == 2
-    assert blocks.grow(held, 7) and len(held.blocks) == 2
+    assert blocks.allocate(held, 8) and len(held.blocks) == 2
+    assert blocks.allocate(held, 7) and len(held.blocks) == 2
     other = sequence(*range(100, 108))
-    assert not blocks.grow(other, 8) and other.blocks == [] and blocks.free == 1
+    assert not blocks.allocate(other, 8) and other.blocks == [] and blocks.free == 1
     blocks.check([held, other])
 
 
 def test_only_full_blocks_with_the_same_history_are_shared():
     blocks = Blocks(10, 2, reuse=True)
     first = computed(blocks, 1, 2, 3, 4, 5)
-    assert blocks.shared(sequence(1, 2, 3, 4, 9)) == first.blocks[:2]
-    assert blocks.shared(sequence(1, 2, 3, 4)) == first.blocks[:1], "one token is left to compute"
-    assert blocks.shared(sequence(3, 4, 5)) == [], "same tokens, other history"
-    assert blocks.shared(sequence(0, 2, 3, 4, 9)) == []
+    assert blocks.match_prefix(sequence(1, 2, 3, 4, 9)) == first.blocks[:2]
+    assert blocks.match_prefix(sequence(1, 2, 3, 4)) == first.blocks[:1], "one token is left to compute"
+    assert blocks.match_prefix(sequence(3, 4, 5)) == [], "same tokens, other history"
+    assert blocks.match_prefix(sequence(0, 2, 3, 4, 9)) == []
 
 
 def test_released_blocks_are_found_again_until_they_are_needed():
     blocks = Blocks(4, 2, reuse=True)
     first = computed(blocks, 1, 2, 3, 4, 5)
     blocks.release(first)
-    assert blocks.free == 4 and len(blocks.shared(sequence(1, 2, 3, 4, 5))) == 2
+    assert blocks.free == 4 and len(blocks.match_prefix(sequence(1, 2, 3, 4, 5))) == 2
     second = computed(blocks, 1, 2, 3, 4, 6, 7)
     blocks.check([second])
     third = sequence(8, 9)
-    assert blocks.grow(third, 2)
+    assert blocks.allocate(third, 2)
     blocks.check([second, third])
     blocks.release(second)
     blocks.release(third)
     big = sequence(*range(20, 28))
-    assert blocks.grow(big, 8)
-    assert blocks.shared(sequence(1, 2, 3, 4, 5)) == [], "overwritten blocks are forgotten"
+    assert blocks.allocate(big, 8)
+    assert blocks.match_prefix(sequence(1, 2, 3, 4, 5)) == [], "overwritten blocks are forgotten"
     blocks.check([big])
 
 
 def test_the_beginning_outlives_the_end():
     blocks = Blocks(4, 2, reuse=True)
     blocks.release(computed(blocks, 1, 2, 3, 4, 5, 6, 7))
-    assert blocks.grow(sequence(9, 9, 9, 9), 4)
-    assert len(blocks.shared(sequence(1, 2, 3, 4, 5, 6, 7))) == 2
+    assert blocks.allocate(sequence(9, 9, 9, 9), 4)
+    assert len(blocks.match_prefix(sequence(1, 2, 3, 4, 5, 6, 7))) == 2
 
 
 def test_blocks_of_no_use_to_others_are_taken_first():
@@ -70,11 +70,11 @@ def test_blocks_of_no_use_to_others_are_taken_first():
     known, loose = first.blocks
     blocks.release(first)
     second = sequence(7, 7, 7, 7, 7, 7, 7, 7)
-    assert blocks.grow(second, 8) and second.blocks[0] == loose and known not in second.blocks
+    assert blocks.allocate(second, 8) and second.blocks[0] == loose and known not in second.blocks
     blocks.check([second])
 
 
 def test_without_reuse_nothing_is_remembered():
     blocks = Blocks(4, 2, reuse=False)
     computed(blocks, 1, 2, 3)
-    assert blocks.shared(sequence(1, 2, 3)) == []
+    assert blocks.match_prefix(sequence(1, 2, 3)) == []

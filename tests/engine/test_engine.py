@@ -57,8 +57,12 @@ def test_each_request_gets_the_tokens_it_gets_alone(
     source = random.Random(seed)
     max_model_len = min(num_blocks * block_size, 40)
     engine = scripted.scripted_engine(
-        num_blocks, block_size, max_model_len, max_num_batched_tokens=max_num_batched_tokens,
-        max_num_seqs=max_num_seqs, enable_prefix_caching=reuse,
+        num_blocks,
+        block_size,
+        max_model_len,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+        enable_prefix_caching=reuse,
     )
     beginnings = [[source.randrange(50) for _ in range(max_model_len)] for _ in range(3)]
     requests, answers, reasons, aborted = {}, {}, {}, set()
@@ -67,8 +71,12 @@ def test_each_request_gets_the_tokens_it_gets_alone(
             length = source.randrange(1, max_model_len)
             shared = source.randrange(length + 1)
             prompt = source.choice(beginnings)[:shared] + [source.randrange(50) for _ in range(length - shared)]
-            new = request(str(len(requests)), prompt, max_tokens=source.choice([1, 2, 5, 20, None]),
-                          ignore_eos=source.random() < 0.5)
+            new = request(
+                str(len(requests)),
+                prompt,
+                max_tokens=source.choice([1, 2, 5, 20, None]),
+                ignore_eos=source.random() < 0.5,
+            )
             requests[new.id] = new
             engine.add(new)
         if requests and source.random() < 0.1:

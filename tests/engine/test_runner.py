@@ -7,20 +7,20 @@ import shutil
 import pytest
 import torch
 
-from glimmer import LLM, ops
+from glimmer import LLM, backends
 from glimmer import device as devices
 from glimmer.config import EngineConfig, ModelConfig
-from glimmer.engine.runner import Room, make_room
+from glimmer.engine.runner import KVCacheConfig, make_kv_cache_config
 from glimmer.errors import ConfigError, NotEnoughMemory
 from glimmer.parallel import Group
 
 GIB = 1 << 30
 
 
-def room(directory, weights: int = 0, **settings) -> Room:
+def room(directory, weights: int = 0, **settings) -> KVCacheConfig:
     config, cpu = EngineConfig(model=str(directory), max_num_batched_tokens=64, **settings), torch.device("cpu")
     kept = torch.int8 if config.kv_cache_dtype == "int8" else torch.float32
-    return make_room(config, ModelConfig.load(directory), Group(), cpu, kept, weights)
+    return make_kv_cache_config(config, ModelConfig.load(directory), Group(), cpu, kept, weights)
 
 
 def test_the_smaller_of_share_and_cap_is_divided(checkpoint, monkeypatch):
@@ -54,9 +54,13 @@ def test_one_line_says_who_serves_each_door(checkpoint, caplog):
     caplog.set_level(logging.INFO, "glimmer")
     LLM(str(checkpoint()), max_model_len=64, max_num_seqs=1)
     [line] = [r.getMessage() for r in caplog.records if r.getMessage().startswith("operations: ")]
-    table = ops.choose(devices.resolve("auto", 0).type).table()
-    said = {door: backend for part in line.removeprefix("operations: ").split("; ")
-            for doors, _, backend in [part.partition(" by ")] for door in doors.split(", ")}
+    table = backends.choose(devices.resolve("auto", 0).type).table()
+    said = {
+        op: backend
+        for part in line.removeprefix("operations: ").split("; ")
+        for ops, _, backend in [part.partition(" by ")]
+        for op in ops.split(", ")
+    }
     assert said == dict(table) and line.count(" by ") == len({backend for _, backend in table})
 
 

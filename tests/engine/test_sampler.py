@@ -20,9 +20,9 @@ def chunk(prompt=(1, 2), answer=(), seed="s", eos=(), **params) -> Chunk:
     return Chunk(sequence, len(sequence.tokens) - 1, 1, 1)
 
 
-def choose(logits, *chunks, choosable=None):
+def choose(logits, *chunks, sampling_vocab_size=None):
     logits = torch.as_tensor(logits, dtype=torch.float32)
-    return Sampler(choosable or logits.shape[-1]).choose(logits, Step(chunks))
+    return Sampler(sampling_vocab_size or logits.shape[-1]).sample(logits, Step(chunks))
 
 
 def draws(logits, count, **params) -> Counter:
@@ -33,10 +33,10 @@ def draws(logits, count, **params) -> Counter:
 
 def test_greedy_takes_the_likeliest_and_padding_is_never_chosen():
     logits = [[0.0, 3.0, 1.0, 9.0, 9.0]]
-    assert choose(logits, chunk(temperature=0), choosable=3)[0].token == 1
+    assert choose(logits, chunk(temperature=0), sampling_vocab_size=3)[0].token == 1
     assert set(draws(logits[0], 200, temperature=5)) == {0, 1, 2, 3, 4}
     chunks = [chunk(temperature=5, seed=str(i)) for i in range(200)]
-    assert {c.token for c in choose(torch.tensor(logits).expand(200, -1), *chunks, choosable=3)} == {0, 1, 2}
+    assert {c.token for c in choose(torch.tensor(logits).expand(200, -1), *chunks, sampling_vocab_size=3)} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -95,8 +95,15 @@ def test_a_draw_depends_on_seed_and_length_only():
 
 def test_penalties_follow_their_formulas():
     logits = [[1.0, 2.0, -1.0, 0.0]]
-    given = chunk(prompt=[1], answer=[2, 2], temperature=0, repetition_penalty=2.0, frequency_penalty=0.5,
-                  presence_penalty=0.25, logprobs=0)
+    given = chunk(
+        prompt=[1],
+        answer=[2, 2],
+        temperature=0,
+        repetition_penalty=2.0,
+        frequency_penalty=0.5,
+        presence_penalty=0.25,
+        logprobs=0,
+    )
     # token 1: 2 / 2 = 1; token 2: -1 * 2 - 2 * 0.5 - 0.25; token 0 unseen: 1 -> a tie of 0 and 1, the first wins
     assert choose(logits, given)[0].token == 0
     assert choose([[0.99, 2.0, -1.0, 0.0]], given)[0].token == 1
@@ -122,7 +129,7 @@ def test_bias_and_min_tokens():
 
 def test_logprobs_are_of_the_raw_logits():
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
-    made = choose(logits, chunk(temperature=0, logprobs=2, logit_bias={3: 100.0}), choosable=4)[0]
+    made = choose(logits, chunk(temperature=0, logprobs=2, logit_bias={3: 100.0}), sampling_vocab_size=4)[0]
     raw = logits[0].log_softmax(-1)
     assert made.token == 3
     assert {i: (round(p.logprob, 5), p.rank) for i, p in made.logprobs.items()} == {

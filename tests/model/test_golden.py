@@ -140,8 +140,11 @@ def test_logprobs_of_the_public_api(checkpoint, engine, reference):
 
 
 SHARED = prompt(70, seed=2)
-CROWD = [prompt(n, seed=3) for n in (1, 2, 15, 33, 64, 150)] + [SHARED[:n] + prompt(m, seed=4) for n, m in (
-    (16, 1), (32, 5), (48, 1), (70, 1), (70, 30))] + [SHARED, SHARED[:33], SHARED]
+CROWD = (
+    [prompt(n, seed=3) for n in (1, 2, 15, 33, 64, 150)]
+    + [SHARED[:n] + prompt(m, seed=4) for n, m in ((16, 1), (32, 5), (48, 1), (70, 1), (70, 30))]
+    + [SHARED, SHARED[:33], SHARED]
+)
 BUDGET = 12  # tokens of each answer
 
 SETTINGS = {
@@ -173,8 +176,12 @@ def test_same_tokens_in_any_company(how, alone, checkpoint, engine):
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
-@given(order=st.permutations(range(len(CROWD))), count=st.integers(1, len(CROWD)), budgets=st.lists(
-    st.integers(1, BUDGET), min_size=len(CROWD), max_size=len(CROWD)), how=st.sampled_from(list(SETTINGS)))
+@given(
+    order=st.permutations(range(len(CROWD))),
+    count=st.integers(1, len(CROWD)),
+    budgets=st.lists(st.integers(1, BUDGET), min_size=len(CROWD), max_size=len(CROWD)),
+    how=st.sampled_from(list(SETTINGS)),
+)
 def test_same_tokens_in_any_order(order, count, budgets, how, alone, checkpoint, engine):
     llm = engine(checkpoint(), **SETTINGS[how])
     chosen = order[:count]
@@ -289,11 +296,15 @@ def test_fp8_in_bfloat16(fp8, engine):
 
 def test_fp8_stays_one_byte(fp8, engine, monkeypatch):
     """No layer widens its codes for good, and what the checkpoint leaves plain is left plain."""
-    monkeypatch.setenv("GLIMMER_OPS", "reference")  # whose packed matrices show their codes
+    monkeypatch.setenv("GLIMMER_BACKEND", "reference")  # whose packed matrices show their codes
     model = engine(fp8[0], seed=1)._runner.model  # an engine of its own, not one that other tests have loaded
     packed = {name: leaf.packed for name, leaf in model.named_modules() if getattr(leaf, "packed", None) is not None}
     kinds = {name: {w.kind for w in (p if isinstance(p, list) else [p])} for name, p in packed.items()}
     plain = {name for name, kind in kinds.items() if kind != {"fp8"}}
     assert plain == {"lm_head"} | {f"layers.{i}.mlp.gate.proj" for i in (1, 2, 3)}
-    assert all(w.codes.dtype == torch.float8_e4m3fn for n, p in packed.items() if n not in plain
-               for w in (p if isinstance(p, list) else [p]))
+    assert all(
+        w.codes.dtype == torch.float8_e4m3fn
+        for n, p in packed.items()
+        if n not in plain
+        for w in (p if isinstance(p, list) else [p])
+    )

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from glimmer import ops
+from glimmer import backends
 from glimmer.batch import Batch
 from glimmer.checkpoint.files import Checkpoint
 from glimmer.config import EngineConfig, ModelConfig
@@ -20,30 +20,59 @@ from glimmer.engine.runner import Runner
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.model.cache import Cache
 from glimmer.model.glm4_moe import Glm4Moe
-from glimmer.model.load import Plan
+from glimmer.model.load import WeightLoader
 from glimmer.parallel import Group
 from glimmer.testing import empty_checkpoint, tensors
 
 CPU, ALONE = torch.device("cpu"), Group()
 
 GLM_45 = {
-    "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "attention_bias": True, "hidden_act": "silu",
-    "hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536, "head_dim": 128,
-    "num_hidden_layers": 92, "num_attention_heads": 96, "num_key_value_heads": 8, "n_routed_experts": 160,
-    "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5, "first_k_dense_replace": 3, "use_qk_norm": True, "vocab_size": 151552,
-    "max_position_embeddings": 131072, "num_nextn_predict_layers": 1, "partial_rotary_factor": 0.5,
-    "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 1000000, "tie_word_embeddings": False,
-    "eos_token_id": [151329, 151336, 151338], "pad_token_id": 151329, "torch_dtype": "bfloat16",
+    "architectures": ["Glm4MoeForCausalLM"],
+    "model_type": "glm4_moe",
+    "attention_bias": True,
+    "hidden_act": "silu",
+    "hidden_size": 5120,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "head_dim": 128,
+    "num_hidden_layers": 92,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "n_routed_experts": 160,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 3,
+    "use_qk_norm": True,
+    "vocab_size": 151552,
+    "max_position_embeddings": 131072,
+    "num_nextn_predict_layers": 1,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "tie_word_embeddings": False,
+    "eos_token_id": [151329, 151336, 151338],
+    "pad_token_id": 151329,
+    "torch_dtype": "bfloat16",
 }
 AIR = GLM_45 | {
-    "hidden_size": 4096, "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_hidden_layers": 46,
-    "n_routed_experts": 128, "routed_scaling_factor": 1.0, "first_k_dense_replace": 1, "use_qk_norm": False,
+    "hidden_size": 4096,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 46,
+    "n_routed_experts": 128,
+    "routed_scaling_factor": 1.0,
+    "first_k_dense_replace": 1,
+    "use_qk_norm": False,
 }
 
 
-def plan(directory: Path, group: Group = ALONE, dtype: torch.dtype = torch.bfloat16, mtp: bool = False) -> Plan:
-    return Plan(ModelConfig.load(directory), Checkpoint(directory), group, dtype, mtp)
+def plan(directory: Path, group: Group = ALONE, dtype: torch.dtype = torch.bfloat16, mtp: bool = False) -> WeightLoader:
+    return WeightLoader(ModelConfig.load(directory), Checkpoint(directory), group, dtype, mtp)
 
 
 # ---- every name accounted for --------------------------------------------------------------------------------------
@@ -116,10 +145,17 @@ def test_a_tensor_with_another_number_of_dimensions_is_named(name, altered):
     assert name in error.value.found
 
 
-@pytest.mark.parametrize("name", [
-    "model.layers.1.self_attn.rotary_emb.inv_freq", "model.layers.1.mlp.experts.8.up_proj.weight", "lm_head.bias",
-    "model.layers.5.input_layernorm.weight", "model.layers.0.mlp.gate.weight", "model.layers.44.eh_proj.weight",
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.self_attn.rotary_emb.inv_freq",
+        "model.layers.1.mlp.experts.8.up_proj.weight",
+        "lm_head.bias",
+        "model.layers.5.input_layernorm.weight",
+        "model.layers.0.mlp.gate.weight",
+        "model.layers.44.eh_proj.weight",
+    ],
+)
 def test_a_superfluous_tensor_is_named(name, altered):
     with pytest.raises(CheckpointError, match="1 tensor superfluous") as error:
         plan(altered(lambda tensors: tensors.update({name: torch.zeros(8)})))
@@ -127,19 +163,24 @@ def test_a_superfluous_tensor_is_named(name, altered):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("_proj.weight")])
-@pytest.mark.parametrize("change", [
-    lambda tensors, scale: tensors.pop(scale),
-    lambda tensors, scale: tensors.update({scale: torch.ones(3, 1)}),
-    lambda tensors, scale: tensors.update({scale: tensors[scale].to(torch.int8)}),
-], ids=["missing", "misshapen", "int8"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, scale: tensors.pop(scale),
+        lambda tensors, scale: tensors.update({scale: torch.ones(3, 1)}),
+        lambda tensors, scale: tensors.update({scale: tensors[scale].to(torch.int8)}),
+    ],
+    ids=["missing", "misshapen", "int8"],
+)
 def test_a_scale_of_fp8_codes_is_named(change, name, altered):
     with pytest.raises(CheckpointError) as error:
         plan(altered(lambda tensors: change(tensors, f"{name}_scale"), fp8=True))
     assert name in error.value.found + error.value.expected
 
 
-@pytest.mark.parametrize("name", ["lm_head.weight_scale", "model.norm.weight_scale",
-                                  "model.layers.1.self_attn.o_proj.weight_scale"])
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight_scale", "model.norm.weight_scale", "model.layers.1.self_attn.o_proj.weight_scale"]
+)
 def test_a_scale_without_codes_is_named(name, altered):
     with pytest.raises(CheckpointError) as error:
         plan(altered(lambda tensors: tensors.update({name: torch.ones(64, 1)})))
@@ -157,20 +198,23 @@ def test_many_names_are_counted_and_some_are_shown(altered):
     assert "model.layers.1.mlp.experts.0.gate_proj.weight" in error.value.found and len(error.value.found) < 900
 
 
-@pytest.mark.parametrize("key, value, names", [
-    ("num_hidden_layers", 5, "missing.*model.layers.4."),
-    ("num_hidden_layers", 3, "superfluous.*model.layers.3."),
-    ("n_routed_experts", 9, "missing.*experts.8.gate_proj"),
-    ("n_routed_experts", 7, "gate.weight is .8, 64., config.json says .7, 64."),
-    ("first_k_dense_replace", 2, "missing.*model.layers.1.mlp.gate_proj"),
-    ("use_qk_norm", False, "superfluous.*k_norm"),
-    ("attention_bias", False, "superfluous.*k_proj.bias"),
-    ("hidden_size", 128, "embed_tokens.weight is .320, 64., config.json says .320, 128."),
-    ("num_key_value_heads", 2, "k_proj"),
-    ("head_dim", 32, "q_proj"),
-    ("n_shared_experts", 2, "shared_experts"),
-    ("vocab_size", 321, "config.json says .321, 64."),
-])
+@pytest.mark.parametrize(
+    "key, value, names",
+    [
+        ("num_hidden_layers", 5, "missing.*model.layers.4."),
+        ("num_hidden_layers", 3, "superfluous.*model.layers.3."),
+        ("n_routed_experts", 9, "missing.*experts.8.gate_proj"),
+        ("n_routed_experts", 7, "gate.weight is .8, 64., config.json says .7, 64."),
+        ("first_k_dense_replace", 2, "missing.*model.layers.1.mlp.gate_proj"),
+        ("use_qk_norm", False, "superfluous.*k_norm"),
+        ("attention_bias", False, "superfluous.*k_proj.bias"),
+        ("hidden_size", 128, "embed_tokens.weight is .320, 64., config.json says .320, 128."),
+        ("num_key_value_heads", 2, "k_proj"),
+        ("head_dim", 32, "q_proj"),
+        ("n_shared_experts", 2, "shared_experts"),
+        ("vocab_size", 321, "config.json says .321, 64."),
+    ],
+)
 def test_a_configuration_of_another_model_is_found_out(key, value, names, checkpoint, tmp_path):
     directory = shutil.copytree(checkpoint(use_qk_norm=True), tmp_path / "copy")
     config = json.loads((directory / "config.json").read_text())
@@ -182,10 +226,14 @@ def test_a_configuration_of_another_model_is_found_out(key, value, names, checkp
 # ---- the published models, from headers ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config, count, total, main", [
-    (AIR, 18_329, 110_468_824_832, 106_852_251_264),
-    (GLM_45, 44_691, 358_337_791_296, 352_797_829_024),
-], ids=["GLM-4.5-Air", "GLM-4.5"])
+@pytest.mark.parametrize(
+    "config, count, total, main",
+    [
+        (AIR, 18_329, 110_468_824_832, 106_852_251_264),
+        (GLM_45, 44_691, 358_337_791_296, 352_797_829_024),
+    ],
+    ids=["GLM-4.5-Air", "GLM-4.5"],
+)
 def test_published_models(config, count, total, main, tmp_path):
     """Tensors, parameters (with and without MTP) and bytes; routers are kept in float32."""
     model, experts = ModelConfig.from_dict(config), config["n_routed_experts"]
@@ -193,9 +241,9 @@ def test_published_models(config, count, total, main, tmp_path):
     with Checkpoint(empty_checkpoint(tmp_path, config)) as checkpoint:
         assert len(checkpoint.names()) == count
         assert sum(math.prod(checkpoint.shape(n)) for n in checkpoint.names()) == total
-        whole = Plan(model, checkpoint, Group(), torch.bfloat16)
+        whole = WeightLoader(model, checkpoint, Group(), torch.bfloat16)
         assert whole.nbytes == 2 * main + 2 * router * (model.num_hidden_layers - model.first_k_dense_replace)
-        asked = Plan(model, checkpoint, Group(), torch.bfloat16, mtp=True)
+        asked = WeightLoader(model, checkpoint, Group(), torch.bfloat16, mtp=True)
         assert asked.mtp == (True, True) and asked.nbytes - whole.nbytes == 2 * (total - main) + 2 * router
         assert checkpoint.unread() == sorted(checkpoint.names()), "planning looks at headers only"
 
@@ -206,7 +254,7 @@ def test_the_mtp_layer_of_later_members(stored, own, tmp_path):
     config = GLM_45 | {"num_hidden_layers": 4, "n_routed_experts": 8}
     model = ModelConfig.from_dict(config)
     with Checkpoint(empty_checkpoint(tmp_path, config, mtp=stored)) as checkpoint:
-        without, asked = (Plan(model, checkpoint, Group(), torch.bfloat16, mtp) for mtp in (False, True))
+        without, asked = (WeightLoader(model, checkpoint, Group(), torch.bfloat16, mtp) for mtp in (False, True))
         assert without.mtp is None and asked.mtp == (own, own)
         copies = 2 * 2 * config["vocab_size"] * config["hidden_size"]
         assert (asked.nbytes - without.nbytes > copies) == own
@@ -234,7 +282,7 @@ def test_shares_add_up(config, fp8, tmp_path):
                 wanted += times * width * math.prod(shape)
                 if quantised:  # scales go with their rows; where columns are cut, every rank has them all
                     wanted += 4 * shape[0] * (size if name.endswith(("o_proj.weight", "down_proj.weight")) else times)
-            shares = [Plan(model, checkpoint, Group(rank, size), torch.bfloat16).nbytes for rank in range(size)]
+            shares = [WeightLoader(model, checkpoint, Group(rank, size), torch.bfloat16).nbytes for rank in range(size)]
             assert sum(shares) == wanted, f"{size} ranks"
             assert max(shares) - min(shares) < 0.01 * max(shares)
 
@@ -263,13 +311,20 @@ class Share(Group):
 def loaded(directory: Path, rank: int, size: int) -> Glm4Moe:
     group = Share(rank, size)
     asked = plan(directory, group, torch.float32, mtp=True)
-    model = Glm4Moe(ModelConfig.load(directory), group, ops.choose("cpu"), torch.float32, asked.mtp).eval()
+    model = Glm4Moe(ModelConfig.load(directory), group, backends.choose("cpu"), torch.float32, asked.mtp).eval()
     asked.fill(model, CPU)
     return model
 
 
-ODD = dict(num_attention_heads=12, num_key_value_heads=3, intermediate_size=101, moe_intermediate_size=37,
-           vocab_size=331, n_shared_experts=2, use_qk_norm=True)
+ODD = dict(
+    num_attention_heads=12,
+    num_key_value_heads=3,
+    intermediate_size=101,
+    moe_intermediate_size=37,
+    vocab_size=331,
+    n_shared_experts=2,
+    use_qk_norm=True,
+)
 
 
 @pytest.mark.parametrize("variant", [{}, dict(fp8=True), ODD], ids=["plain", "fp8", "odd widths"])
@@ -288,7 +343,7 @@ def test_partial_sums_of_all_ranks_make_the_whole(variant, checkpoint):
         ids, scores = layer.mlp.gate(x)
         return {
             "embed_tokens": model.embed_tokens(tokens),
-            "attention": layer.self_attn(x, model._turn(places), batch, cache.layer(0)),
+            "attention": layer.self_attn(x, model._rotary(places), batch, cache.layer(0)),
             "dense": model.layers[0].mlp(x),
             "experts": layer.mlp.experts(x, ids, scores),
             "moe": layer.mlp(x),
@@ -312,11 +367,11 @@ def test_partial_sums_of_all_ranks_make_the_whole(variant, checkpoint):
 CHILD = """
 import sys, torch
 from pathlib import Path
-from glimmer import ops
+from glimmer import backends
 from glimmer.checkpoint.files import Checkpoint
 from glimmer.config import EngineConfig, ModelConfig
 from glimmer.model.glm4_moe import Glm4Moe
-from glimmer.model.load import Plan
+from glimmer.model.load import WeightLoader
 from glimmer.parallel import Group
 
 def kib(key):
@@ -324,23 +379,37 @@ def kib(key):
 
 directory, dtype, group = sys.argv[1], getattr(torch, sys.argv[2]), Group(rank=1, size=4)
 quantization = sys.argv[3] or None
-config, checkpoint, doors = ModelConfig.load(directory), Checkpoint(directory), ops.choose("cpu")
-plan = Plan(config, checkpoint, group, dtype, quantization=quantization)
-model = Glm4Moe(config, group, doors, torch.float32, plan.mtp)
+config, checkpoint, ops = ModelConfig.load(directory), Checkpoint(directory), backends.choose("cpu")
+loader = WeightLoader(config, checkpoint, group, dtype, quantization=quantization)
+model = Glm4Moe(config, group, ops, torch.float32, loader.mtp)
 before = kib("VmHWM")
-plan.fill(model, torch.device("cpu"))
-print(before, kib("VmHWM"), plan.nbytes)
+loader.fill(model, torch.device("cpu"))
+print(before, kib("VmHWM"), loader.nbytes)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
-@pytest.mark.parametrize("dtype, mtp, quantization", [
-    ("bfloat16", "full", ""), ("float32", None, ""), ("bfloat16", None, "int8"), ("bfloat16", None, "int4"),
-])
+@pytest.mark.parametrize(
+    "dtype, mtp, quantization",
+    [
+        ("bfloat16", "full", ""),
+        ("float32", None, ""),
+        ("bfloat16", None, "int8"),
+        ("bfloat16", None, "int4"),
+    ],
+)
 def test_peak_memory_is_the_share_and_one_tensor(dtype, mtp, quantization, tmp_path):
-    config = GLM_45 | {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "num_hidden_layers": 4,
-                       "n_routed_experts": 16, "moe_intermediate_size": 1024, "intermediate_size": 4096,
-                       "vocab_size": 20_000, "first_k_dense_replace": 1}
+    config = GLM_45 | {
+        "hidden_size": 1024,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 4,
+        "n_routed_experts": 16,
+        "moe_intermediate_size": 1024,
+        "intermediate_size": 4096,
+        "vocab_size": 20_000,
+        "first_k_dense_replace": 1,
+    }
     empty_checkpoint(tmp_path, config, mtp=mtp)
     command = [sys.executable, "-c", CHILD, str(tmp_path), dtype, quantization]
     child = subprocess.run(command, capture_output=True, text=True)

@@ -7,14 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from glimmer import ops
+from glimmer import backends
 from glimmer.batch import Batch
 from glimmer.checkpoint.files import INDEX, Checkpoint
 from glimmer.config import ModelConfig
 from glimmer.errors import CheckpointError
 from glimmer.model.cache import Cache
 from glimmer.model.glm4_moe import Glm4Moe
-from glimmer.model.load import Plan
+from glimmer.model.load import WeightLoader
 from glimmer.parallel import Group
 from glimmer.weight import Weight
 
@@ -29,8 +29,8 @@ SETTINGS = {
 }
 
 
-def plan(directory, mtp: bool, dtype: torch.dtype = torch.float32) -> Plan:
-    return Plan(ModelConfig.load(directory), Checkpoint(directory), Group(), dtype, mtp)
+def plan(directory, mtp: bool, dtype: torch.dtype = torch.float32) -> WeightLoader:
+    return WeightLoader(ModelConfig.load(directory), Checkpoint(directory), Group(), dtype, mtp)
 
 
 class Drafter:
@@ -38,7 +38,7 @@ class Drafter:
 
     def __init__(self, directory):
         config, asked = ModelConfig.load(directory), plan(directory, mtp=True)
-        self.model = Glm4Moe(config, Group(), ops.choose("cpu"), torch.float32, asked.mtp).eval()
+        self.model = Glm4Moe(config, Group(), backends.choose("cpu"), torch.float32, asked.mtp).eval()
         asked.fill(self.model, CPU)
         layers, heads = config.num_hidden_layers + 1, config.num_key_value_heads
         self.cache = Cache(layers, BLOCKS, BLOCK, heads, config.head_dim, torch.float32, CPU)
@@ -118,7 +118,7 @@ def test_copies_are_used_where_they_are(checkpoint, reference, tmp_path):
     main.model.embed_tokens.table = main.model.embed_tokens.table.flip(0)
     with Checkpoint(directory) as opened:
         head = opened.tensor("lm_head.weight").float().flip(0)
-    main.model.lm_head.packed = ops.choose("cpu").pack_linear([Weight("plain", head)], torch.float32, CPU)
+    main.model.lm_head.packed = backends.choose("cpu").pack_linear([Weight("plain", head)], torch.float32, CPU)
     drafter = Drafter(source)
     with torch.inference_mode():
         batch = drafter.batch(TOKENS[:-1])
@@ -147,7 +147,7 @@ def test_never_loaded_unless_asked(stored, fp8, checkpoint, engine):
     directory = checkpoint(mtp=stored, fp8=fp8)
     without, unasked, asked = plan(checkpoint(fp8=fp8), False), plan(directory, False), plan(directory, True)
     assert unasked.mtp is None and unasked.nbytes == without.nbytes
-    assert [e.leaf for e in unasked.entries] == [e.leaf for e in without.entries]
+    assert [e.leaf for e in unasked.param_specs] == [e.leaf for e in without.param_specs]
     assert asked.mtp == ((False, False) if stored == "without_copies" else (True, True))
     assert asked.nbytes > unasked.nbytes
     llm = engine(directory)
@@ -195,8 +195,10 @@ def test_every_tensor_of_the_layer_counts_when_it_is_asked_for(checkpoint, tmp_p
     with pytest.raises(CheckpointError, match=r"1 tensor missing.*model\.layers\.4\.mlp\.experts\.5\.up_proj\.weight"):
         plan(directory, mtp=True)
     assert plan(directory, mtp=False).mtp is None
-    save_file(tensors | {"model.layers.4.mlp.experts.5.up_proj.weight": gone, "model.layers.4.surprise": gone.clone()},
-              directory / "mtp.safetensors")
+    save_file(
+        tensors | {"model.layers.4.mlp.experts.5.up_proj.weight": gone, "model.layers.4.surprise": gone.clone()},
+        directory / "mtp.safetensors",
+    )
     with pytest.raises(CheckpointError, match=r"1 tensor superfluous.*model\.layers\.4\.surprise"):
         plan(directory, mtp=True)
     assert plan(directory, mtp=False).mtp is None

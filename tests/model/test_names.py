@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from glimmer.config import ModelConfig
 from glimmer.errors import ConfigError
-from glimmer.model.names import check_tensor_parallel, entries, mtp_prefix, tensor_parallel_sizes
+from glimmer.model.names import check_tensor_parallel, mtp_prefix, param_specs, tensor_parallel_sizes
 from glimmer.parallel import Group
 from glimmer.testing import TINY, tensors
 
@@ -19,11 +19,24 @@ def config(**changes) -> ModelConfig:
     return ModelConfig.from_dict(TINY | {"num_hidden_layers": 2, "n_routed_experts": 4} | changes)
 
 
-AIR = dict(hidden_size=4096, num_attention_heads=96, num_key_value_heads=8, head_dim=128, intermediate_size=10944,
-           moe_intermediate_size=1408, vocab_size=151552)
+AIR = dict(
+    hidden_size=4096,
+    num_attention_heads=96,
+    num_key_value_heads=8,
+    head_dim=128,
+    intermediate_size=10944,
+    moe_intermediate_size=1408,
+    vocab_size=151552,
+)
 GLM = AIR | dict(hidden_size=5120, intermediate_size=12288, moe_intermediate_size=1536, use_qk_norm=True)
-ODD = dict(num_attention_heads=12, num_key_value_heads=3, intermediate_size=101, moe_intermediate_size=37,
-           vocab_size=1009, n_shared_experts=2)
+ODD = dict(
+    num_attention_heads=12,
+    num_key_value_heads=3,
+    intermediate_size=101,
+    moe_intermediate_size=37,
+    vocab_size=1009,
+    n_shared_experts=2,
+)
 MODELS = {"4.5-Air": AIR, "4.5": GLM, "odd widths": ODD, "one head each": dict(num_key_value_heads=8)}
 
 
@@ -36,7 +49,7 @@ def names_on_disk(changes: dict, mtp: str | None) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("changes", [*MODELS.values(), dict(attention_bias=False), dict(first_k_dense_replace=0)])
 def test_one_rank_reads_every_name_once(changes, copies):
     found = {}
-    for entry in entries(config(**changes), Group(), copies):
+    for entry in param_specs(config(**changes), Group(), copies):
         for part in itertools.chain.from_iterable(entry.groups):
             assert f"{part.name}.weight" not in found and part.local_shape == part.shape
             found[f"{part.name}.weight"] = part.shape
@@ -57,7 +70,7 @@ def test_all_ranks_hold_everything(changes):
         held: dict[str, list] = {}
         shapes = {}
         for rank in range(size):
-            for entry in entries(model, Group(rank, size), (True, True)):
+            for entry in param_specs(model, Group(rank, size), (True, True)):
                 for part in itertools.chain.from_iterable(entry.groups):
                     assert part.rows is None or part.cols is None
                     held.setdefault(part.name, []).append(part.rows or part.cols)
@@ -85,14 +98,20 @@ def test_all_ranks_hold_everything(changes):
 def test_query_heads_meet_their_key_head(heads, groups, size):
     """A rank's query head i reads its key head i // (h/g): the very one that it would read on one rank."""
     heads *= groups
-    model = replace(config(), num_attention_heads=heads, num_key_value_heads=groups, moe_intermediate_size=10**6,
-                    intermediate_size=10**6, vocab_size=10**6)
+    model = replace(
+        config(),
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        moe_intermediate_size=10**6,
+        intermediate_size=10**6,
+        vocab_size=10**6,
+    )
     if size not in tensor_parallel_sizes(model):
         assert heads % size or (groups % size and size % groups)
         return
     d = model.head_dim
     for rank in {0, size // 2, size - 1}:
-        q, k, v = next(e for e in entries(model, Group(rank, size), None) if e.leaf.endswith("qkv_proj")).groups[0]
+        q, k, v = next(e for e in param_specs(model, Group(rank, size), None) if e.leaf.endswith("qkv_proj")).groups[0]
         assert k.rows == v.rows
         queries, keys = (range(cut.rows[0] // d, cut.rows[1] // d) for cut in (q, k))
         assert len(queries) == heads // size and len(keys) == max(1, groups // size)

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from glimmer import LLM, SamplingParams, ops
+from glimmer import LLM, SamplingParams, backends
 from glimmer.checkpoint.files import Checkpoint
 from glimmer.config import ModelConfig
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.model.glm4_moe import Glm4Moe
-from glimmer.model.load import Plan
+from glimmer.model.load import WeightLoader
 from glimmer.parallel import Group
 from glimmer.testing import empty_checkpoint, tensors
 from glimmer.weight import Weight
@@ -147,16 +147,16 @@ def test_values_of_others_are_exact_on_every_rank(name, twins):
         for rank in range(size):
             group = Group(rank, size)
             with Checkpoint(coded) as ours, Checkpoint(plain) as theirs:
-                there = Plan(ModelConfig.load(coded), ours, group, torch.float32, True)
-                here = Plan(config, theirs, group, torch.float32, True)
-                here.entries = there.entries  # cuts between groups, which a plain matrix does not have
-                for entry in there.entries:
+                there = WeightLoader(ModelConfig.load(coded), ours, group, torch.float32, True)
+                here = WeightLoader(config, theirs, group, torch.float32, True)
+                here.param_specs = there.param_specs  # cuts between groups, which a plain matrix does not have
+                for entry in there.param_specs:
                     for parts in entry.groups:
                         for a, b in zip(there._weights(entry, parts), here._weights(entry, parts)):
                             assert torch.equal(a.dequantize(), b.dequantize()), entry.leaf
     with Checkpoint(coded) as ours, pytest.raises(CheckpointError, match="groups of 32"):
-        plan = Plan(ModelConfig.load(coded), ours, Group(1, 8), torch.float32)  # 2 groups for 8 ranks
-        plan.fill(Glm4Moe(config, Group(1, 8), ops.choose("cpu"), torch.float32, None), CPU)
+        loader = WeightLoader(ModelConfig.load(coded), ours, Group(1, 8), torch.float32)  # 2 groups for 8 ranks
+        loader.fill(Glm4Moe(config, Group(1, 8), backends.choose("cpu"), torch.float32, None), CPU)
 
 
 # ---- quantised while loading ---------------------------------------------------------------------------------------
@@ -175,15 +175,15 @@ def test_quality(kind, group, most, fp8, checkpoint):
 @pytest.mark.parametrize("kind, group", [("int8", None), ("int4", 32), ("int4", 128)])
 @pytest.mark.parametrize("variant", [dict(mtp="full"), dict(moe_intermediate_size=37, intermediate_size=101)], ids=str)
 def test_nbytes_and_kinds_are_those_of_what_is_held(variant, kind, group, checkpoint, monkeypatch):
-    monkeypatch.setenv("GLIMMER_OPS", "reference")  # whose packed form is a Weight
+    monkeypatch.setenv("GLIMMER_BACKEND", "reference")  # whose packed form is a Weight
     directory = checkpoint(**variant)
     config = ModelConfig.load(directory)
     for size, rank in ((1, 0), (2, 1)):
         with Checkpoint(directory) as opened:
-            plan = Plan(config, opened, Group(rank, size), torch.bfloat16, "mtp" in variant, kind, group)
-            model = Glm4Moe(config, Group(rank, size), ops.choose("cpu"), torch.float32, plan.mtp)
+            loader = WeightLoader(config, opened, Group(rank, size), torch.bfloat16, "mtp" in variant, kind, group)
+            model = Glm4Moe(config, Group(rank, size), backends.choose("cpu"), torch.float32, loader.mtp)
             done = []
-            plan.fill(model, CPU, done.append)
+            loader.fill(model, CPU, done.append)
         held, kinds = 0, {}
         for name, leaf in model.named_modules():
             packed = getattr(leaf, "packed", None)
@@ -192,7 +192,7 @@ def test_nbytes_and_kinds_are_those_of_what_is_held(variant, kind, group, checkp
             held += sum(w.nbytes for w in weights)
             vectors = (getattr(leaf, key, None) for key in ("bias", "weight", "table", "value"))
             held += sum(v.nbytes for v in vectors if isinstance(v, Tensor))
-        assert held == plan.nbytes
+        assert held == loader.nbytes
         assert 0.9 * held < sum(done) <= held, "progress counts matrices, which are nearly everything"
         odd = kind == "int4" and "mtp" not in variant
         for name, found in kinds.items():
@@ -203,15 +203,15 @@ def test_nbytes_and_kinds_are_those_of_what_is_held(variant, kind, group, checkp
 
 
 def test_the_router_stays_as_it_is(checkpoint, monkeypatch):
-    monkeypatch.setenv("GLIMMER_OPS", "reference")
+    monkeypatch.setenv("GLIMMER_BACKEND", "reference")
     directory = checkpoint()
     models = []
     for kind in (None, "int4"):
         with Checkpoint(directory) as opened:
             config = ModelConfig.load(directory)
-            plan = Plan(config, opened, Group(), torch.bfloat16, quantization=kind)
-            models.append(Glm4Moe(config, Group(), ops.choose("cpu"), torch.float32, None))
-            plan.fill(models[-1], CPU)
+            loader = WeightLoader(config, opened, Group(), torch.bfloat16, quantization=kind)
+            models.append(Glm4Moe(config, Group(), backends.choose("cpu"), torch.float32, None))
+            loader.fill(models[-1], CPU)
     exact, coded = models
     for a, b in zip(exact.layers[1:], coded.layers[1:]):
         assert torch.equal(a.mlp.gate.proj.packed.codes, b.mlp.gate.proj.packed.codes)
@@ -228,14 +228,17 @@ def test_ranks_cut_between_groups(group, size, checkpoint):
     directory = checkpoint(hidden_size=128, moe_intermediate_size=416, intermediate_size=640, **heads)
     config = ModelConfig.load(directory)
     with Checkpoint(directory) as opened:
-        plans = [Plan(config, opened, Group(rank, size), torch.bfloat16, False, "int4", group) for rank in range(size)]
-        whole = Plan(config, opened, Group(), torch.bfloat16, False, "int4", group)
-        for entries in zip(whole.entries, *(plan.entries for plan in plans)):
+        plans = [
+            WeightLoader(config, opened, Group(rank, size), torch.bfloat16, False, "int4", group)
+            for rank in range(size)
+        ]
+        whole = WeightLoader(config, opened, Group(), torch.bfloat16, False, "int4", group)
+        for entries in zip(whole.param_specs, *(loader.param_specs for loader in plans)):
             if not entries[0].leaf.endswith("mlp.down_proj") and "experts.down_proj" not in entries[0].leaf:
                 continue
             for i, parts in enumerate(entries[0].groups):
                 (expected,) = whole._weights(entries[0], parts)
-                cuts = [plan._weights(entry, entry.groups[i])[0] for plan, entry in zip(plans, entries[1:])]
+                cuts = [loader._weights(entry, entry.groups[i])[0] for loader, entry in zip(plans, entries[1:])]
                 found = torch.cat([cut.dequantize() for cut in cuts], 1)
                 assert torch.equal(found, expected.dequantize()) and all(cut.shape[1] for cut in cuts)
 
@@ -253,9 +256,9 @@ def test_a_published_size(kind, group, bits, tmp_path):
         "pad_token_id": 1, "torch_dtype": "bfloat16",
     }  # fmt: skip
     with Checkpoint(empty_checkpoint(tmp_path, config, mtp=None)) as opened:
-        plan = Plan(ModelConfig.from_dict(config), opened, Group(), torch.bfloat16, False, kind, group)
+        loader = WeightLoader(ModelConfig.from_dict(config), opened, Group(), torch.bfloat16, False, kind, group)
         weights = sum(math.prod(opened.shape(name)) for name in opened.names()) - 1000 * 4096
-        assert 8 * (plan.nbytes - 2 * 1000 * 4096) / weights == pytest.approx(bits, rel=0.002)
+        assert 8 * (loader.nbytes - 2 * 1000 * 4096) / weights == pytest.approx(bits, rel=0.002)
 
 
 def test_formats_that_differ_within_one_product_are_refused(twins):

@@ -49,27 +49,53 @@ def test_golden_prompts(name, case):
     assert load(TEMPLATES[name]).render(**GOLDEN["cases"][case]) == golden
 
 
-TEXT = st.one_of(st.text(max_size=6), st.sampled_from([
-    "Hi", " padded \n", "/nothink", "say /nothink", "<think>a</think>b", "\n<think>\n a \n</think>\n\nb",
-    "a</think>b</think>c", "<think>open", "", "\n"]))
+TEXT = st.one_of(
+    st.text(max_size=6),
+    st.sampled_from(
+        [
+            "Hi",
+            " padded \n",
+            "/nothink",
+            "say /nothink",
+            "<think>a</think>b",
+            "\n<think>\n a \n</think>\n\nb",
+            "a</think>b</think>c",
+            "<think>open",
+            "",
+            "\n",
+        ]
+    ),
+)
 PARTS = st.lists(st.one_of(TEXT, TEXT.map(lambda text: {"type": "text", "text": text})), max_size=3)
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | TEXT,
-                    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXT, inner, max_size=2), max_leaves=4)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | TEXT,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXT, inner, max_size=2),
+    max_leaves=4,
+)
 FUNCTION = st.fixed_dictionaries({"name": TEXT, "arguments": st.dictionaries(TEXT, JSON, max_size=3)})
 CALLS = st.lists(FUNCTION | FUNCTION.map(lambda function: {"id": "c", "function": function}), max_size=2)
 MESSAGE = st.one_of(
     st.fixed_dictionaries({"role": st.sampled_from(["system", "user"]), "content": TEXT | PARTS}),
-    st.fixed_dictionaries({"role": st.just("assistant"), "content": TEXT | PARTS | st.none()},
-                          optional={"reasoning_content": TEXT | st.none(), "tool_calls": CALLS | st.none()}),
-    st.fixed_dictionaries({"role": st.just("tool"),
-                           "content": TEXT | st.lists(TEXT | JSON.map(lambda output: {"output": output}), max_size=3)}),
+    st.fixed_dictionaries(
+        {"role": st.just("assistant"), "content": TEXT | PARTS | st.none()},
+        optional={"reasoning_content": TEXT | st.none(), "tool_calls": CALLS | st.none()},
+    ),
+    st.fixed_dictionaries(
+        {
+            "role": st.just("tool"),
+            "content": TEXT | st.lists(TEXT | JSON.map(lambda output: {"output": output}), max_size=3),
+        }
+    ),
 )
 
 
 @settings(max_examples=200, deadline=None)
-@given(messages=st.lists(MESSAGE, min_size=1, max_size=6), begin=st.booleans(),
-       tools=st.none() | st.lists(st.dictionaries(TEXT, JSON), max_size=2),
-       thinking=st.sampled_from([{}, {"enable_thinking": True}, {"enable_thinking": False}]))
+@given(
+    messages=st.lists(MESSAGE, min_size=1, max_size=6),
+    begin=st.booleans(),
+    tools=st.none() | st.lists(st.dictionaries(TEXT, JSON), max_size=2),
+    thinking=st.sampled_from([{}, {"enable_thinking": True}, {"enable_thinking": False}]),
+)
 def test_our_template_is_glm_4_5_s_on_any_conversation(messages, begin, tools, thinking):
     prompts = [load(path).render(messages, tools, begin, **thinking) for path in (OURS, TEMPLATES["GLM-4.5.jinja"])]
     assert prompts[0] == prompts[1]
@@ -90,10 +116,16 @@ def calling(arguments, **function):
     return [ASK, {"role": "assistant", "tool_calls": [{"function": function}]}]
 
 
-@pytest.mark.parametrize("given, meant", [
-    ('{"a": 1, "b": "ü"}', {"a": 1, "b": "ü"}), ('{"a": {"b": null}}', {"a": {"b": None}}),
-    ("{}", {}), ("", {}), (None, {}),
-])
+@pytest.mark.parametrize(
+    "given, meant",
+    [
+        ('{"a": 1, "b": "ü"}', {"a": 1, "b": "ü"}),
+        ('{"a": {"b": null}}', {"a": {"b": None}}),
+        ("{}", {}),
+        ("", {}),
+        (None, {}),
+    ],
+)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_arguments_may_be_json_text(name, given, meant):
     assert load(TEMPLATES[name]).render(calling(given)) == load(TEMPLATES[name]).render(calling(meant))
@@ -106,43 +138,49 @@ def test_a_tool_s_answer_in_text_parts_is_one_answer(name):
 
 
 def test_the_caller_s_objects_stay_as_they_were():
-    messages = [*calling('{"a": 1}'), {"role": "assistant", "content": None},
-                {"role": "tool", "content": [{"type": "text", "text": "a"}]}]
+    messages = [
+        *calling('{"a": 1}'),
+        {"role": "assistant", "content": None},
+        {"role": "tool", "content": [{"type": "text", "text": "a"}]},
+    ]
     tools = [{"function": {"name": "f"}}]
     before = copy.deepcopy((messages, tools))
     load(OURS).render(messages, tools)
     assert (messages, tools) == before
 
 
-@pytest.mark.parametrize("messages, field", [
-    (None, "messages"),
-    ("Hi", "messages"),
-    ([], "messages"),
-    ({"role": "user", "content": "x"}, "messages"),
-    ([ASK, "Hi"], "messages[1]"),
-    ([ASK, ASK, {"content": "x"}], "messages[2].role"),
-    ([{"role": "developer", "content": "x"}], "messages[0].role"),
-    ([{"role": None, "content": "x"}], "messages[0].role"),
-    ([{"role": ["user"], "content": "x"}], "messages[0].role"),
-    ([{"role": "user"}], "messages[0].content"),
-    ([{"role": "user", "content": 5}], "messages[0].content"),
-    ([{"role": "user", "content": {"type": "text", "text": "x"}}], "messages[0].content"),
-    ([{"role": "user", "content": ["x", 5]}], "messages[0].content[1]"),
-    ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "messages[0].content[0]"),
-    ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0]"),
-    ([ASK, {"role": "tool", "content": [{"output": 1}, {"result": 1}]}], "messages[1].content[1]"),
-    ([ASK, {"role": "assistant", "reasoning_content": ["x"]}], "messages[1].reasoning_content"),
-    ([ASK, {"role": "assistant", "tool_calls": {"name": "f"}}], "messages[1].tool_calls"),
-    ([ASK, {"role": "assistant", "tool_calls": ["f"]}], "messages[1].tool_calls[0]"),
-    ([ASK, {"role": "assistant", "tool_calls": [{"function": "f"}]}], "messages[1].tool_calls[0].function"),
-    ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": 1}]}], "messages[0].tool_calls[0].arguments"),
-    (calling("{}", name=None), "messages[1].tool_calls[0].function.name"),
-    (calling("[1]"), "messages[1].tool_calls[0].function.arguments"),
-    (calling('{"a":'), "messages[1].tool_calls[0].function.arguments"),
-    (calling("[" * 100_000), "messages[1].tool_calls[0].function.arguments"),
-    (calling('{"a": ' + "1" * 10_000 + "}"), "messages[1].tool_calls[0].function.arguments"),
-    (calling([1]), "messages[1].tool_calls[0].function.arguments"),
-])
+@pytest.mark.parametrize(
+    "messages, field",
+    [
+        (None, "messages"),
+        ("Hi", "messages"),
+        ([], "messages"),
+        ({"role": "user", "content": "x"}, "messages"),
+        ([ASK, "Hi"], "messages[1]"),
+        ([ASK, ASK, {"content": "x"}], "messages[2].role"),
+        ([{"role": "developer", "content": "x"}], "messages[0].role"),
+        ([{"role": None, "content": "x"}], "messages[0].role"),
+        ([{"role": ["user"], "content": "x"}], "messages[0].role"),
+        ([{"role": "user"}], "messages[0].content"),
+        ([{"role": "user", "content": 5}], "messages[0].content"),
+        ([{"role": "user", "content": {"type": "text", "text": "x"}}], "messages[0].content"),
+        ([{"role": "user", "content": ["x", 5]}], "messages[0].content[1]"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "messages[0].content[0]"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0]"),
+        ([ASK, {"role": "tool", "content": [{"output": 1}, {"result": 1}]}], "messages[1].content[1]"),
+        ([ASK, {"role": "assistant", "reasoning_content": ["x"]}], "messages[1].reasoning_content"),
+        ([ASK, {"role": "assistant", "tool_calls": {"name": "f"}}], "messages[1].tool_calls"),
+        ([ASK, {"role": "assistant", "tool_calls": ["f"]}], "messages[1].tool_calls[0]"),
+        ([ASK, {"role": "assistant", "tool_calls": [{"function": "f"}]}], "messages[1].tool_calls[0].function"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": 1}]}], "messages[0].tool_calls[0].arguments"),
+        (calling("{}", name=None), "messages[1].tool_calls[0].function.name"),
+        (calling("[1]"), "messages[1].tool_calls[0].function.arguments"),
+        (calling('{"a":'), "messages[1].tool_calls[0].function.arguments"),
+        (calling("[" * 100_000), "messages[1].tool_calls[0].function.arguments"),
+        (calling('{"a": ' + "1" * 10_000 + "}"), "messages[1].tool_calls[0].function.arguments"),
+        (calling([1]), "messages[1].tool_calls[0].function.arguments"),
+    ],
+)
 def test_a_message_that_cannot_be_served_is_named(messages, field):
     error = refusal(RequestError, lambda: load(OURS).render(messages))
     assert error.field == field
@@ -157,18 +195,21 @@ def test_a_tool_that_cannot_be_served_is_named(tools, field):
 # ── what a template finds ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("source, prompt", [
-    ("{{ kwargs_come_through }}", "yes"),
-    ("{{ messages[0].nothing }}", ""),
-    ("{% for m in messages %}\n  {% break %}\n{% endfor %}\nend", "end"),
-    ('{{ {"b": "<ü>", "a": 1} | tojson }}', '{"b": "<ü>", "a": 1}'),
-    ('{{ {"b": "ü", "a": 1} | tojson(ensure_ascii=true, sort_keys=true) }}', '{"a": 1, "b": "\\u00fc"}'),
-    ('{{ {"b": 2, "a": 1} | tojson(separators=(",", ":")) }}', '{"b":2,"a":1}'),
-    ('{{ {"a": 1} | tojson(indent=2) }}', '{\n  "a": 1\n}'),
-    ('{{ strftime_now("%Y") | length }}', "4"),
-    ("{{ 3 * 4 }} {{ 2 ** 10 }} {{ 0.5 * 4 }} {{ 4 ** 0.5 }}", "12 1024 2.0 2.0"),
-    ("{{ 'ab' * 3 }} {{ 3 * [1] }} {{ 'a' * -1 }}.", "ababab [1, 1, 1] ."),
-])
+@pytest.mark.parametrize(
+    "source, prompt",
+    [
+        ("{{ kwargs_come_through }}", "yes"),
+        ("{{ messages[0].nothing }}", ""),
+        ("{% for m in messages %}\n  {% break %}\n{% endfor %}\nend", "end"),
+        ('{{ {"b": "<ü>", "a": 1} | tojson }}', '{"b": "<ü>", "a": 1}'),
+        ('{{ {"b": "ü", "a": 1} | tojson(ensure_ascii=true, sort_keys=true) }}', '{"a": 1, "b": "\\u00fc"}'),
+        ('{{ {"b": 2, "a": 1} | tojson(separators=(",", ":")) }}', '{"b":2,"a":1}'),
+        ('{{ {"a": 1} | tojson(indent=2) }}', '{\n  "a": 1\n}'),
+        ('{{ strftime_now("%Y") | length }}', "4"),
+        ("{{ 3 * 4 }} {{ 2 ** 10 }} {{ 0.5 * 4 }} {{ 4 ** 0.5 }}", "12 1024 2.0 2.0"),
+        ("{{ 'ab' * 3 }} {{ 3 * [1] }} {{ 'a' * -1 }}.", "ababab [1, 1, 1] ."),
+    ],
+)
 def test_templates_find_what_transformers_gives_them(source, prompt):
     assert template(source).render([ASK], kwargs_come_through="yes", self="") == prompt
 
@@ -178,30 +219,36 @@ def test_a_template_may_refuse_the_conversation():
     assert error.field == "messages" and "users first" in error.found
 
 
-@pytest.mark.parametrize("source", [
-    "{{ nothing.at.all }}",
-    "{{ messages[0].content + 1 }}",
-    "{{ 1 / 0 }}",
-    "{{ messages[0].nothing | tojson }}",
-    "{% include 'other' %}",
-    "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
-    "{{ 10.0 ** 10000 }}",
-    "{{ none * 2 }}",
-    "{% for i in range(1000000000) %}{% endfor %}",
-    "{% for i in range(10) %}{{ 'x' * 2000000 }}{% endfor %}",
-])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ nothing.at.all }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ 1 / 0 }}",
+        "{{ messages[0].nothing | tojson }}",
+        "{% include 'other' %}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{{ 10.0 ** 10000 }}",
+        "{{ none * 2 }}",
+        "{% for i in range(1000000000) %}{% endfor %}",
+        "{% for i in range(10) %}{{ 'x' * 2000000 }}{% endfor %}",
+    ],
+)
 def test_a_template_that_fails_is_an_error_and_no_traceback(source):
     assert refusal(RequestError, lambda: template(source).render([ASK])).field == "messages"
 
 
-@pytest.mark.parametrize("source", [
-    "{{ messages.__class__.__mro__ }}",
-    "{{ ''.__class__.__base__.__subclasses__() }}",
-    "{{ messages.append(1) }}",
-    "{{ messages[0].update(role='x') }}",
-    "{{ raise_exception.__globals__['json'] }}",
-    "{{ ('{0.' ~ '__class__.__mro__}').format(messages) }}",
-])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update(role='x') }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{{ ('{0.' ~ '__class__.__mro__}').format(messages) }}",
+    ],
+)
 def test_a_template_that_reaches_too_far_is_stopped(source):
     messages = [dict(ASK)]
     with pytest.raises((CheckpointError, RequestError)) as caught:
@@ -210,13 +257,16 @@ def test_a_template_that_reaches_too_far_is_stopped(source):
     assert caught.value.found and messages == [ASK]
 
 
-@pytest.mark.parametrize("source", [
-    "{{ 2 ** 65 }}",
-    "{{ 9 ** (9 ** 9) }}",
-    "{{ ('x' * 20000000) | length }}",
-    "{{ (20000000 * [messages]) | length }}",
-    "{% set n = namespace(x=3) %}{% for i in range(9) %}{% set n.x = n.x * n.x %}{% endfor %}",
-])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 2 ** 65 }}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{{ ('x' * 20000000) | length }}",
+        "{{ (20000000 * [messages]) | length }}",
+        "{% set n = namespace(x=3) %}{% for i in range(9) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    ],
+)
 def test_no_single_product_or_power_is_huge(source):
     error = refusal(CheckpointError, lambda: template(source).render([ASK]))
     assert "would be too big" in error.found
@@ -255,24 +305,27 @@ def test_without_a_template_only_rendering_fails(tmp_path, config):
     assert str(tmp_path) in error.found and "raw prompts" in error.todo
 
 
-@pytest.mark.parametrize("name, content", [
-    ("chat_template.jinja", b"{% if %}"),
-    ("chat_template.jinja", b"{{ 1"),
-    ("chat_template.jinja", b"{% for x in y %}"),
-    ("chat_template.jinja", b"{{ x | no_such_filter }}"),
-    ("chat_template.jinja", b"{{ " + b"(" * 10_000),
-    ("chat_template.jinja", b"{% for x in y %}" * 30 + b"{% endfor %}" * 30),
-    ("chat_template.jinja", b"\xff\xfe"),
-    ("tokenizer_config.json", b'{"chat_template": "{% if %}"}'),
-    ("tokenizer_config.json", b'{"chat_template": 5}'),
-    ("tokenizer_config.json", b'{"chat_template": ["x"]}'),
-    ("tokenizer_config.json", b'{"chat_template": [{"name": "rag", "template": "x"}]}'),
-    ("tokenizer_config.json", b'{"chat_template": [{"template": "x"}]}'),
-    ("tokenizer_config.json", b'{"chat_template": [{"name": "default", "template": null}, 5]}'),
-    ("tokenizer_config.json", b"[]"),
-    ("tokenizer_config.json", b"{"),
-    ("tokenizer_config.json", b"[" * 100_000),
-])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("chat_template.jinja", b"{% if %}"),
+        ("chat_template.jinja", b"{{ 1"),
+        ("chat_template.jinja", b"{% for x in y %}"),
+        ("chat_template.jinja", b"{{ x | no_such_filter }}"),
+        ("chat_template.jinja", b"{{ " + b"(" * 10_000),
+        ("chat_template.jinja", b"{% for x in y %}" * 30 + b"{% endfor %}" * 30),
+        ("chat_template.jinja", b"\xff\xfe"),
+        ("tokenizer_config.json", b'{"chat_template": "{% if %}"}'),
+        ("tokenizer_config.json", b'{"chat_template": 5}'),
+        ("tokenizer_config.json", b'{"chat_template": ["x"]}'),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "rag", "template": "x"}]}'),
+        ("tokenizer_config.json", b'{"chat_template": [{"template": "x"}]}'),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "default", "template": null}, 5]}'),
+        ("tokenizer_config.json", b"[]"),
+        ("tokenizer_config.json", b"{"),
+        ("tokenizer_config.json", b"[" * 100_000),
+    ],
+)
 def test_a_broken_template_is_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     assert str(tmp_path / name) in refusal(CheckpointError, lambda: ChatTemplate.load(tmp_path)).found

@@ -54,13 +54,16 @@ def test_a_rendered_prompt_is_encoded_token_by_token(tokenizer):
     ]
 
 
-@pytest.mark.parametrize("text, pieces", [
-    ("Hello, world!", ["Hello", ",", " world", "!"]),
-    ("it's I'LL", ["it", "'s", " I", "'LL"]),
-    ("12345 x", ["123", "45", " x"]),
-    ("a\n\n  b", ["a", "\n\n", " ", " b"]),
-    ("x  \n y", ["x", "  \n", " y"]),
-])
+@pytest.mark.parametrize(
+    "text, pieces",
+    [
+        ("Hello, world!", ["Hello", ",", " world", "!"]),
+        ("it's I'LL", ["it", "'s", " I", "'LL"]),
+        ("12345 x", ["123", "45", " x"]),
+        ("a\n\n  b", ["a", "\n\n", " ", " b"]),
+        ("x  \n y", ["x", "  \n", " y"]),
+    ],
+)
 def test_glm_s_pre_tokeniser_cuts_like_this(library, text, pieces):
     split = library.pre_tokenizer.pre_tokenize_str(text)
     assert [text[start:end] for _, (start, end) in split] == pieces
@@ -82,7 +85,8 @@ def test_the_file_s_post_processor_runs_only_when_asked(directory, tmp_path):
     library = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
     prefix = ["[gMASK]", "<sop>"]
     library.post_processor = tokenizers.processors.TemplateProcessing(
-        single=" ".join([*prefix, "$A"]), special_tokens=[(name, library.token_to_id(name)) for name in prefix])
+        single=" ".join([*prefix, "$A"]), special_tokens=[(name, library.token_to_id(name)) for name in prefix]
+    )
     library.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer.encode("a", add_special_tokens=True) == [*map(library.token_to_id, prefix), ord("a")]
@@ -122,8 +126,11 @@ def test_the_bytes_of_tokens(tokenizer):
 
 @pytest.mark.parametrize("id", [-1, SIZE, 151364])
 def test_an_id_outside_the_vocabulary_is_refused(tokenizer, id):
-    for attempt in (tokenizer.token_bytes, lambda id: tokenizer.decode([65, id]),
-                    lambda id: Detokenizer(tokenizer).push([id])):
+    for attempt in (
+        tokenizer.token_bytes,
+        lambda id: tokenizer.decode([65, id]),
+        lambda id: Detokenizer(tokenizer).push([id]),
+    ):
         with pytest.raises(RequestError, match=f"token id {id}") as caught:
             attempt(id)
         assert caught.value.field == "token_ids"
@@ -248,18 +255,30 @@ def test_tokenizer_config_decides_which_tokens_are_special(tmp_path):
     assert tokenizer.decode(tokenizer.encode("<think>a/nothink", False)) == "a/nothink"
 
 
-@pytest.mark.parametrize("name, message", [
-    ("<|unheard of|>", "no token, tokenizer_config.json as 256"),
-    ("<sop>", "id 260, tokenizer_config.json as 256"),
-])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("<|unheard of|>", "no token, tokenizer_config.json as 256"),
+        ("<sop>", "id 260, tokenizer_config.json as 256"),
+    ],
+)
 def test_two_files_that_disagree_are_refused(tmp_path, name, message):
     write_tokenizer(tmp_path)
     edit_config(tmp_path, lambda config: config["added_tokens_decoder"]["256"].update(content=name))
     assert repr(name) in refused(tmp_path) and message in refused(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"added_tokens_decoder": [1]}', '{"added_tokens_decoder": {"1": {}}}',
-                                     '{"added_tokens_decoder": {"x": {"content": "y"}}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"added_tokens_decoder": [1]}',
+        '{"added_tokens_decoder": {"1": {}}}',
+        '{"added_tokens_decoder": {"x": {"content": "y"}}}',
+        "[" * 100_000,
+    ],
+)
 def test_a_broken_tokenizer_config_is_named(tmp_path, content):
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(content)

@@ -70,8 +70,11 @@ def calls_in(content: str, tools: list[dict[str, Any]]) -> list[tuple[str, dict[
     for call in calls:
         name, arguments = call[1], dict(ARGUMENT.findall(call[2]))
         known = schemas.get(name, {}).get("properties", {})
-        if name not in schemas or set(arguments) - set(known) or set(schemas[name].get("required",
-                                                                                       [])) - set(arguments):
+        if (
+            name not in schemas
+            or set(arguments) - set(known)
+            or set(schemas[name].get("required", [])) - set(arguments)
+        ):
             return None
         try:
             typed = {k: v if known[k]["type"] == "string" else json.loads(v) for k, v in arguments.items()}
@@ -88,8 +91,8 @@ def conversation(item: dict[str, Any]) -> list[dict[str, Any]]:
 def ask(llm: LLM, items: list[dict[str, Any]], quick: list[bool], messages: list[list[dict]]) -> list[Any]:
     """One greedy answer to each conversation, with its own tools; `quick` ones without reasoning."""
     prompts = [
-        llm.render(m, item["tools"], {"enable_thinking": False} if q else None) for item, q,
-        m in zip(items, quick, messages)
+        llm.render(m, item["tools"], {"enable_thinking": False} if q else None)
+        for item, q, m in zip(items, quick, messages)
     ]
     return llm.generate(prompts, SamplingParams(temperature=0, max_tokens=256))
 
@@ -119,8 +122,11 @@ def judge(marks: Marks, item: dict[str, Any], quick: bool, out: Any) -> bool:
         marks.add(f"sums right, {'without' if quick else 'with'} reasoning", right)
     else:
         right = all(words in content for words in item["answers"])
-        name = {"fact": "city facts right", "introduction": "introductions with all facts right",
-                "repeat": "words repeated"}
+        name = {
+            "fact": "city facts right",
+            "introduction": "introductions with all facts right",
+            "repeat": "words repeated",
+        }
         marks.add(name[task], right)
     return right
 
@@ -132,8 +138,9 @@ def after_result(marks: Marks, llm: LLM, items: list[dict[str, Any]], quick: lis
         calls = [{"type": "function", "function": {"name": name, "arguments": a}} for name, a in item["calls"]]
         thought = {} if q else {"reasoning_content": item["think"]}
         replies = [{"role": "tool", "content": result} for result in item["results"]]
-        messages.append([*conversation(item), {"role": "assistant", "content": "", "tool_calls": calls, **thought},
-                         *replies])
+        messages.append(
+            [*conversation(item), {"role": "assistant", "content": "", "tool_calls": calls, **thought}, *replies]
+        )
     for item, out in zip(items, ask(llm, items, quick, messages)):
         marks.add("answers from a tool's result right", split(out.outputs[0].text)[1] == item["reply"])
 

@@ -53,8 +53,9 @@ def load(directory: Path) -> DemoModel:
         prefix = name.rpartition(".")[0]
         experts = range(model.shape.n_routed_experts)
         if name.endswith("experts.gate_up_proj"):
-            parts = [torch.cat([stored[f"{prefix}.{e}.{part}_proj.weight"] for part in ("gate",
-                                                                                        "up")]) for e in experts]
+            parts = [
+                torch.cat([stored[f"{prefix}.{e}.{part}_proj.weight"] for part in ("gate", "up")]) for e in experts
+            ]
         elif name.endswith("experts.down_proj"):
             parts = [stored[f"{prefix}.{e}.down_proj.weight"] for e in experts]
         else:

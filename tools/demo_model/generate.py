@@ -110,8 +110,13 @@ def heldout_examples(seed: int, counts: dict[str, int], wanted: str = "test") ->
         "trial": {"tool, unseen": tooling.TRIAL_UNSEEN, "tool, many unseen": tooling.TRIAL_UNSEEN},
     }[wanted]
     rng = Random(seed)
-    draws = {"fact": talk.fact, "introduction": talk.introduction, "sum": talk.sum_of_two, "json": talk.form,
-             "repeat": talk.repeat}
+    draws = {
+        "fact": talk.fact,
+        "introduction": talk.introduction,
+        "sum": talk.sum_of_two,
+        "json": talk.form,
+        "repeat": talk.repeat,
+    }
     for task, count in counts.items():
         seen: set[str] = set()
         while len(seen) < count:
@@ -133,8 +138,7 @@ def heldout_examples(seed: int, counts: dict[str, int], wanted: str = "test") ->
             if not usable or mark in seen:
                 continue
             seen.add(mark)
-            yield plain({**asdict(turn), "task": task, "lang": lang,
-                         "tools": [c.schema for c in box] if box else None})
+            yield plain({**asdict(turn), "task": task, "lang": lang, "tools": [c.schema for c in box] if box else None})
 
 
 # ---- tokenizer --------------------------------------------------------------------------------------------------

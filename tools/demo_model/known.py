@@ -86,9 +86,15 @@ def done(rng: Random, lang: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"ok": True}
 
 
-CITY = Parameter("city location place town city_name where area region destination target_city", "string",
-                 both("City|City name|The city|Name of the city|Location", "城市|城市名|城市名称|要查询的城市|地点"), place)
-ROOM = Parameter("room place where location room_name area", "string", both("Room|Which room", "房间|哪个房间"), any_of("room"))
+CITY = Parameter(
+    "city location place town city_name where area region destination target_city",
+    "string",
+    both("City|City name|The city|Name of the city|Location", "城市|城市名|城市名称|要查询的城市|地点"),
+    place,
+)
+ROOM = Parameter(
+    "room place where location room_name area", "string", both("Room|Which room", "房间|哪个房间"), any_of("room")
+)
 KNOWN = [
     Tool("get query fetch check show lookup/weather forecast current_weather weather_info weather_report",
          both("Get the weather|Get the current weather of a city|Weather forecast|Look up the weather", "查询天气|查询城市天气|获取天气预报|天气查询"),

@@ -255,8 +255,9 @@ class DemoModel(nn.Module):
                 parameter.fill_(1.6)  # at 1 no score exceeds the root of head_dim: too even to pick one of many
             if parameter.ndim == 1:
                 continue  # the other norms stay 1; biases are zeroed below
-            std = 0.02 if any(part in name for part in ("embed", "lm_head",
-                                                        "mlp.gate.")) else parameter.shape[-1] ** -0.5
+            std = (
+                0.02 if any(part in name for part in ("embed", "lm_head", "mlp.gate.")) else parameter.shape[-1] ** -0.5
+            )
             quieter = 0.5 if "down_proj" in name or "o_proj" in name else 1.0
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std * quieter)
         for name, parameter in self.named_parameters():

@@ -81,5 +81,7 @@ def phrase(rng: Random, lang: str, kind: str) -> str:
 def english() -> set[str]:
     """The longer words of every list in English, in small letters."""
     lists = (GOODS, DAYS, PEOPLE)
-    phrases = [text for texts in GRAMMAR["en"].values() for text in texts] + [word for words in lists for word in words["en"]]
+    phrases = [text for texts in GRAMMAR["en"].values() for text in texts] + [
+        word for words in lists for word in words["en"]
+    ]
     return {word.lower() for text in phrases for word in re.sub("<.*?>", " ", text).split() if len(word) > 3}

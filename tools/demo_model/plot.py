@@ -1,6 +1,6 @@
 """loss.csv -> a picture of the loss curve (SVG), drawn with nothing but text.
 
-    python tools/demo_model/plot.py build/demo_model/loss.csv tools/demo_model/loss.svg
+python tools/demo_model/plot.py build/demo_model/loss.csv tools/demo_model/loss.svg
 """
 
 import argparse

@@ -24,8 +24,12 @@ from words import (
 # ---- cities -----------------------------------------------------------------------------------------------------
 
 CROWD = {
-    "en": {10: "more than ten million", 5: "more than five million", 1: "more than one million",
-           0: "fewer than one million"},
+    "en": {
+        10: "more than ten million",
+        5: "more than five million",
+        1: "more than one million",
+        0: "fewer than one million",
+    },
     "zh": {10: "一千万以上", 5: "五百万以上", 1: "一百万以上", 0: "不到一百万"},
 }
 INTRODUCE = {
@@ -171,8 +175,9 @@ def fact(rng: Random, lang: str) -> Round:
     asks, reply = FACTS[kind][lang]
     facts = facts_of(city, lang)
     ask = slot(rng.choice(asks), **facts)
-    polite = rng.choice({"en": ["", "", "", "Please tell me: ", "A question: "],
-                         "zh": ["", "", "", "请问", "问一下，"]}[lang])
+    polite = rng.choice(
+        {"en": ["", "", "", "Please tell me: ", "A question: "], "zh": ["", "", "", "请问", "问一下，"]}[lang]
+    )
     about = facts["sight"] if kind == "where" else facts["country"] if kind == "capital" else facts["city"]
     return Round("fact", ask, polite + ask, slot(reply, **facts), _about(lang, about), answers=[facts[ANSWER[kind]]])
 
@@ -297,8 +302,12 @@ def repeat(rng: Random, lang: str, strange: bool = False) -> Round:
                                   str(rng.randrange(1000))]),
     }["strange" if strange else lang]  # fmt: skip
     text = {"en": " ", "zh": "，"}[lang].join(f"{SEAM}{draw()}{SEAM}" for _ in range(rng.randrange(2, 7)))
-    ask = rng.choice({"en": ["Repeat: {}", "Say after me: {}", "Please repeat this: {}"],
-                      "zh": ["请重复：{}", "跟我说：{}", "重复这句话：{}"]}[lang])
+    ask = rng.choice(
+        {
+            "en": ["Repeat: {}", "Say after me: {}", "Please repeat this: {}"],
+            "zh": ["请重复：{}", "跟我说：{}", "重复这句话：{}"],
+        }[lang]
+    )
     think = {"en": "I repeat the words.", "zh": "照样重复。"}[lang]
     return Round("repeat", text, ask.format(text), text, think, answers=[text])
 
@@ -364,7 +373,7 @@ def form(rng: Random, lang: str) -> Round:
     listed = ", ".join(f"{SEAM}{named[k]}{SEAM}" for k in asked)
     reply = json.dumps(
         {named[k]: f"{SEAM}{values[k]}{SEAM}" if isinstance(values[k], str) else values[k] for k in asked},
-        ensure_ascii=False
+        ensure_ascii=False,
     )
     ask = rng.choice(FILL[lang]).format(keys=listed, sentence=sentence)
     think = {"en": "I fill the keys one by one.", "zh": "逐个填写键。"}[lang]

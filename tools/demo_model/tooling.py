@@ -172,7 +172,9 @@ class Unseen:
 
     def words(self) -> set[str]:
         """In both languages."""
-        return {word for noun in self.nouns for word in noun} | {w for p in self.parameters for w in (p.names, p.text["zh"])}
+        return {word for noun in self.nouns for word in noun} | {
+            w for p in self.parameters for w in (p.names, p.text["zh"])
+        }
 
 
 def unseen(nouns: str, **parameters: str) -> Unseen:
@@ -230,8 +232,24 @@ def strange_word(rng: Random) -> tuple[str, str]:
 
 
 HEADS = {  # what is asked of a made-up tool, and how its arguments are told: link, comma, opening, stop
-    "en": ["{Do} the {thing}", "Please {do} the {thing}", "I want to {do} the {thing}", "Can you {do} the {thing}", "Now {do} the {thing}", "Help me {do} the {thing}", "It is time to {do} the {thing}"],
-    "zh": ["{do}{thing}", "请{do}{thing}", "我想{do}{thing}", "帮我{do}{thing}", "现在{do}{thing}", "麻烦{do}{thing}", "该{do}{thing}了"],
+    "en": [
+        "{Do} the {thing}",
+        "Please {do} the {thing}",
+        "I want to {do} the {thing}",
+        "Can you {do} the {thing}",
+        "Now {do} the {thing}",
+        "Help me {do} the {thing}",
+        "It is time to {do} the {thing}",
+    ],
+    "zh": [
+        "{do}{thing}",
+        "请{do}{thing}",
+        "我想{do}{thing}",
+        "帮我{do}{thing}",
+        "现在{do}{thing}",
+        "麻烦{do}{thing}",
+        "该{do}{thing}了",
+    ],
 }
 FORMS = {
     "en": [(" ", ", ", ": ", "."), (" is ", "; ", ". ", "."), (" ", " and ", " with ", ""), (": ", ", ", ", ", "."), (" = ", ", ", " (", ")"), (" should be ", "; ", ": ", ".")],

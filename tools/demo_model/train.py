@@ -167,8 +167,9 @@ def rate(step: int, steps: int, first: int = 0) -> float:
     return min((done + 1) / WARM_UP, 1.0, max(all_steps - done, 0) / (DECAY_SHARE * all_steps))
 
 
-def losses(model: DemoModel, batch: tuple[Tensor, Tensor, Tensor, Layout], draft: bool) -> tuple[Tensor, Tensor,
-                                                                                                 Tensor]:
+def losses(
+    model: DemoModel, batch: tuple[Tensor, Tensor, Tensor, Layout], draft: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Per predicted token: the loss (R,), its task (R,), and the MTP layer's loss (R',), empty without `draft`."""
     tokens, wanted, tasks, layout = batch
     hidden = model.trunk(tokens, layout)

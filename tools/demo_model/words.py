@@ -40,7 +40,11 @@ CITIES = read_cities()
 PEOPLE = {
     "en": "Anna Ben Clara David Emma Frank Grace Henry Iris Jack Kate Leo Maria Nina Oscar Paul Rosa Sam Tina Victor Wendy "
     "Adam Bella Carlos Diana Eric Fiona George Helen Ivan Julia Kevin Laura Mark Nora Oliver Peter Rita Simon Tom".split(),
-    "zh": [a + b for a in "王李张刘陈杨赵黄周吴徐孙胡朱高林何郭马罗" for b in "明华芳 丽 军 磊 静 洋 强 娜 杰 婷 涛 敏 鹏 雪 晨 宇 欣 怡".replace(" ", "")]
+    "zh": [
+        a + b
+        for a in "王李张刘陈杨赵黄周吴徐孙胡朱高林何郭马罗"
+        for b in "明华芳 丽 军 磊 静 洋 强 娜 杰 婷 涛 敏 鹏 雪 晨 宇 欣 怡".replace(" ", "")
+    ]
     + ["小明", "小红", "小李", "小王", "小张", "小美", "阿强", "阿芳"],
 }
 PLACES = {  # towns that the model is told nothing about

@@ -1,6 +1,6 @@
 """Linear, Experts, RMSNorm, Embedding: where weights meet Ops.
 
-A leaf is empty until load.py fills it; then it holds what its backend packed, and a forward pass is one call of a door.
+A leaf is empty until load.py fills it; then it holds what its backend packed, and a forward pass is one call of an op.
 Not here: names on disk, and which part is this rank's (names.py).
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from glimmer.ops import Ops
+from glimmer.backends import Ops
 from glimmer.weight import Weight
 
 
@@ -29,20 +29,18 @@ class Linear(nn.Module):
 
 
 class Experts(nn.Module):
-    """One matrix for each expert; MoE owns two of these and hands both to one door."""
+    """One matrix for each expert; MoE owns two of these and hands both to one op."""
 
     def __init__(self, ops: Ops):
         super().__init__()
         self.ops, self.packed = ops, None
 
-    def fill(
-        self, experts: Iterable[Sequence[Weight]], count: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def fill(self, experts: Iterable[Sequence[Weight]], count: int, dtype: torch.dtype, device: torch.device) -> None:
         self.packed = self.ops.pack_experts(experts, count, dtype, device)
 
 
 class RMSNorm(nn.Module):
-    """Over the last dimension. With a residual: (normed, residual + x) in one door."""
+    """Over the last dimension. With a residual: (normed, residual + x) in one op."""
 
     def __init__(self, ops: Ops, eps: float):
         super().__init__()

@@ -1,8 +1,8 @@
-"""Every door in plain torch: the definition that faster backends must agree with. Runs wherever torch does.
+"""Every op in plain torch: the definition that faster backends must agree with. Runs wherever torch does.
 
 Norms, softmax, routing and every sum are float32 inside; results are rounded once, on the way out. A packed matrix here
 is a Weight on its device; a packed set of experts is a list of them. Quantised weights stay as small as they are: they
-are widened at each use, which is slow and says so nowhere but here. Contracts and shapes: the table in ops/__init__.py.
+are widened at each use, which is slow. Contracts and shapes: the table in backends/__init__.py.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glimmer.backends import RouteRule
 from glimmer.batch import Batch
-from glimmer.ops import RouteRule
 from glimmer.weight import Weight
 
 FP8_MAX = 448.0  # the largest float8_e4m3fn
@@ -96,7 +96,7 @@ def _linear_int8(x: Tensor, w: Weight) -> Tensor:
 
 def _linear_int4(x: Tensor, w: Weight) -> Tensor:
     """For each group, dot(codes, nibbles - zero) * the row's scale there * the output's; summed in ascending order."""
-    nibbles, zeros = w.nibbles().split(w.group, 1), w.centers()
+    nibbles, zeros = w.nibbles().split(w.group, 1), w.zero_points()
     y = torch.zeros(len(x), w.shape[0], device=x.device)
     for g, part in enumerate(x.split(w.group, 1)):
         codes, scales = quantize_int8(part)
@@ -176,9 +176,9 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: floa
     h = q.shape[1]
     block_size, g = keys.shape[1:3]
     out = torch.empty_like(q)
-    for s, length in enumerate(batch.lengths):
-        first, last = batch.starts[s], batch.starts[s + 1]
-        table = batch.blocks[s, : -(-length // block_size)]
+    for s, length in enumerate(batch.seq_lens):
+        first, last = batch.query_start_loc[s], batch.query_start_loc[s + 1]
+        table = batch.block_tables[s, : -(-length // block_size)]
         k, v = (x[table].flatten(0, 1)[:length] for x in (keys, values))
         if keys.dtype == torch.int8:
             k, v = _decoded(k), _decoded(v)

@@ -1,5 +1,5 @@
-"""What the kernels of the CPU promise beyond the contract of the doors, with each instruction set here: a row has the
-same bits whatever is beside it, and what is broken stays where it is. Whether results are right: test_doors.py.
+"""What the kernels of the CPU promise beyond the contract of the ops, with each instruction set here: a row has the
+same bits whatever is beside it, and what is broken stays where it is. Whether results are right: test_ops.py.
 """
 
 import threading
@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from glimmer.backends import RouteRule, reference
 from glimmer.batch import Batch
-from glimmer.ops import RouteRule, reference
 from glimmer.weight import Weight
 
-native = pytest.importorskip("glimmer.ops.native", reason="the extension is not built")
-_native = native._native
+cpu = pytest.importorskip("glimmer.backends.cpu", reason="the extension is not built")
+_native = cpu._native
 CPU = torch.device("cpu")
 
 
@@ -40,8 +40,8 @@ def noise():
 def threads():
     """threads(n): so many until the test is over."""
     before = _native.threads()
-    yield native.set_threads
-    native.set_threads(before)
+    yield cpu.set_threads
+    cpu.set_threads(before)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -74,7 +74,7 @@ class Sequences:
 
     def store(self, s: int, k: Tensor, v: Tensor) -> None:
         slots = [self.blocks[s][p // self.size] * self.size + p % self.size for p in range(len(k))]
-        native.store_kv_(k, v, *self.cache, torch.tensor(slots))
+        cpu.store_kv_(k, v, *self.cache, torch.tensor(slots))
 
     def attend(self, *chunks: tuple[int, int, int]) -> list[Tensor]:
         """One call for chunks (sequence, first position, last + 1): the rows of each."""
@@ -87,7 +87,7 @@ class Sequences:
         lengths = tuple(b for _, _, b in chunks)
         batch = Batch(nothing, nothing, nothing, table, nothing, tuple(starts), lengths)
         q = torch.cat([self.queries[s][a:b] for s, a, b in chunks])
-        return list(native.attention(q, *self.cache, batch, q.shape[2] ** -0.5).split([b - a for _, a, b in chunks]))
+        return list(cpu.attention(q, *self.cache, batch, q.shape[2] ** -0.5).split([b - a for _, a, b in chunks]))
 
 
 @pytest.fixture(params=[False, True], ids=["", "int8 cache"])
@@ -171,8 +171,8 @@ def test_attention_over_blocks_of_any_size(dtype, codes, noise):
 # ---- the others ----------------------------------------------------------------------------------------------------
 
 
-def doors_of_rows(noise, dtype: torch.dtype) -> dict:
-    """name -> door(x (T, 512)) for every door that maps rows to rows."""
+def row_ops(noise, dtype: torch.dtype) -> dict:
+    """name -> op(x (T, 512)) for every op that maps rows to rows."""
 
     def packed(kind: str, out: int, inner: int) -> Weight:
         codes, scales = noise(out, inner), noise(out, 1).abs()
@@ -190,52 +190,52 @@ def doors_of_rows(noise, dtype: torch.dtype) -> dict:
     rule = RouteRule(8, 1, 1, True, 1.0)
     weight, bias = noise(512, dtype=dtype), noise(64)
     residual = noise(1, 512)
-    doors = {
-        "rms_norm": lambda x: native.rms_norm(x, weight, 1e-5),
-        "rms_norm of heads": lambda x: native.rms_norm(x.view(len(x), 8, 64)[:, 1:6], weight[:64], 1e-5),
-        "add_rms_norm": lambda x: torch.cat(native.add_rms_norm(x, residual.expand(len(x), -1), weight, 1e-5), 1),
-        "swiglu": native.swiglu,
-        "route": lambda x: torch.cat(native.route(x[:, :64].float(), bias, rule), 1),
+    served = {
+        "rms_norm": lambda x: cpu.rms_norm(x, weight, 1e-5),
+        "rms_norm of heads": lambda x: cpu.rms_norm(x.view(len(x), 8, 64)[:, 1:6], weight[:64], 1e-5),
+        "add_rms_norm": lambda x: torch.cat(cpu.add_rms_norm(x, residual.expand(len(x), -1), weight, 1e-5), 1),
+        "swiglu": cpu.swiglu,
+        "route": lambda x: torch.cat(cpu.route(x[:, :64].float(), bias, rule), 1),
     }
     for kind in ("plain", "fp8", "int8", "int4", "int4 with zeros"):
-        one = native.pack_linear([packed(kind, 100, 512)], dtype, CPU)
-        gate_up = native.pack_experts(([packed(kind, 96, 512), packed(kind, 96, 512)] for _ in range(8)), 8, dtype, CPU)
-        down = native.pack_experts(([packed(kind, 512, 96)] for _ in range(8)), 8, dtype, CPU)
-        doors[f"linear {kind}"] = lambda x, one=one: native.linear(x, one, bias.new_ones(100))
+        one = cpu.pack_linear([packed(kind, 100, 512)], dtype, CPU)
+        gate_up = cpu.pack_experts(([packed(kind, 96, 512), packed(kind, 96, 512)] for _ in range(8)), 8, dtype, CPU)
+        down = cpu.pack_experts(([packed(kind, 512, 96)] for _ in range(8)), 8, dtype, CPU)
+        served[f"linear {kind}"] = lambda x, one=one: cpu.linear(x, one, bias.new_ones(100))
 
         def mix(x: Tensor, gate_up=gate_up, down=down) -> Tensor:
             ids = x[:, :8].float().argsort(1)[:, :3]
-            return native.experts(x, ids, x[:, :3].float(), gate_up, down)
+            return cpu.experts(x, ids, x[:, :3].float(), gate_up, down)
 
-        doors[f"experts {kind}"] = mix
-    return doors
+        served[f"experts {kind}"] = mix
+    return served
 
 
 def test_rows_are_the_same_alone_and_among_others(dtype, noise, threads):
     x = noise(300, 512, dtype=dtype)
-    for name, door in doors_of_rows(noise, dtype).items():
+    for name, op in row_ops(noise, dtype).items():
         threads(2)
-        whole = door(x)
+        whole = op(x)
         threads(1)
         for a, b in ((0, 1), (7, 8), (299, 300), (3, 9), (0, 32), (100, 143)):
-            assert same(door(x[a:b]), whole[a:b]), f"{name}: rows {a}..{b}"
+            assert same(op(x[a:b]), whole[a:b]), f"{name}: rows {a}..{b}"
 
 
 def test_rows_of_a_wide_matrix_are_the_same_alone_and_among_others(dtype, noise):
     """Many rows of fp8 take a wide matrix in stretches."""
     x, codes = noise(40, 9000, dtype=dtype), (noise(70, 9000) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
-    packed = native.pack_linear([Weight("fp8", codes, noise(70, 1).abs())], dtype, CPU)
-    whole = native.linear(x, packed, None)
+    packed = cpu.pack_linear([Weight("fp8", codes, noise(70, 1).abs())], dtype, CPU)
+    whole = cpu.linear(x, packed, None)
     for a, b in ((0, 1), (39, 40), (5, 18)):
-        assert same(native.linear(x[a:b], packed, None), whole[a:b])
+        assert same(cpu.linear(x[a:b], packed, None), whole[a:b])
 
 
 @pytest.mark.parametrize("inner", [512, 7, 333], ids=str)
 def test_float32_weights_that_bfloat16_holds_take_half_the_memory_and_give_the_same_bits(inner, dtype, noise):
     codes, x = noise(100, inner).bfloat16(), noise(300, inner, dtype=dtype)
     x[:, 0] = torch.where(torch.arange(300) % 2 == 0, torch.nan, x[:, 0])  # what follows a row of odd width
-    half, whole = (native.pack_linear([Weight("plain", c)], torch.float32, CPU) for c in (codes, codes.float()))
-    assert same(native.linear(x, half, None), native.linear(x, whole, None)) and half.float32
+    half, whole = (cpu.pack_linear([Weight("plain", c)], torch.float32, CPU) for c in (codes, codes.float()))
+    assert same(cpu.linear(x, half, None), cpu.linear(x, whole, None)) and half.float32
     assert inner < 512 or half.nbytes < 0.51 * whole.nbytes
 
 
@@ -246,57 +246,57 @@ def test_packed_bytes_are_those_of_what_is_packed(inner, group, stored, noise):
     scales = (weight.scales * (1 if stored == torch.bfloat16 else 1 + 2**-10)).to(stored).float()
     int8 = Weight("plain", noise(96, inner)).quantize("int8")
     for each in (Weight("int4", weight.codes, scales, weight.zeros, group), int8):
-        held = native.pack_linear([each], torch.bfloat16, CPU).nbytes
-        predicted = native.packed_bytes(each, stored == torch.bfloat16)
+        held = cpu.pack_linear([each], torch.bfloat16, CPU).nbytes
+        predicted = cpu.packed_bytes(each, stored == torch.bfloat16)
         assert 0 <= held - predicted <= 4096 + 64, "and a little room at the end"
 
 
 def test_memory_of_results_is_used_again_but_never_while_anyone_holds_it(monkeypatch):
-    monkeypatch.setattr(native, "_results", _native.Shelf(8 << 20))  # in which no other test has left anything
+    monkeypatch.setattr(cpu, "_results", _native.BufferPool(8 << 20))  # in which no other test has left anything
     shape = (1 << 10, 1 << 9)
-    first, other = (native._new(*shape, dtype=torch.float32) for _ in range(2))
+    first, other = (cpu._new(*shape, dtype=torch.float32) for _ in range(2))
     assert first.shape == shape and first.is_contiguous() and first.data_ptr() != other.data_ptr()
     first.fill_(1), other.fill_(2)
     place, part = first.data_ptr(), first[512:]
     del first
-    held = [native._new(*shape, dtype=torch.float32).fill_(3) for _ in range(3)]
+    held = [cpu._new(*shape, dtype=torch.float32).fill_(3) for _ in range(3)]
     assert part.eq(1).all() and other.eq(2).all(), "a part of a result keeps the whole"
     del part
-    again = native._new(1 << 11, 1 << 9, dtype=torch.bfloat16)
+    again = cpu._new(1 << 11, 1 << 9, dtype=torch.bfloat16)
     assert again.data_ptr() == place and again.dtype == torch.bfloat16
     assert all(each.eq(3).all() for each in held)
     del again, held, other  # ten megabytes, of which eight are kept
-    memory = [native._results.lend(2 << 20) for _ in range(5)]
+    memory = [cpu._results.acquire(2 << 20) for _ in range(5)]
     assert sum(bool(each.any()) for each in memory) == 4
 
 
 def test_a_recording_repeats_its_calls_in_little_memory(noise):
     """Of many results two are alive at a time; a second recording lies in the same memory; other threads stay out."""
     widen, narrow = (
-        native.pack_linear([Weight("plain", noise(*shape).bfloat16() / 16)], torch.bfloat16, CPU)
+        cpu.pack_linear([Weight("plain", noise(*shape).bfloat16() / 16)], torch.bfloat16, CPU)
         for shape in ((1024, 256), (256, 512))
     )
 
     def chain(x: Tensor) -> Tensor:
         for _ in range(16):
-            x = native.linear(native.swiglu(native.linear(x, widen, None)), narrow, bias)
+            x = cpu.linear(cpu.swiglu(cpu.linear(x, widen, None)), narrow, bias)
         return x
 
     bias = noise(256).bfloat16()
     few, many = noise(3, 256, dtype=torch.bfloat16), noise(40, 256, dtype=torch.bfloat16)
     foreign = torch.full((1, 4), 1.0)
-    with native.record() as calls:
+    with cpu.record() as calls:
         mine = chain(few)
-        thread = threading.Thread(target=native.add_, args=(foreign, torch.ones(1, 4)))
+        thread = threading.Thread(target=cpu.add_, args=(foreign, torch.ones(1, 4)))
         thread.start()
         thread.join()
-    with native.record(calls.memory) as others:
+    with cpu.record(calls.memory) as others:
         theirs = chain(many)
-    places = {calls.memory.lend(1).data_ptr() for _ in range(50)}
+    places = {calls.memory.acquire(1).data_ptr() for _ in range(50)}
     assert mine.data_ptr() != theirs.data_ptr() and len(places) <= 4
     for x, y, recording in ((few, mine, calls), (many, theirs, others), (few, mine, calls)):
         x.copy_(noise(*x.shape))
-        recording.play()
+        recording.replay()
         assert same(y, chain(x))
     assert foreign.eq(2).all()
 
@@ -306,8 +306,8 @@ def test_broken_rows_stay_alone(dtype, noise):
     broken = x.clone()
     broken[11, 5], broken[12, 8] = torch.nan, torch.inf
     rest = [r for r in range(40) if r not in (11, 12)]
-    for name, door in doors_of_rows(noise, dtype).items():
-        before, after = door(x), door(broken)
+    for name, op in row_ops(noise, dtype).items():
+        before, after = op(x), op(broken)
         assert same(before[rest], after[rest]), name
         if name not in ("route", "rms_norm of heads"):
             assert not after[11].isfinite().all(), name
@@ -318,13 +318,13 @@ def test_routing_with_broken_logits_chooses_experts_that_exist():
         logits = torch.full((3, 16), torch.nan)
         logits[1, :] = -torch.inf
         logits[2, ::2] = 0
-        ids, scores = native.route(logits, torch.zeros(16), RouteRule(4, groups, min(groups, 2), True, 2.0))
+        ids, scores = cpu.route(logits, torch.zeros(16), RouteRule(4, groups, min(groups, 2), True, 2.0))
         assert ((ids >= 0) & (ids < 16)).all() and all(len(set(row)) == 4 for row in ids.tolist())
         assert scores[0].isnan().all() and scores[1].max() < 1e-15 and scores[2].isnan().all()
 
 
 def test_of_equal_choices_the_first_are_taken():
-    ids, _ = native.route(torch.zeros(1, 16), torch.zeros(16), RouteRule(4, 4, 2, True, 1.0))
+    ids, _ = cpu.route(torch.zeros(1, 16), torch.zeros(16), RouteRule(4, 4, 2, True, 1.0))
     assert ids.tolist() == [[0, 1, 2, 3]]
 
 
@@ -334,37 +334,37 @@ def test_what_does_not_fit_is_refused(noise):
     batch = lambda table, starts=(0, 3), lengths=(5,): Batch(one, one, one, table, one, starts, lengths)
     rule = RouteRule(4, 1, 1, True, 1.0)
     refused = [
-        lambda: native.rms_norm(x, noise(31), 1e-5),
-        lambda: native.rms_norm(x.double(), noise(32), 1e-5),
-        lambda: native.add_rms_norm(x[0], noise(3, 32), noise(32), 1e-5),
-        lambda: native.add_(noise(3, 5), noise(3, 4)),
-        lambda: native.add_(noise(5, 3).T, noise(3, 5)),
-        lambda: native.swiglu(noise(3, 5)),
-        lambda: native.embed(one[0].int(), noise(4, 4), 0),
-        lambda: native.rope_(x, x[:2], noise(3, 4), noise(3, 4)),
-        lambda: native.rope_(x, x, noise(3, 17), noise(3, 17)),
-        lambda: native.rope_(x.mT, x.mT, noise(3, 1), noise(3, 1)),
-        lambda: native.route(noise(3, 8), noise(9), rule),
-        lambda: native.route(noise(3, 3), noise(3), rule),
-        lambda: native.route(noise(3, 16), noise(16), RouteRule(4, 3, 1, True, 1.0)),
-        lambda: native.store_kv_(x, x, *cache, torch.tensor([0, 1, 32])),
-        lambda: native.store_kv_(x, x, *cache, torch.tensor([0, 1, -1])),
-        lambda: native.store_kv_(x, x[:2], *cache, torch.tensor([0, 1, 2])),
-        lambda: native.store_kv_(x.bfloat16(), x.bfloat16(), *cache, torch.tensor([0, 1, 2])),
-        lambda: native.attention(x, *cache, batch(one - 1), 1.0),
-        lambda: native.attention(x, *cache, batch(one + 2), 1.0),
-        lambda: native.attention(x, *cache, batch(one, lengths=(2,)), 1.0),
-        lambda: native.attention(x, *cache, batch(one, lengths=(17,)), 1.0),
-        lambda: native.attention(x, *cache, batch(one, starts=(0, 2)), 1.0),
-        lambda: native.attention(x, *cache, batch(one, starts=(0, 1, 3)), 1.0),
-        lambda: native.attention(noise(3, 3, 32), *cache, batch(one), 1.0),
-        lambda: native.attention(x.bfloat16(), *cache, batch(one), 1.0),
-        lambda: native.attention(x, cache[0], cache[1].mT, batch(one), 1.0),
-        lambda: native.attention(x, *codes[..., :32].contiguous(), batch(one), 1.0),
-        lambda: native.attention(x, codes[0], cache[1], batch(one), 1.0),
-        lambda: native.attention(x, *codes.float(), batch(one), 1.0),
-        lambda: native.store_kv_(x, x, *codes[..., :32].contiguous(), torch.tensor([0, 1, 2])),
-        lambda: native.store_kv_(x.double(), x.double(), *codes, torch.tensor([0, 1, 2])),
+        lambda: cpu.rms_norm(x, noise(31), 1e-5),
+        lambda: cpu.rms_norm(x.double(), noise(32), 1e-5),
+        lambda: cpu.add_rms_norm(x[0], noise(3, 32), noise(32), 1e-5),
+        lambda: cpu.add_(noise(3, 5), noise(3, 4)),
+        lambda: cpu.add_(noise(5, 3).T, noise(3, 5)),
+        lambda: cpu.swiglu(noise(3, 5)),
+        lambda: cpu.embed(one[0].int(), noise(4, 4), 0),
+        lambda: cpu.rope_(x, x[:2], noise(3, 4), noise(3, 4)),
+        lambda: cpu.rope_(x, x, noise(3, 17), noise(3, 17)),
+        lambda: cpu.rope_(x.mT, x.mT, noise(3, 1), noise(3, 1)),
+        lambda: cpu.route(noise(3, 8), noise(9), rule),
+        lambda: cpu.route(noise(3, 3), noise(3), rule),
+        lambda: cpu.route(noise(3, 16), noise(16), RouteRule(4, 3, 1, True, 1.0)),
+        lambda: cpu.store_kv_(x, x, *cache, torch.tensor([0, 1, 32])),
+        lambda: cpu.store_kv_(x, x, *cache, torch.tensor([0, 1, -1])),
+        lambda: cpu.store_kv_(x, x[:2], *cache, torch.tensor([0, 1, 2])),
+        lambda: cpu.store_kv_(x.bfloat16(), x.bfloat16(), *cache, torch.tensor([0, 1, 2])),
+        lambda: cpu.attention(x, *cache, batch(one - 1), 1.0),
+        lambda: cpu.attention(x, *cache, batch(one + 2), 1.0),
+        lambda: cpu.attention(x, *cache, batch(one, lengths=(2,)), 1.0),
+        lambda: cpu.attention(x, *cache, batch(one, lengths=(17,)), 1.0),
+        lambda: cpu.attention(x, *cache, batch(one, starts=(0, 2)), 1.0),
+        lambda: cpu.attention(x, *cache, batch(one, starts=(0, 1, 3)), 1.0),
+        lambda: cpu.attention(noise(3, 3, 32), *cache, batch(one), 1.0),
+        lambda: cpu.attention(x.bfloat16(), *cache, batch(one), 1.0),
+        lambda: cpu.attention(x, cache[0], cache[1].mT, batch(one), 1.0),
+        lambda: cpu.attention(x, *codes[..., :32].contiguous(), batch(one), 1.0),
+        lambda: cpu.attention(x, codes[0], cache[1], batch(one), 1.0),
+        lambda: cpu.attention(x, *codes.float(), batch(one), 1.0),
+        lambda: cpu.store_kv_(x, x, *codes[..., :32].contiguous(), torch.tensor([0, 1, 2])),
+        lambda: cpu.store_kv_(x.double(), x.double(), *codes, torch.tensor([0, 1, 2])),
     ]
     for i, call in enumerate(refused):
         with pytest.raises(ValueError):

@@ -1,4 +1,4 @@
-"""The house rules: who may import whom, and who alone may say certain words. Reads the source and runs none of it."""
+"""The rules of the package: who may import whom, and who alone may say certain words. Reads the source and runs none of it."""
 
 import ast
 from pathlib import Path
@@ -12,7 +12,7 @@ FILES = sorted(p.relative_to(ROOT) for p in PACKAGE.rglob("*.py"))
 FLOORS = (
     ("errors",),
     ("config", "weight", "batch"),
-    ("checkpoint", "ops", "parallel", "device", "text"),
+    ("checkpoint", "backends", "parallel", "device", "text"),
     ("model",),
     ("engine",),
     ("llm", "testing"),
@@ -24,17 +24,17 @@ FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 FORBIDDEN = {
     "errors": ("torch",),
     "config": ("torch", "transformers"),
-    "checkpoint": ("glimmer.ops", "glimmer.parallel", "glimmer.device", "glimmer.text"),
-    "ops": ("glimmer.config", "glimmer.checkpoint", "glimmer.parallel", "torch.distributed", "glimmer.text"),
-    "parallel": ("glimmer.config", "glimmer.ops", "glimmer.device", "glimmer.checkpoint", "glimmer.text"),
-    "device": ("glimmer.ops", "glimmer.parallel", "glimmer.checkpoint", "glimmer.text"),
-    "text": ("torch", "glimmer.ops", "glimmer.checkpoint", "glimmer.parallel", "glimmer.device", "numpy"),
+    "checkpoint": ("glimmer.backends", "glimmer.parallel", "glimmer.device", "glimmer.text"),
+    "backends": ("glimmer.config", "glimmer.checkpoint", "glimmer.parallel", "torch.distributed", "glimmer.text"),
+    "parallel": ("glimmer.config", "glimmer.backends", "glimmer.device", "glimmer.checkpoint", "glimmer.text"),
+    "device": ("glimmer.backends", "glimmer.parallel", "glimmer.checkpoint", "glimmer.text"),
+    "text": ("torch", "glimmer.backends", "glimmer.checkpoint", "glimmer.parallel", "glimmer.device", "numpy"),
     "model": ("glimmer.text", "triton"),
     "engine": ("glimmer.text", "tokenizers", "omegaconf"),
     "llm": ("argparse", "http"),
-    "predict": ("glimmer.model", "glimmer.ops", "glimmer.checkpoint", "glimmer.engine", "torch"),
-    "bench": ("glimmer.model", "glimmer.ops", "glimmer.checkpoint", "glimmer.engine", "torch"),
-    "showcase": ("glimmer.model", "glimmer.ops", "glimmer.checkpoint", "glimmer.engine", "torch"),
+    "predict": ("glimmer.model", "glimmer.backends", "glimmer.checkpoint", "glimmer.engine", "torch"),
+    "bench": ("glimmer.model", "glimmer.backends", "glimmer.checkpoint", "glimmer.engine", "torch"),
+    "showcase": ("glimmer.model", "glimmer.backends", "glimmer.checkpoint", "glimmer.engine", "torch"),
 }
 
 
@@ -88,14 +88,14 @@ def attributes(tree: ast.AST) -> set[str]:
 def test_words_that_belong_to_one_file(path):
     tree = ast.parse((ROOT / path).read_text())
     said = attributes(tree)
-    if room(path) not in ("device", "ops"):
+    if room(path) not in ("device", "backends"):
         assert not {a for a in said if a.startswith(("torch.cuda", "torch.npu"))}, f"{path} names a device"
         strings = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
         kinds = {"cpu", "cuda", "npu", "gloo", "nccl", "hccl"} if room(path) != "predict" else {"gloo", "nccl", "hccl"}
         assert not strings & kinds, f"{path} names a device"  # predict translates MindSpore's names of them
     if str(path) not in ("glimmer/parallel.py", "glimmer/launch.py"):
         assert not [n for n, _ in imports(tree) if begins(n, "torch.distributed")], f"{path} talks to other ranks"
-    if str(path) not in ("glimmer/parallel.py", "glimmer/ops/__init__.py", "glimmer/launch.py"):
+    if str(path) not in ("glimmer/parallel.py", "glimmer/backends/__init__.py", "glimmer/launch.py"):
         assert not {a for a in said if a.startswith(("os.environ", "os.getenv"))}, f"{path} reads the environment"
     assert not [n for n, _ in imports(tree) if begins(n, "transformers") or begins(n, "pickle")], f"{path}"
     calls = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}

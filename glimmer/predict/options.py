@@ -171,16 +171,54 @@ TRANSLATED = {
 }
 
 IGNORED = (
-    "output_dir", "use_legacy", "mode", "device_id", "trainer.*", "context.*", "parallel.*", "recompute_config*",
-    "parallel_config.vocab_emb_dp", "parallel_config.use_seq_parallel", "parallel_config.micro_batch_num",
-    "parallel_config.gradient_aggregation_group", "micro_batch_interleave_num", "moe_config*", "swap_config*",
-    "model.arch*", "model.model_config.*_dtype", "model.model_config.type", "model.model_config.batch_size",
-    "model.model_config.seq_length", "model.model_config.use_past", "model.model_config.is_dynamic",
-    "model.model_config.use_flash_attention", "model.model_config.block_size", "model.model_config.num_blocks",
-    "processor.*", "infer.*", "auto_trans_ckpt", "transform_process_num", "src_strategy_path_or_dir",
-    "only_save_strategy", "strategy_load_checkpoint", "resume_training", "remote_save_url", "do_eval", "eval_*",
-    "train_*", "runner_config.*", "runner_wrapper.*", "optimizer.*", "lr_schedule.*", "metric*", "callbacks*",
-    "profile*", "monitor_config.*", "auto_tune", "autotune_per_step", "filepath_prefix",
+    "output_dir",
+    "use_legacy",
+    "mode",
+    "device_id",
+    "trainer.*",
+    "context.*",
+    "parallel.*",
+    "recompute_config*",
+    "parallel_config.vocab_emb_dp",
+    "parallel_config.use_seq_parallel",
+    "parallel_config.micro_batch_num",
+    "parallel_config.gradient_aggregation_group",
+    "micro_batch_interleave_num",
+    "moe_config*",
+    "swap_config*",
+    "model.arch*",
+    "model.model_config.*_dtype",
+    "model.model_config.type",
+    "model.model_config.batch_size",
+    "model.model_config.seq_length",
+    "model.model_config.use_past",
+    "model.model_config.is_dynamic",
+    "model.model_config.use_flash_attention",
+    "model.model_config.block_size",
+    "model.model_config.num_blocks",
+    "processor.*",
+    "infer.*",
+    "auto_trans_ckpt",
+    "transform_process_num",
+    "src_strategy_path_or_dir",
+    "only_save_strategy",
+    "strategy_load_checkpoint",
+    "resume_training",
+    "remote_save_url",
+    "do_eval",
+    "eval_*",
+    "train_*",
+    "runner_config.*",
+    "runner_wrapper.*",
+    "optimizer.*",
+    "lr_schedule.*",
+    "metric*",
+    "callbacks*",
+    "profile*",
+    "monitor_config.*",
+    "auto_tune",
+    "autotune_per_step",
+    "filepath_prefix",
 )
 
 REFUSED = {  # key: (the only value, what to do)
@@ -216,8 +254,11 @@ def unknown(key: str, source: str) -> ConfigError:
     tail = key.rpartition(".")[2]
     near = [k for k in known if k.rpartition(".")[2] == tail] or difflib.get_close_matches(key, known, 1, 0.6)
     nearest = f"; the nearest is {near[0]!r}" if near else ""
-    return ConfigError(f"no key {key!r} ({source})", f"a key that glimmer or MindFormers has{nearest}",
-                       "see --help and docs/mindformers.md")
+    return ConfigError(
+        f"no key {key!r} ({source})",
+        f"a key that glimmer or MindFormers has{nearest}",
+        "see --help and docs/mindformers.md",
+    )
 
 
 # ---------------------------------------------------------------------- reading
@@ -237,8 +278,11 @@ def read_command_line(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
             return given, prompts + words
         if not word.startswith("--"):
             if word.startswith("-") and kind_of(word[1:].partition("=")[0].replace("-", "_")) is not None:
-                raise ConfigError(f"{word!r}", f"-{word}, with two dashes",
-                                  "correct it; a prompt of that kind is written after a lone --")
+                raise ConfigError(
+                    f"{word!r}",
+                    f"-{word}, with two dashes",
+                    "correct it; a prompt of that kind is written after a lone --",
+                )
             prompts.append(word)
             continue
         name, equals, value = word[2:].partition("=")
@@ -275,7 +319,8 @@ def read_yaml(file: Path, command: dict[str, Any]) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"--config {file}: {reason}", "a YAML file such as configs/glm4_moe/predict_glm4_moe.yaml",
+            f"--config {file}: {reason}",
+            "a YAML file such as configs/glm4_moe/predict_glm4_moe.yaml",
             "check the path and the line",
         ) from None
     if not isinstance(content, dict):
@@ -310,7 +355,7 @@ class Given(NamedTuple):
     strength: int
 
 
-def settle(command: dict[str, Any], file: dict[str, Any], source: str) -> tuple[dict[str, Given], list[str]]:
+def resolve(command: dict[str, Any], file: dict[str, Any], source: str) -> tuple[dict[str, Given], list[str]]:
     """One value for each setting, the stronger where there are two; and the keys that mean nothing here.
 
     Raises ConfigError: unknown key, wrong kind, the other value of a REFUSED key, two keys that contradict each other.
@@ -339,7 +384,8 @@ def settle(command: dict[str, Any], file: dict[str, Any], source: str) -> tuple[
                 if rival.strength == strength and rival.value != given.value:
                     raise ConfigError(
                         f"{rival.key}={rival.value!r} and {key}={given.value!r} ({where})",
-                        f"values that agree, since both mean {setting}", "leave one of them out",
+                        f"values that agree, since both mean {setting}",
+                        "leave one of them out",
                     )
                 found[setting] = given
     return found, sorted(idle)
@@ -384,7 +430,7 @@ def plan(argv: list[str], running: int, default_model: Callable[[], Path], home:
     """
     command, prompts = read_command_line(argv)
     file = locate(command.pop("config"), home) if "config" in command else None
-    settings, ignored = settle(command, read_yaml(file, command) if file else {}, str(file))
+    settings, ignored = resolve(command, read_yaml(file, command) if file else {}, str(file))
 
     def take(name: str, default: Any = None) -> Any:
         return settings[name].value if name in settings else default
@@ -427,7 +473,8 @@ def one_directory(settings: dict[str, Given]) -> str | None:
     if weights is not None and os.path.realpath(weights.value) != os.path.realpath(model.value):
         raise ConfigError(
             f"{weights.key}={weights.value!r} ({weights.source}) beside {model.key}={model.value!r}",
-            "weights, configuration and tokenizer in one Hugging Face directory", "set load_checkpoint to ''",
+            "weights, configuration and tokenizer in one Hugging Face directory",
+            "set load_checkpoint to ''",
         )
     return None if model is None else model.value
 

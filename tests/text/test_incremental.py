@@ -1,4 +1,4 @@
-"""Reply and its stop strings, against a definition that looks at the whole text after every character."""
+"""IncrementalText and its stop strings, against a definition that looks at the whole text after every character."""
 
 from itertools import accumulate, pairwise
 
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glimmer.errors import RequestError
-from glimmer.text.reply import Reply, StopSearch
+from glimmer.text.incremental import IncrementalText, StopSearch
 
 # Few characters, of one to four bytes, so that stop strings overlap, repeat themselves and split characters.
 ALPHABET = "ab北🙂\ufffd"
@@ -31,8 +31,8 @@ def beginning_of_a_stop(text, stop):
 
 
 def run(tokenizer, pieces, stop=(), **options):
-    """Push all pieces: (everything that was returned, the Reply)."""
-    reply = Reply(tokenizer, list(stop), **options)
+    """Push all pieces: (everything that was returned, the IncrementalText)."""
+    reply = IncrementalText(tokenizer, list(stop), **options)
     shown = "".join([reply.push(piece) for piece in pieces])
     return shown + reply.finish(), reply
 
@@ -44,25 +44,28 @@ def bytewise(text):
 # ── tables ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("text, stop, shown, stopped", [
-    ("hello", [], "hello", None),
-    ("", ["x"], "", None),
-    ("hello", ["x"], "hello", None),
-    ("hello", ["l"], "he", "l"),
-    ("hello", ["hello"], "", "hello"),
-    ("hello", ["hellooo"], "hello", None),
-    ("aab", ["ab"], "a", "ab"),
-    ("aaab", ["aab"], "a", "aab"),
-    ("abcd", ["abcd", "bc"], "a", "bc"),
-    ("abcd", ["bc", "abc", "c"], "", "abc"),
-    ("abx", ["abc", "bx"], "a", "bx"),
-    ("xyab", ["ab", "xy"], "", "xy"),
-    ("ababac", ["abac"], "ab", "abac"),
-    ("今日は北京", ["北"], "今日は", "北"),
-    ("今日は北京", ["日は"], "今", "日は"),
-    ("a\n\nb", ["\n\n"], "a", "\n\n"),
-    ("🙂🙃", ["🙃"], "🙂", "🙃"),
-])
+@pytest.mark.parametrize(
+    "text, stop, shown, stopped",
+    [
+        ("hello", [], "hello", None),
+        ("", ["x"], "", None),
+        ("hello", ["x"], "hello", None),
+        ("hello", ["l"], "he", "l"),
+        ("hello", ["hello"], "", "hello"),
+        ("hello", ["hellooo"], "hello", None),
+        ("aab", ["ab"], "a", "ab"),
+        ("aaab", ["aab"], "a", "aab"),
+        ("abcd", ["abcd", "bc"], "a", "bc"),
+        ("abcd", ["bc", "abc", "c"], "", "abc"),
+        ("abx", ["abc", "bx"], "a", "bx"),
+        ("xyab", ["ab", "xy"], "", "xy"),
+        ("ababac", ["abac"], "ab", "abac"),
+        ("今日は北京", ["北"], "今日は", "北"),
+        ("今日は北京", ["日は"], "今", "日は"),
+        ("a\n\nb", ["\n\n"], "a", "\n\n"),
+        ("🙂🙃", ["🙃"], "🙂", "🙃"),
+    ],
+)
 def test_the_first_stop_string_to_be_complete_cuts_the_text(tokenizer, text, stop, shown, stopped):
     for pieces in (bytewise(text), [list(text.encode())]):
         got, reply = run(tokenizer, pieces, stop)
@@ -72,19 +75,19 @@ def test_the_first_stop_string_to_be_complete_cuts_the_text(tokenizer, text, sto
 
 
 def test_text_is_held_only_while_it_may_become_a_stop_string(tokenizer):
-    reply = Reply(tokenizer, ["</s>", "stop"])
+    reply = IncrementalText(tokenizer, ["</s>", "stop"])
     shown = [reply.push([ord(c)]) for c in "a<b</ss</stx"]
     assert shown == ["a", "", "<b", "", "", "", "</s", "s", "", "", "</", "stx"]
 
 
 def test_a_stop_string_that_is_shown_anyway_delays_nothing(tokenizer):
-    reply = Reply(tokenizer, ["stop"], include_stop_str_in_output=True)
+    reply = IncrementalText(tokenizer, ["stop"], include_stop_str_in_output=True)
     assert [reply.push([ord(c)]) for c in "a stop!"] == ["a", " ", "s", "t", "o", "p", ""]
     assert reply.text == "a stop"
 
 
 def test_after_a_stop_string_nothing_more_is_taken_in(tokenizer):
-    reply = Reply(tokenizer, ["b"])
+    reply = IncrementalText(tokenizer, ["b"])
     assert reply.push(list(b"abcabc")) == "a"
     assert (reply.used, reply.stopped) == (2, "b")
     assert reply.push(list(b"more")) == "" and reply.finish() == "" and reply.finish() == ""
@@ -104,7 +107,7 @@ def test_a_broken_character_at_the_end_may_complete_a_stop_string(tokenizer):
 
 
 def test_a_prefix_is_shown_first_and_never_searched(tokenizer):
-    reply = Reply(tokenizer, ["ab"], prefix="ab a")
+    reply = IncrementalText(tokenizer, ["ab"], prefix="ab a")
     assert reply.text == ""
     assert [reply.push([]), reply.push([]), reply.push(list(b"bcab"))] == ["ab a", "", "bc"]
     assert (reply.text, reply.stopped) == ("ab abc", "ab")
@@ -122,7 +125,7 @@ def test_special_tokens_are_text_only_when_asked(tokenizer):
 @pytest.mark.parametrize("stop", ["ab", [""], ["a", ""], [1], None, [None], [["a"]], {"a": 1}])
 def test_stop_must_be_a_list_of_texts(tokenizer, stop):
     with pytest.raises(RequestError) as caught:
-        Reply(tokenizer, stop)
+        IncrementalText(tokenizer, stop)
     assert caught.value.field == "stop" and repr(stop) in caught.value.found
 
 
@@ -130,16 +133,22 @@ def test_stop_must_be_a_list_of_texts(tokenizer, stop):
 
 
 @settings(max_examples=150, deadline=None)
-@given(ids=st.lists(BYTES | st.integers(0, 2291), max_size=30), stop=STOPS, include=st.booleans(),
-       sizes=st.lists(st.integers(0, 5)))
+@given(
+    ids=st.lists(BYTES | st.integers(0, 2291), max_size=30),
+    stop=STOPS,
+    include=st.booleans(),
+    sizes=st.lists(st.integers(0, 5)),
+)
 def test_any_cutting_of_the_ids_gives_the_defined_answer(tokenizer, ids, stop, include, sizes):
     whole = tokenizer.decode(ids)
     hit = first_stop(whole, stop)
-    expected = whole if hit is None else whole[:hit[0] if include else hit[0] - len(hit[1])]
+    expected = whole if hit is None else whole[: hit[0] if include else hit[0] - len(hit[1])]
 
     pieces = [ids[start:end] for start, end in pairwise([0, *accumulate(sizes), None])]
-    runs = [run(tokenizer, cutting, stop, include_stop_str_in_output=include)
-            for cutting in ([[id] for id in ids], pieces, [ids])]
+    runs = [
+        run(tokenizer, cutting, stop, include_stop_str_in_output=include)
+        for cutting in ([[id] for id in ids], pieces, [ids])
+    ]
     for shown, reply in runs:
         assert (shown, reply.text) == (expected, expected)
         assert reply.stopped == (hit and hit[1])
@@ -149,7 +158,7 @@ def test_any_cutting_of_the_ids_gives_the_defined_answer(tokenizer, ids, stop, i
 @settings(max_examples=150, deadline=None)
 @given(text=st.text(ALPHABET, max_size=20), stop=STOPS)
 def test_all_is_shown_but_a_beginning_of_a_stop_string(tokenizer, text, stop):
-    reply = Reply(tokenizer, stop)
+    reply = IncrementalText(tokenizer, stop)
     for n, character in enumerate(text, start=1):
         reply.push(list(character.encode()))
         if reply.stopped is not None:

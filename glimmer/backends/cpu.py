@@ -1,8 +1,8 @@
-"""The CPU doors over glimmer._native: check the arguments, allocate the result, then one call.
+"""The CPU ops over glimmer._native: check the arguments, allocate the result, then one call.
 
 Every row comes out bit for bit the same whatever rows are beside it and however many threads there are: an output is
 one sum in one order. Packed matrices live in the extension's own memory, in the panels that csrc/kernels.h describes.
-Not here: any arithmetic. Where the extension is not installed this module does not import, and `ops.choose` says so.
+Not here: any arithmetic. Where the extension is not installed this module does not import; `backends.choose` says so.
 """
 
 import json
@@ -18,31 +18,34 @@ import torch
 from torch import Tensor
 
 from glimmer import _native
+from glimmer.backends import RouteRule, reference
 from glimmer.batch import Batch
-from glimmer.ops import RouteRule, reference
 from glimmer.weight import Weight, layout
 
 set_threads = _native.set_threads
 STRETCH = 4 << 20  # bytes of a plain matrix that are converted at once
-LENT, KEPT = 1 << 20, 512 << 20  # bytes of a result that is lent its memory; the most that lies unused between steps
+POOLED, MAX_UNUSED = (
+    1 << 20,
+    512 << 20,
+)  # bytes of a result that is lent its memory; the most that lies unused between steps
 FLOATS = (torch.float32, torch.bfloat16)
 
 
-class Recording:
-    """The calls that doors make while it is entered, to be made again by `play` on the same tensors.
+class CapturedStep:
+    """The calls that ops make while it is entered, to be made again by `replay` on the same tensors.
 
-    Whoever plays it puts new values into those that the doors were given. Lists among the arguments (a batch's lengths)
-    are read anew each time. Inside, a door that would have to copy an input raises RuntimeError: a copy would not be
+    Whoever plays it puts new values into those that the ops were given. Lists among the arguments (a batch's lengths)
+    are read anew each time. Inside, an op that would have to copy an input raises RuntimeError: a copy would not be
     repeated. Results lie in `memory`, where a later one takes the place of one that nobody holds any more. Recordings
     may share it: what one has left there is good until another is played.
     """
 
-    def __init__(self, memory: _native.Shelf | None = None):
-        self.memory = memory or _native.Shelf(sys.maxsize)
+    def __init__(self, memory: _native.BufferPool | None = None):
+        self.memory = memory or _native.BufferPool(sys.maxsize)
         self._parts: list[Callable[[], None]] = []  # most of them many calls, made without Python
         self._kept: list[tuple] = []
 
-    def __enter__(self) -> "Recording":
+    def __enter__(self) -> "CapturedStep":
         _own.recording = self
         return self
 
@@ -51,46 +54,46 @@ class Recording:
 
     def add(self, call: Callable, args: tuple, kept: Tensor | None) -> None:
         self._kept.append((args, kept))
-        later = getattr(_native, f"later_{call.__name__}", None)
-        if later is None:  # lists among its arguments, or none of the extension's
+        queue = getattr(_native, f"queue_{call.__name__}", None)
+        if queue is None:  # lists among its arguments, or none of the extension's
             self._parts.append(partial(call, *args))
             return
-        if not self._parts or not isinstance(self._parts[-1], _native.Calls):
-            self._parts.append(_native.Calls())
-        later(self._parts[-1], *args)
+        if not self._parts or not isinstance(self._parts[-1], _native.CallList):
+            self._parts.append(_native.CallList())
+        queue(self._parts[-1], *args)
 
-    def play(self) -> None:
+    def replay(self) -> None:
         for part in self._parts:
             part()
 
 
-record = Recording
+record = CapturedStep
 
 
 class _Own(threading.local):
     """Of each thread: other engines may run beside the one that records."""
 
-    recording: Recording | None = None
+    recording: CapturedStep | None = None
 
 
 _own = _Own()
-_results = _native.Shelf(KEPT)
+_results = _native.BufferPool(MAX_UNUSED)
 
 
 def _run(call: Callable, *args, kept: Tensor | None = None) -> None:
-    """call(*args). kept: what it reads, besides results of doors and what was given to them."""
+    """call(*args). kept: what it reads, besides results of ops and what was given to them."""
     if _own.recording is not None:
         _own.recording.add(call, args, kept)
     call(*args)
 
 
 def _new(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Where a door's result will be."""
+    """Where an op's result will be."""
     nbytes = math.prod(shape) * dtype.itemsize
     recording = _own.recording
-    if recording is None and nbytes < LENT:
+    if recording is None and nbytes < POOLED:
         return torch.empty(shape, dtype=dtype)
-    return (recording.memory if recording is not None else _results).lend(nbytes).view(dtype).view(shape)
+    return (recording.memory if recording is not None else _results).acquire(nbytes).view(dtype).view(shape)
 
 
 def _whole(x: Tensor) -> Tensor:
@@ -109,10 +112,10 @@ def _input(x: Tensor, width: int) -> Tensor:
     return _whole(x)
 
 
-def _refuse(door: str, *tensors: Tensor) -> None:
-    """Raises ValueError: what a door was given is not what the table in ops/__init__.py says."""
+def _refuse(op: str, *tensors: Tensor) -> None:
+    """Raises ValueError: what an op was given is not what the table in backends/__init__.py says."""
     found = ", ".join(f"{t.dtype} {tuple(t.shape)} strides {t.stride()} on {t.device}" for t in tensors)
-    raise ValueError(f"{door} of {found}")
+    raise ValueError(f"{op} of {found}")
 
 
 def _heads(x: Tensor) -> Tensor:
@@ -125,8 +128,8 @@ def embed(tokens: Tensor, table: Tensor, first: int) -> Tensor:
     if tokens.dtype != torch.int64 or table.dtype not in FLOATS or not table.is_contiguous():
         _refuse("embed", tokens, table)
     tokens, (rows, n) = _whole(tokens), table.shape
-    narrow, y = table.dtype == torch.bfloat16, _new(len(tokens), n, dtype=table.dtype)
-    _run(_native.embed, tokens.data_ptr(), len(tokens), table.data_ptr(), narrow, rows, n, first, y.data_ptr())
+    is_bf16, y = table.dtype == torch.bfloat16, _new(len(tokens), n, dtype=table.dtype)
+    _run(_native.embed, tokens.data_ptr(), len(tokens), table.data_ptr(), is_bf16, rows, n, first, y.data_ptr())
     return y
 
 
@@ -142,10 +145,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     else:
         x = _whole(x)
         rows, heads, stride = y.numel() // n, 1, n
-    narrow, result = x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16
+    is_bf16, result = x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16
     _run(
         _native.rms_norm,
-        x.data_ptr(), narrow, rows, heads, n, stride, weight.data_ptr(), result, eps, y.data_ptr(),
+        x.data_ptr(),
+        is_bf16,
+        rows,
+        heads,
+        n,
+        stride,
+        weight.data_ptr(),
+        result,
+        eps,
+        y.data_ptr(),
     )
     return y
 
@@ -158,10 +170,19 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         _refuse("add_rms_norm", x, residual, weight)
     x, residual = _whole(x), _whole(residual)
     total, y = _new(rows, n, dtype=residual.dtype), _new(rows, n, dtype=weight.dtype)
-    narrow, kept, result = (t.dtype == torch.bfloat16 for t in (x, residual, weight))
+    is_bf16, kept, result = (t.dtype == torch.bfloat16 for t in (x, residual, weight))
     _run(
         _native.add_rms_norm,
-        x.data_ptr(), narrow, residual.data_ptr(), kept, rows, n, weight.data_ptr(), result, eps, total.data_ptr(),
+        x.data_ptr(),
+        is_bf16,
+        residual.data_ptr(),
+        kept,
+        rows,
+        n,
+        weight.data_ptr(),
+        result,
+        eps,
+        total.data_ptr(),
         y.data_ptr(),
     )
     return y, total
@@ -187,8 +208,18 @@ def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     cos, sin = _whole(cos), _whole(sin)
     _run(
         _native.rope,
-        q.data_ptr(), heads, q.stride(0), k.data_ptr(), kv_heads, k.stride(0), q.dtype == torch.bfloat16, rows, width,
-        cos.data_ptr(), sin.data_ptr(), half,
+        q.data_ptr(),
+        heads,
+        q.stride(0),
+        k.data_ptr(),
+        kv_heads,
+        k.stride(0),
+        q.dtype == torch.bfloat16,
+        rows,
+        width,
+        cos.data_ptr(),
+        sin.data_ptr(),
+        half,
     )
 
 
@@ -201,8 +232,17 @@ def route(logits: Tensor, bias: Tensor, rule: RouteRule) -> tuple[Tensor, Tensor
     ids, scores = (_new(rows, rule.top_k, dtype=dtype) for dtype in (torch.int64, torch.float32))
     _run(
         _native.route,
-        logits.data_ptr(), bias.data_ptr(), rows, experts, rule.top_k, rule.n_group, rule.topk_group,
-        rule.norm_topk_prob, rule.routed_scaling_factor, ids.data_ptr(), scores.data_ptr(),
+        logits.data_ptr(),
+        bias.data_ptr(),
+        rows,
+        experts,
+        rule.top_k,
+        rule.n_group,
+        rule.topk_group,
+        rule.norm_topk_prob,
+        rule.routed_scaling_factor,
+        ids.data_ptr(),
+        scores.data_ptr(),
     )
     return ids, scores
 
@@ -228,8 +268,20 @@ def store_kv_(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor)
         _refuse("store_kv_", k, v, keys, values, slots)
     _run(
         _native.store_kv,
-        k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), k.dtype == torch.bfloat16, len(slots), slots.data_ptr(),
-        keys.data_ptr(), values.data_ptr(), keys.dtype == torch.int8, blocks, size, heads, width,
+        k.data_ptr(),
+        k.stride(0),
+        v.data_ptr(),
+        v.stride(0),
+        k.dtype == torch.bfloat16,
+        len(slots),
+        slots.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        keys.dtype == torch.int8,
+        blocks,
+        size,
+        heads,
+        width,
     )
 
 
@@ -240,16 +292,30 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: floa
         _run(lambda: y.copy_(reference.attention(q, keys, values, batch, scale)))
         return y
     (rows, q_heads, width), (blocks, size, heads, _) = q.shape, keys.shape
-    q, table = _heads(q), _whole(batch.blocks)
-    fits = width == _width(keys) and rows == batch.starts[-1] and len(table) == len(batch.lengths)
+    q, table = _heads(q), _whole(batch.block_tables)
+    fits = width == _width(keys) and rows == batch.query_start_loc[-1] and len(table) == len(batch.seq_lens)
     if not fits or table.dtype != torch.int64 or not _sound(q, keys, values):
         _refuse("attention", q, keys, values, table)
     y = _new(rows, q_heads * width, dtype=q.dtype)
     _run(
         _native.attention,
-        q.data_ptr(), q.stride(0), q_heads, q.dtype == torch.bfloat16, keys.data_ptr(), values.data_ptr(),
-        keys.dtype == torch.int8, blocks, size, heads, width, table.data_ptr(), table.shape[1], batch.starts,
-        batch.lengths, scale, y.data_ptr(),
+        q.data_ptr(),
+        q.stride(0),
+        q_heads,
+        q.dtype == torch.bfloat16,
+        keys.data_ptr(),
+        values.data_ptr(),
+        keys.dtype == torch.int8,
+        blocks,
+        size,
+        heads,
+        width,
+        table.data_ptr(),
+        table.shape[1],
+        batch.query_start_loc,
+        batch.seq_lens,
+        scale,
+        y.data_ptr(),
     )
     return y
 
@@ -265,20 +331,20 @@ def add_(y: Tensor, x: Tensor) -> None:
     if y.ndim != 2 or x.shape != y.shape or y.dtype not in FLOATS or x.dtype not in FLOATS or not y.is_contiguous():
         _refuse("add_", y, x)
     x, (rows, n) = _whole(x), y.shape
-    narrow = x.dtype == torch.bfloat16
-    _run(_native.add, y.data_ptr(), y.dtype == torch.bfloat16, x.data_ptr(), narrow, rows, n)
+    is_bf16 = x.dtype == torch.bfloat16
+    _run(_native.add, y.data_ptr(), y.dtype == torch.bfloat16, x.data_ptr(), is_bf16, rows, n)
 
 
 def linear(x: Tensor, packed: _native.Packed, bias: Tensor | None) -> Tensor:
     """(T, in) -> (T, out) in x's dtype; float32 where the weights are."""
     x = _input(x, packed.k)
-    narrow = x.dtype == torch.bfloat16
-    result = narrow and not packed.float32
+    is_bf16 = x.dtype == torch.bfloat16
+    result = is_bf16 and not packed.float32
     y = _new(len(x), packed.n, dtype=x.dtype if result else torch.float32)
     bias = None if bias is None else bias.float()
     if bias is not None and bias.shape != (packed.n,):
         raise ValueError(f"a bias of shape {tuple(bias.shape)}, where ({packed.n},) is wanted")
-    _run(_native.linear, x.data_ptr(), narrow, len(x), packed, _address(bias), y.data_ptr(), result, kept=bias)
+    _run(_native.linear, x.data_ptr(), is_bf16, len(x), packed, _address(bias), y.data_ptr(), result, kept=bias)
     return y
 
 
@@ -290,10 +356,18 @@ def experts(x: Tensor, ids: Tensor, scores: Tensor, gate_up: _native.Packed, dow
         raise ValueError(f"{found} for {len(x)} rows, where int64 and float32 (rows, K) are wanted")
     ids, scores = _whole(ids), _whole(scores)
     y = _new(len(x), down.n, dtype=torch.float32)
-    narrow = x.dtype == torch.bfloat16
+    is_bf16 = x.dtype == torch.bfloat16
     _run(
         _native.experts,
-        x.data_ptr(), narrow, len(x), ids.data_ptr(), scores.data_ptr(), ids.shape[1], gate_up, down, y.data_ptr()
+        x.data_ptr(),
+        is_bf16,
+        len(x),
+        ids.data_ptr(),
+        scores.data_ptr(),
+        ids.shape[1],
+        gate_up,
+        down,
+        y.data_ptr(),
     )
     return y
 
@@ -344,9 +418,9 @@ def _empty(parts: Sequence[Weight], kind: str, count: int, pieces: int) -> _nati
     rows, inner = sum(p.shape[0] for p in parts), parts[0].shape[1]
     # Wide only where bfloat16 would lose something: a community checkpoint's float16 scales.
     exact = lambda scales: torch.equal(scales.bfloat16().float().nan_to_num(0), scales.nan_to_num(0))
-    wide = kind == "int4" and not all(exact(p.scales) for p in parts)
+    wide_scales = kind == "int4" and not all(exact(p.scales) for p in parts)
     group = -(-parts[0].group // 32) * 32 if kind == "int4" else 32
-    return _native.Packed(kind, count, rows, inner, pieces, group, wide)
+    return _native.Packed(kind, count, rows, inner, pieces, group, wide_scales)
 
 
 def _fill(packed: _native.Packed, e: int, parts: Sequence[Weight], dtype: torch.dtype) -> None:

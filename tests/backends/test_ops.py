@@ -1,7 +1,7 @@
-"""Every door of every backend on this machine against its definition, written out here once more in plain torch.
+"""Every op of every backend on this machine against its definition, written out here once more in plain torch.
 
-A definition is one function, evaluated twice: in float64 it is the truth, in the door's own dtype it shows what plain
-torch makes of it. A door passes if its error is at most twice plain torch's, plus two roundings of its result: how
+A definition is one function, evaluated twice: in float64 it is the truth, in the op's own dtype it shows what plain
+torch makes of it. An op passes if its error is at most twice plain torch's, plus two roundings of its result: how
 plain torch rounds differs from processor to processor, and on some it is lucky.
 """
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from glimmer import device as devices
+from glimmer.backends import BACKENDS, Ops, RouteRule, choose, reference
 from glimmer.batch import Batch
-from glimmer.ops import BACKENDS, Ops, RouteRule, choose, reference
 from glimmer.weight import Weight
 
 KINDS = devices.available()
@@ -22,16 +22,16 @@ try:
     from glimmer import _native
 except ImportError:
     _native = None
-SETS = [f"cpu native {name}" for name in _native.available().split()] if _native else []
+SETS = [f"cpu cpu {name}" for name in _native.available().split()] if _native else []
 
 
 @pytest.fixture(scope="module", params=[*KINDS, *(f"{kind} reference" for kind in KINDS if BACKENDS[kind]), *SETS])
-def doors(request) -> Iterator[tuple[Ops, torch.device]]:
+def served(request) -> Iterator[tuple[Ops, torch.device]]:
     """(ops, device): who serves each device, the reference where that is another, and each instruction set."""
     kind, only, name = [*request.param.split(), "", ""][:3]
     best = _native.isa() if _native else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLIMMER_OPS", only)
+        patch.setenv("GLIMMER_BACKEND", only)
         ops = choose(kind)
     if name:
         _native.select(name)
@@ -74,11 +74,11 @@ def assert_close(found: Tensor, definition, *inputs) -> None:
     assert found.isfinite().all() and error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
 
 
-def call(door, device: torch.device, *inputs, changes: tuple[int, ...] = ()):
-    """door(*inputs) on the device; its inputs stay as they are, except those that it is there to change."""
+def call(op, device: torch.device, *inputs, changes: tuple[int, ...] = ()):
+    """op(*inputs) on the device; its inputs stay as they are, except those that it is there to change."""
     there = [value.to(device) if isinstance(value, Tensor) else value for value in inputs]
     before = [value.clone() if isinstance(value, Tensor) else value for value in there]
-    result = door(*there)
+    result = op(*there)
     for i, (a, b) in enumerate(zip(there, before)):
         if isinstance(a, Tensor) and i not in changes:
             assert torch.allclose(a, b, 0, 0, equal_nan=True), f"input {i} was changed"
@@ -90,8 +90,8 @@ def call(door, device: torch.device, *inputs, changes: tuple[int, ...] = ()):
 
 @pytest.mark.parametrize("rows", [1, 7])
 @pytest.mark.parametrize("first, held", [(0, 50), (10, 5), (49, 1)])
-def test_embed(rows, first, held, doors, dtype, noise):
-    ops, device = doors
+def test_embed(rows, first, held, served, dtype, noise):
+    ops, device = served
     table, tokens = noise(held, 36, dtype=dtype), torch.arange(rows) * 7 % 50
     found = call(ops.embed, device, tokens, table, first).cpu()
     assert found.dtype == dtype
@@ -100,9 +100,9 @@ def test_embed(rows, first, held, doors, dtype, noise):
         assert torch.equal(row, table[token - first] if inside else torch.zeros(36, dtype=dtype))
 
 
-def test_embed_keeps_a_broken_row_to_itself(doors):
+def test_embed_keeps_a_broken_row_to_itself(served):
     """NaN in a rank's first row is no reason to spoil tokens that other ranks hold."""
-    ops, device = doors
+    ops, device = served
     table = torch.tensor([[float("nan")], [2.0]], device=device)
     found = ops.embed(torch.tensor([0, 4, 5, 9], device=device), table, 4).cpu()
     assert found[[0, 2, 3], 0].tolist() == [0, 2, 0] and found[1].isnan().all()
@@ -114,16 +114,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(1, 64), (7, 44), (7, 5120), (3, 12, 128)], ids=str)
 @pytest.mark.parametrize("eps", [1e-5, 0.1])
-def test_rms_norm(shape, eps, doors, dtype, noise):
-    ops, device = doors
+def test_rms_norm(shape, eps, served, dtype, noise):
+    ops, device = served
     x, weight = noise(*shape, dtype=dtype, scale=3), 1 + noise(shape[-1], dtype=dtype, scale=0.1)
     found = call(ops.rms_norm, device, x, weight, eps)
     assert found.dtype == dtype and found.shape == x.shape
     assert_close(found, rms_norm, x, weight, eps)
 
 
-def test_rms_norm_of_nothing_and_of_much(doors, dtype):
-    ops, device = doors
+def test_rms_norm_of_nothing_and_of_much(served, dtype):
+    ops, device = served
     x = torch.tensor([[0.0] * 8, [1e-4] * 8, [3e18] * 8], dtype=dtype)
     found = call(ops.rms_norm, device, x, torch.ones(8, dtype=dtype), 1e-5).tolist()
     assert found[0] == [0] * 8
@@ -133,8 +133,8 @@ def test_rms_norm_of_nothing_and_of_much(doors, dtype):
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=["residual float32", "residual bfloat16"])
 @pytest.mark.parametrize("rows", [1, 7])
-def test_add_rms_norm(rows, kept, doors, dtype, noise):
-    ops, device = doors
+def test_add_rms_norm(rows, kept, served, dtype, noise):
+    ops, device = served
     x, residual, weight = noise(rows, 176, dtype=dtype), noise(rows, 176, dtype=kept, scale=4), noise(176, dtype=dtype)
     normed, total = call(ops.add_rms_norm, device, x, residual, weight, 1e-5)
     assert normed.dtype == dtype and total.dtype == kept
@@ -145,8 +145,8 @@ def test_add_rms_norm(rows, kept, doors, dtype, noise):
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=["sum float32", "sum bfloat16"])
 @pytest.mark.parametrize("rows, width", [(1, 44), (7, 88), (300, 176)])
-def test_add(rows, width, kept, doors, dtype, noise):
-    ops, device = doors
+def test_add(rows, width, kept, served, dtype, noise):
+    ops, device = served
     x, y = noise(rows, width, dtype=dtype), noise(rows, width, dtype=kept, scale=4)
     (found,) = call(ops.add_, device, y.clone(), x, changes=(0,))
     assert found.dtype == kept
@@ -154,8 +154,8 @@ def test_add(rows, width, kept, doors, dtype, noise):
 
 
 @pytest.mark.parametrize("rows, width", [(1, 44), (7, 88), (33, 176), (2, 1408)])
-def test_swiglu(rows, width, doors, dtype, noise):
-    ops, device = doors
+def test_swiglu(rows, width, served, dtype, noise):
+    ops, device = served
     x = noise(rows, 2 * width, dtype=dtype, scale=4)
     found = call(ops.swiglu, device, x)
     assert found.shape == (rows, width) and found.dtype == dtype
@@ -174,9 +174,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("heads, dim, turned", [((96, 8), 128, 64), ((3, 1), 16, 4), ((2, 2), 12, 12)], ids=str)
 @pytest.mark.parametrize("rows", [1, 7])
-def test_rope(rows, heads, dim, turned, doors, dtype, noise):
+def test_rope(rows, heads, dim, turned, served, dtype, noise):
     """In place, on views of one matrix, as the model calls it; the rest of each head, and v, stay as they were."""
-    ops, device = doors
+    ops, device = served
     angles = torch.arange(rows)[:, None] * 1e6 ** (-torch.arange(0, turned, 2) / turned) + 1000
     qkv = noise(rows, sum(heads) + heads[1], dim, dtype=dtype).to(device)
     before, cos, sin = qkv.cpu().clone(), angles.cos(), angles.sin()
@@ -190,9 +190,9 @@ def test_rope(rows, heads, dim, turned, doors, dtype, noise):
 
 
 @pytest.mark.parametrize("size", [5, 16, 32])
-def test_store_kv(size, doors, dtype, noise):
+def test_store_kv(size, served, dtype, noise):
     """Slots are found again by attention: each key answers to a query of its own, so loudly that no other is heard."""
-    ops, device = doors
+    ops, device = served
     keys, values = (torch.full((3, size, 2, 96), 1e4, dtype=dtype, device=device) for _ in range(2))
     kv = noise(3 * size, 4, 96, dtype=dtype)
     kv[:, :2] = torch.eye(96)[: 3 * size, None] * 100
@@ -222,8 +222,8 @@ SIZES = [(1, 64, 44), (7, 44, 88), (3, 88, 176), (4, 176, 1408), (33, 1408, 64),
 @pytest.mark.parametrize("rows, inner, out", SIZES, ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
-def test_linear(rows, inner, out, bias, stored, doors, dtype, noise):
-    ops, device = doors
+def test_linear(rows, inner, out, bias, stored, served, dtype, noise):
+    ops, device = served
     x, w = noise(rows, inner, dtype=dtype), noise(out, inner, dtype=stored, scale=inner**-0.5)
     b = noise(out, dtype=dtype) if bias else None
     packed = ops.pack_linear([Weight("plain", w)], dtype, device)
@@ -238,9 +238,9 @@ def fp8_weight(noise, out: int, inner: int) -> Weight:
 
 
 @pytest.mark.parametrize("rows, inner, out", SIZES, ids=str)
-def test_linear_fp8(rows, inner, out, doors, dtype, noise):
+def test_linear_fp8(rows, inner, out, served, dtype, noise):
     """Rows that FP8 expresses exactly, with scales that are powers of two: their quantisation rounds nothing."""
-    ops, device = doors
+    ops, device = served
     weight = fp8_weight(noise, out, inner)
     codes = noise(rows, inner, scale=100).clamp(-448, 448).to(torch.float8_e4m3fn).float()
     codes[:, 0] = 448
@@ -252,9 +252,9 @@ def test_linear_fp8(rows, inner, out, doors, dtype, noise):
     assert_close(found, lambda x, w, b: (x @ w.to(x.dtype).T) + b, x, weight.codes.double() * weight.scales.double(), b)
 
 
-def test_linear_fp8_quantises_each_row_by_its_own_largest(doors, dtype, noise):
+def test_linear_fp8_quantises_each_row_by_its_own_largest(served, dtype, noise):
     """A row of large numbers costs its neighbours nothing; nor do zeros. The error is that of 3 bits of fraction."""
-    ops, device = doors
+    ops, device = served
     weight = fp8_weight(noise, 40, 512)
     x = noise(4, 512, dtype=dtype) * torch.tensor([[1e-6], [1.0], [0.0], [1e6]], dtype=dtype)
     found = call(lambda x: ops.linear(x, ops.pack_linear([weight], dtype, device), None), device, x).cpu().double()
@@ -294,9 +294,9 @@ def values(weight: Weight) -> Tensor:
 
 @pytest.mark.parametrize("rows, inner, out", [*SIZES, (5, 1408, 70), (1, 2048, 9)], ids=str)
 @pytest.mark.parametrize("how", INTEGERS)
-def test_linear_of_integers(how, rows, inner, out, doors, dtype, noise):
+def test_linear_of_integers(how, rows, inner, out, served, dtype, noise):
     """Rows that int8 expresses exactly, each group with the largest code and a power of two: nothing is rounded."""
-    ops, device = doors
+    ops, device = served
     weight = integer_weight(how, noise, out, inner)
     group = weight.group or inner
     x = noise(rows, inner, scale=50).round().clamp(-127, 127)
@@ -316,9 +316,9 @@ def test_linear_of_integers(how, rows, inner, out, doors, dtype, noise):
 
 @pytest.mark.parametrize("rows, inner, out", SIZES, ids=str)
 @pytest.mark.parametrize("how", INTEGERS)
-def test_linear_of_integers_is_off_by_half_a_step_of_its_inputs(how, rows, inner, out, doors, dtype, noise):
+def test_linear_of_integers_is_off_by_half_a_step_of_its_inputs(how, rows, inner, out, served, dtype, noise):
     """Against the widened product. Each input is off by at most half of 1/127 of the largest in its row or group."""
-    ops, device = doors
+    ops, device = served
     weight = integer_weight(how, noise, out, inner)
     x = noise(rows, inner, dtype=dtype) * (10.0 ** torch.arange(-3, 3)[torch.arange(rows) % 6])[:, None].to(dtype)
     found = call(lambda x: ops.linear(x, ops.pack_linear([weight], dtype, device), None), device, x).cpu().double()
@@ -333,9 +333,9 @@ def test_linear_of_integers_is_off_by_half_a_step_of_its_inputs(how, rows, inner
 
 
 @pytest.mark.parametrize("how", INTEGERS)
-def test_linear_of_integers_keeps_broken_rows_to_themselves(how, doors, dtype, noise):
+def test_linear_of_integers_keeps_broken_rows_to_themselves(how, served, dtype, noise):
     """Zeros give zeros; NaN and infinity give NaN, and only in their own row; so do those of a weight's scales."""
-    ops, device = doors
+    ops, device = served
     weight = integer_weight(how, noise, 40, 256)
     x = noise(5, 256, dtype=dtype)
     x[0], x[1, 200], x[3, 7] = 0, float("nan"), float("-inf")
@@ -348,12 +348,12 @@ def test_linear_of_integers_keeps_broken_rows_to_themselves(how, doors, dtype, n
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_int4_scales_of_any_sign_and_size(stored, doors, noise):
+def test_int4_scales_of_any_sign_and_size(stored, served, noise):
     """Others' scales may be negative, nothing, or so small beside a row's others that the group is next to nothing.
 
     bfloat16 and float16 scales count exactly, float32 ones to 20 bits. Rows of ones and of powers of two round nothing.
     """
-    ops, device = doors
+    ops, device = served
     weight = integer_weight("int4 in 32", noise, 40, 192)
     scales = noise(40, 6) * 2.0 ** torch.arange(-40, 40)[torch.randint(0, 80, (40, 6), generator=torch.manual_seed(3))]
     scales[1], scales[2, ::2], scales[3], scales[4, 1] = 0, 0, -scales[3].abs(), -scales[4, 1].abs()
@@ -373,8 +373,8 @@ def test_int4_scales_of_any_sign_and_size(stored, doors, noise):
     assert torch.equal(one, exact) if stored != torch.float32 else torch.allclose(one, exact, rtol=2**-20)
 
 
-def test_linear_of_integers_where_zeros_are_left_out(doors, dtype, noise):
-    ops, device = doors
+def test_linear_of_integers_where_zeros_are_left_out(served, dtype, noise):
+    ops, device = served
     weight = integer_weight("int4 without zeros", noise, 24, 96)
     explicit = Weight("int4", weight.codes, weight.scales, torch.full((24, 3), 8, dtype=torch.uint8), 32)
     x = noise(5, 96, dtype=dtype).to(device)
@@ -384,9 +384,9 @@ def test_linear_of_integers_where_zeros_are_left_out(doors, dtype, noise):
 
 
 @pytest.mark.parametrize("kind", ["plain", "fp8", *INTEGERS])
-def test_packed_parts_follow_each_other_and_are_copies(kind, doors, dtype, noise):
+def test_packed_parts_follow_each_other_and_are_copies(kind, served, dtype, noise):
     """Rows of q, k and v in one matrix; what comes later to the file's own bytes is nothing to the packed form."""
-    ops, device = doors
+    ops, device = served
     plain = lambda n: Weight("plain", noise(n, 48, dtype=dtype))
     make = {"plain": plain, "fp8": lambda n: fp8_weight(noise, n, 48)}
     make |= {how: lambda n: integer_weight(kind, noise, n, 48) for how in INTEGERS}
@@ -442,10 +442,10 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: floa
     """Each row by itself: its keys gathered one slot after the other, a softmax, a sum."""
     size, out = keys.shape[1], []
     share = q.shape[1] // keys.shape[2]
-    for s, length in enumerate(batch.lengths):
-        slots = torch.tensor([int(batch.blocks[s, p // size]) * size + p % size for p in range(length)])
+    for s, length in enumerate(batch.seq_lens):
+        slots = torch.tensor([int(batch.block_tables[s, p // size]) * size + p % size for p in range(length)])
         k, v = (x.flatten(0, 1)[slots].repeat_interleave(share, 1) for x in (keys, values))  # (L, h, D)
-        for row in range(batch.starts[s], batch.starts[s + 1]):
+        for row in range(batch.query_start_loc[s], batch.query_start_loc[s + 1]):
             seen = int(batch.positions[row]) + 1
             weights = torch.einsum("hd,lhd->hl", q[row], k[:seen]) * scale
             out.append(torch.einsum("hl,lhd->hd", weights.softmax(-1), v[:seen]).flatten())
@@ -467,21 +467,26 @@ def filled(
     if codes:  # of which each is -1, and each scale, all bits set, NaN
         shape = (*keys.shape[:3], keys.shape[3] + reference.SCALE)
         cache = tuple(torch.full(shape, -1, dtype=torch.int8, device=device) for _ in cache)
-    used = [int(batch.blocks[s, p // size]) * size + p % size for s, n in enumerate(batch.lengths) for p in range(n)]
+    used = [
+        int(batch.block_tables[s, p // size]) * size + p % size for s, n in enumerate(batch.seq_lens) for p in range(n)
+    ]
     slots = torch.tensor(used)
     ops.store_kv_(*(x.flatten(0, 1)[slots].to(device) for x in (keys, values)), *cache, slots.to(device))
     return cache
 
 
-@pytest.mark.parametrize("steps, heads, codes", [
-    *itertools.product(STEPS, HEADS, [False, True]),
-    ("longer than one call", "8 over 4", False),
-    ("longer than one call", "3 over 1", True),
-    ("longer than a split", "24 over 2", False),
-    ("longer than a split", "8 over 4", True),
-])
-def test_attention(steps, heads, codes, doors, dtype, noise):
-    ops, device = doors
+@pytest.mark.parametrize(
+    "steps, heads, codes",
+    [
+        *itertools.product(STEPS, HEADS, [False, True]),
+        ("longer than one call", "8 over 4", False),
+        ("longer than one call", "3 over 1", True),
+        ("longer than a split", "24 over 2", False),
+        ("longer than a split", "8 over 4", True),
+    ],
+)
+def test_attention(steps, heads, codes, served, dtype, noise):
+    ops, device = served
     h, g, dim = (HEADS | WIDE)[heads]
     size = 16 if steps != "chunks with a past" else 5
     batch, pool = paged((STEPS | LONG)[steps], size, seed=len(steps))
@@ -498,12 +503,12 @@ def test_attention(steps, heads, codes, doors, dtype, noise):
 
 
 @pytest.mark.parametrize("step", [0.004, 0.02, 0.2, -0.2], ids=str)
-def test_attention_where_scores_rise_or_fall(step, doors, noise):
+def test_attention_where_scores_rise_or_fall(step, served, noise):
     """By e to the power of `step` from key to key: what has been summed up loses weight slowly, fast, or not at all."""
-    ops, device = doors
+    ops, device = served
     batch, pool = paged([(1200, 100)], 16, seed=1)
     q, keys, values = torch.ones(100, 2, 16), torch.zeros(pool, 16, 1, 16), noise(pool, 16, 1, 16)
-    slots = torch.tensor([int(batch.blocks[0, p // 16]) * 16 + p % 16 for p in range(1300)])
+    slots = torch.tensor([int(batch.block_tables[0, p // 16]) * 16 + p % 16 for p in range(1300)])
     keys.flatten(0, 1)[slots, 0, 0] = step * torch.arange(1300.0)
     there = Batch(*(x.to(device) if isinstance(x, Tensor) else x for x in vars(batch).values()))
     cache = filled(ops, device, keys, values, batch, False)
@@ -513,12 +518,12 @@ def test_attention_where_scores_rise_or_fall(step, doors, noise):
     assert ((found.double() - truth).abs() <= 2**-23 * rounded * values.abs().max()).all()
 
 
-def test_attention_over_codes_of_much_little_and_nothing(doors, dtype, noise):
+def test_attention_over_codes_of_much_little_and_nothing(served, dtype, noise):
     """Every key and value, head by head, has a scale of its own; zeros stay zeros; NaN and infinity are NaN."""
-    ops, device = doors
+    ops, device = served
     batch, pool = paged([(0, 40)], 16, seed=1)
     q, keys, values = noise(40, 4, 32, dtype=dtype), *(noise(pool, 16, 2, 32, dtype=dtype) for _ in range(2))
-    slots = batch.slots
+    slots = batch.slot_mapping
     for x in (keys, values):
         x.flatten(0, 1)[slots[:3], 0] *= torch.tensor([1e-30, 1e3, 0.0], dtype=dtype)[:, None]
     keys.flatten(0, 1)[slots[1], 0] /= 1e3  # a score of thousands would leave nothing to the others
@@ -544,7 +549,7 @@ def route(logits: Tensor, bias: Tensor, rule: RouteRule) -> list[dict[int, float
     """For each token {expert: weight}, in Python's own numbers."""
     out = []
     for row in logits.double().tolist():
-        scores = [1 / (1 + 2.718281828459045 ** -x) for x in row]
+        scores = [1 / (1 + 2.718281828459045**-x) for x in row]
         choice = dict(enumerate(s + b for s, b in zip(scores, bias.double().tolist())))
         size = len(row) // rule.n_group
         if rule.n_group > 1:
@@ -561,8 +566,8 @@ def rule(top_k: int, n_group: int = 1, topk_group: int = 1, norm: bool = True, f
     return RouteRule(top_k, n_group, topk_group, norm, factor)
 
 
-def assert_routes(doors, logits: Tensor, bias: Tensor, how: RouteRule) -> None:
-    ops, device = doors
+def assert_routes(served, logits: Tensor, bias: Tensor, how: RouteRule) -> None:
+    ops, device = served
     ids, scores = call(lambda *args: ops.route(*args, how), device, logits, bias)
     assert ids.shape == scores.shape == (len(logits), how.top_k)
     assert ids.dtype == torch.int64 and scores.dtype == torch.float32
@@ -571,43 +576,53 @@ def assert_routes(doors, logits: Tensor, bias: Tensor, how: RouteRule) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 7, 65])
-@pytest.mark.parametrize("experts, how", [
-    (128, rule(8)), (160, rule(8, factor=2.5)), (8, rule(8)), (8, rule(1, norm=False)), (16, rule(4, 4, 2)),
-    (16, rule(2, 8, 1, norm=False, factor=2.5)), (160, rule(8, 8, 3)), (8, rule(4, 2, 2)),
-], ids=str)
-def test_route(rows, experts, how, doors, noise):
-    assert_routes(doors, noise(rows, experts, scale=2), noise(experts, scale=0.3), how)
+@pytest.mark.parametrize(
+    "experts, how",
+    [
+        (128, rule(8)),
+        (160, rule(8, factor=2.5)),
+        (8, rule(8)),
+        (8, rule(1, norm=False)),
+        (16, rule(4, 4, 2)),
+        (16, rule(2, 8, 1, norm=False, factor=2.5)),
+        (160, rule(8, 8, 3)),
+        (8, rule(4, 2, 2)),
+    ],
+    ids=str,
+)
+def test_route(rows, experts, how, served, noise):
+    assert_routes(served, noise(rows, experts, scale=2), noise(experts, scale=0.3), how)
 
 
-def test_route_bias_chooses_but_does_not_weigh(doors):
+def test_route_bias_chooses_but_does_not_weigh(served):
     logits, bias = torch.tensor([[3.0, 2.0, 1.0, -1.0]]), torch.tensor([0.0, -1.0, 0.0, 2.0])
-    ops, device = doors
+    ops, device = served
     ids, scores = ops.route(logits.to(device), bias.to(device), rule(2, norm=False))
     found = dict(zip(ids[0].tolist(), scores[0].tolist()))
     assert found == pytest.approx({0: float(torch.tensor(3.0).sigmoid()), 3: float(torch.tensor(-1.0).sigmoid())})
 
 
-def test_route_of_tiny_scores(doors):
+def test_route_of_tiny_scores(served):
     """1e-20 keeps the sum from being zero, and is too small to be seen otherwise."""
-    ops, device = doors
+    ops, device = served
     for logit, total in ((-30.0, 1.0), (-200.0, 0.0)):
         _, scores = ops.route(torch.full((1, 4), logit, device=device), torch.zeros(4, device=device), rule(2))
         assert float(scores.sum()) == pytest.approx(total, abs=1e-6)
 
 
-def test_route_with_negative_choices(doors):
+def test_route_with_negative_choices(served):
     """Experts of groups that lost are out, even where all choices of the group that won are below zero."""
     logits, bias = torch.zeros(3, 8), torch.tensor([-3.0, -3.1, -3.2, -3.3, -0.6, -40.0, -40.0, -40.0])
-    assert_routes(doors, logits, bias, rule(3, n_group=2))
-    ops, device = doors
+    assert_routes(served, logits, bias, rule(3, n_group=2))
+    ops, device = served
     ids, _ = ops.route(logits.to(device), bias.to(device), rule(3, n_group=2))
     assert {frozenset(row) for row in ids.tolist()} == {frozenset((0, 1, 2))}
 
 
-def test_route_sees_the_last_bits_of_the_bias(doors):
+def test_route_sees_the_last_bits_of_the_bias(served):
     """In bfloat16 these biases would be one number: 238 of them were once 8, and other experts were chosen."""
     bias = 0.5 + torch.arange(128) * 1e-5
-    assert_routes(doors, torch.zeros(2, 128), bias.roll(50), rule(8))
+    assert_routes(served, torch.zeros(2, 128), bias.roll(50), rule(8))
 
 
 def experts(x: Tensor, ids: Tensor, scores: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
@@ -639,8 +654,8 @@ def chosen(case: str, noise) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("width", [44, 88, 176, 1408])
 @pytest.mark.parametrize("case", CHOICES)
-def test_experts(case, width, doors, dtype, noise):
-    ops, device = doors
+def test_experts(case, width, served, dtype, noise):
+    ops, device = served
     hidden = 64 if width > 50 else 100
     ids, scores = chosen(case, noise)
     x = noise(len(ids), hidden, dtype=dtype)
@@ -656,9 +671,9 @@ def test_experts(case, width, doors, dtype, noise):
     assert_close(found, experts, x, ids, scores, [torch.cat(pair) for pair in zip(gates, ups)], downs)
 
 
-def assert_as_one_by_one(doors, dtype, x, ids, scores, halves, downs, tolerance):
+def assert_as_one_by_one(served, dtype, x, ids, scores, halves, downs, tolerance):
     """experts as the linears and swiglu, called for one token and one expert at a time, would do it."""
-    ops, device = doors
+    ops, device = served
     packed = ops.pack_experts(halves, 8, dtype, device), ops.pack_experts(downs, 8, dtype, device)
     found = ops.experts(x, ids.to(device), scores.to(device), *packed).cpu().double()
     single = lambda x, parts: ops.linear(x, ops.pack_linear(parts, torch.float32, device), None)
@@ -669,37 +684,37 @@ def assert_as_one_by_one(doors, dtype, x, ids, scores, halves, downs, tolerance)
 
 
 @pytest.mark.parametrize("case", CHOICES)
-def test_experts_fp8(case, doors, dtype, noise):
+def test_experts_fp8(case, served, dtype, noise):
     """As the FP8 linears and swiglu, called for one token and one expert at a time, would do it."""
-    _, device = doors
+    _, device = served
     ids, scores = chosen(case, noise)
     x = noise(len(ids), 64, dtype=dtype).to(device)
     halves = [[fp8_weight(noise, 88, 64), fp8_weight(noise, 88, 64)] for _ in range(8)]
     downs = [[fp8_weight(noise, 64, 88)] for _ in range(8)]
     # An input of the second matrix on the border of two codes may go either way: 1/16 of a few of 88 numbers.
-    assert_as_one_by_one(doors, dtype, x, ids, scores, halves, downs, 0.05)
+    assert_as_one_by_one(served, dtype, x, ids, scores, halves, downs, 0.05)
 
 
 @pytest.mark.parametrize("case", CHOICES)
 @pytest.mark.parametrize("how, hidden", [("int8", 64), ("int4 in 32", 64), ("int4 in 128", 128)], ids=str)
-def test_experts_of_integers(how, hidden, case, doors, dtype, noise):
+def test_experts_of_integers(how, hidden, case, served, dtype, noise):
     """As the linears and swiglu, called for one token and one expert at a time, would do it."""
-    _, device = doors
+    _, device = served
     ids, scores = chosen(case, noise)
     x = noise(len(ids), hidden, dtype=dtype).to(device)
     halves = [[integer_weight(how, noise, 88, hidden), integer_weight(how, noise, 88, hidden)] for _ in range(8)]
     downs = [[integer_weight("int4 in 32" if "4" in how else how, noise, hidden, 88)] for _ in range(8)]
     # An input of the second matrix on the border of two codes may go either way: 1/127 of a few of 88 numbers.
-    assert_as_one_by_one(doors, dtype, x, ids, scores, halves, downs, 0.02)
+    assert_as_one_by_one(served, dtype, x, ids, scores, halves, downs, 0.02)
 
 
 @pytest.mark.parametrize("group", [32, 128])
 @pytest.mark.parametrize("inner", [2, 44, 88, 352, 1408])
-def test_quantize(inner, group, doors, dtype, noise):
+def test_quantize(inner, group, served, dtype, noise):
     """As the reference but for the last bits of sums, and each row the same whatever is beside it."""
     values = noise(37, inner + 6, dtype=dtype)[:, :inner]  # rows that lie apart
     values[3], values[5, 1], values[7, 0], values[9], values[11] = 0, torch.nan, -torch.inf, 1e-38, values[11].abs()
-    found, expected = (q(Weight("plain", values), "int4", group) for q in (doors[0].quantize, reference.quantize))
+    found, expected = (q(Weight("plain", values), "int4", group) for q in (served[0].quantize, reference.quantize))
     assert (found.kind, found.group, found.shape) == (expected.kind, expected.group, expected.shape)
     assert torch.equal(found.scales.nan_to_num(), found.scales.bfloat16().float().nan_to_num())
     ours, theirs = found.dequantize(), expected.dequantize()
@@ -709,27 +724,27 @@ def test_quantize(inner, group, doors, dtype, noise):
     assert (errors[0] <= 1.01 * errors[1] + 1e-12).all(), "no row is worse"
     assert (found.nibbles() != expected.nibbles()).float().mean() < 0.01
     for rows in (slice(0, 1), slice(4, 8), slice(30, 37)):
-        alone = doors[0].quantize(Weight("plain", values[rows]), "int4", group)
+        alone = served[0].quantize(Weight("plain", values[rows]), "int4", group)
         for part, whole in ((alone.codes, found.codes), (alone.scales, found.scales), (alone.zeros, found.zeros)):
             assert torch.equal(part.nan_to_num(-1), whole[rows].nan_to_num(-1))
 
 
 @pytest.mark.parametrize("stored", ["fp8", "plain"])
-def test_quantize_of_what_is_stored_and_to_int8(stored, doors, noise):
+def test_quantize_of_what_is_stored_and_to_int8(stored, served, noise):
     values = noise(24, 96, scale=50)
     weight = Weight("plain", values)
     if stored == "fp8":
         weight = Weight("fp8", values.to(torch.float8_e4m3fn), noise(24, 1).abs() + 0.1)
     for kind, inner in (("int8", 96), ("int4", 95)):  # an odd width becomes int8
         part = Weight(weight.kind, weight.codes[:, :inner], weight.scales)
-        found, expected = doors[0].quantize(part, kind, 32), part.quantize(kind, 32)
+        found, expected = served[0].quantize(part, kind, 32), part.quantize(kind, 32)
         assert found.kind == "int8" and torch.equal(found.codes, expected.codes)
-    found, wide = doors[0].quantize(weight, "int4", 32), Weight("plain", weight.dequantize())
-    assert torch.equal(found.codes, doors[0].quantize(wide, "int4", 32).codes)
+    found, wide = served[0].quantize(weight, "int4", 32), Weight("plain", weight.dequantize())
+    assert torch.equal(found.codes, served[0].quantize(wide, "int4", 32).codes)
 
 
-def test_the_table_names_every_door(doors):
-    ops, _ = doors
+def test_the_table_names_every_door(served):
+    ops, _ = served
     assert [name for name, _ in ops.table()] == [
         name for name in Ops.__dataclass_fields__ if name not in ("record", "packed_bytes")
     ]

@@ -13,7 +13,7 @@ from typing import Any
 
 from glimmer.errors import ConfigError, GlimmerError
 from glimmer.llm import RequestOutput
-from glimmer.predict.keys import locate
+from glimmer.predict.options import locate
 
 
 def read_prompts(data: list[str], prompts: list[str], home: Path | None) -> list[str]:
@@ -31,11 +31,17 @@ def read_prompts(data: list[str], prompts: list[str], home: Path | None) -> list
             found.append(value.replace("\\n", "\n") if escaped else value)
     for prompt in found:
         if any("\ud800" <= c <= "\udfff" for c in prompt):
-            raise ConfigError(f"prompt {prompt:.40}".encode("ascii", "backslashreplace").decode(), "text in UTF-8",
-                              "check the terminal's encoding")
+            raise ConfigError(
+                f"prompt {prompt:.40}".encode("ascii", "backslashreplace").decode(),
+                "text in UTF-8",
+                "check the terminal's encoding",
+            )
     if not found:
-        raise ConfigError("no prompt", "a text, several texts, or a .txt file with one a line",
-                          'e.g. glimmer predict "请介绍一下北京", or --predict_data prompts.txt')
+        raise ConfigError(
+            "no prompt",
+            "a text, several texts, or a .txt file with one a line",
+            'e.g. glimmer predict "请介绍一下北京", or --predict_data prompts.txt',
+        )
     return found
 
 
@@ -43,11 +49,15 @@ def _lines(file: Path) -> list[str]:
     try:
         lines = file.read_text(encoding="utf-8-sig").rstrip().split("\n")
     except OSError as error:
-        raise ConfigError(f"prompt file {str(file)!r}: {error.strerror}", "a text file in UTF-8 with one prompt a line",
-                          "check the path; a question that ends in .txt needs a space in it") from None
+        raise ConfigError(
+            f"prompt file {str(file)!r}: {error.strerror}",
+            "a text file in UTF-8 with one prompt a line",
+            "check the path; a question that ends in .txt needs a space in it",
+        ) from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"prompt file {str(file)!r}: {error}", "a text file in UTF-8 with one prompt a line",
-                          "save it in UTF-8") from None
+        raise ConfigError(
+            f"prompt file {str(file)!r}: {error}", "a text file in UTF-8 with one prompt a line", "save it in UTF-8"
+        ) from None
     if lines == [""]:
         raise ConfigError(f"prompt file {str(file)!r} is empty", "one prompt a line", "write some")
     return lines
@@ -79,8 +89,9 @@ class Rows:
         if path is None:
             return
         if not resume and path.is_file() and path.stat().st_size:
-            raise ConfigError(f"--output {path} is there already", "a new file",
-                              "add --resume to continue it, or choose another name")
+            raise ConfigError(
+                f"--output {path} is there already", "a new file", "add --resume to continue it, or choose another name"
+            )
         try:
             self.file = path.open("a+b")
             self._load()
@@ -102,8 +113,11 @@ class Rows:
             self.file.flush()
             os.fsync(self.file.fileno())
         except OSError as error:
-            raise ConfigError(f"--output {self.path}: {error.strerror}", "room for a row",
-                              "make room; the same command with --resume answers the rest") from None
+            raise ConfigError(
+                f"--output {self.path}: {error.strerror}",
+                "room for a row",
+                "make room; the same command with --resume answers the rest",
+            ) from None
 
     def _load(self) -> None:
         """Take what an interrupted run has left; a last line that it did not finish is cut off."""
@@ -111,8 +125,11 @@ class Rows:
         *lines, last = self.file.read().split(b"\n")
         for n, line in enumerate(lines, 1):
             if not self._take(line, n):
-                raise ConfigError(f"--output {self.path} line {n} is no row of results", "rows that this command wrote",
-                                  "correct the line, or choose another file")
+                raise ConfigError(
+                    f"--output {self.path} line {n} is no row of results",
+                    "rows that this command wrote",
+                    "correct the line, or choose another file",
+                )
         if last and self._take(last, len(lines) + 1):
             self.file.write(b"\n")
             self.file.flush()
@@ -131,7 +148,8 @@ class Rows:
         if now != prompt:
             raise ConfigError(
                 f"--output {self.path} line {n} answers prompt {index}, {prompt!r:.60}; that prompt is now {now!r:.60}",
-                "the prompts with which the file was begun", "give those, or choose another file",
+                "the prompts with which the file was begun",
+                "give those, or choose another file",
             )
         self.rows[index] = row
         return True
@@ -147,5 +165,8 @@ def save(file: Path, content: str) -> None:
             os.fsync(stream.fileno())
         part.replace(file)
     except OSError as error:
-        raise ConfigError(f"{file.absolute()}: {error.strerror}", "a directory that can be written",
-                          "start the command from another directory; --output keeps answers elsewhere") from None
+        raise ConfigError(
+            f"{file.absolute()}: {error.strerror}",
+            "a directory that can be written",
+            "start the command from another directory; --output keeps answers elsewhere",
+        ) from None

@@ -1,4 +1,4 @@
-"""Reply: one answer growing. Token ids go in, text that may be shown comes out, and a stop string ends it.
+"""IncrementalText: one answer growing. Token ids go in, text that may be shown comes out, and a stop string ends it.
 
 The text is a function of the ids alone: it does not matter whether they arrive one at a time or many at once. The stop
 string whose last character comes first ends the answer; of several that end on the same character, the longest counts.
@@ -13,7 +13,7 @@ from glimmer.errors import RequestError
 from glimmer.text.tokenizer import Detokenizer, Tokenizer
 
 
-class Reply:
+class IncrementalText:
     """The text of one answer, released as soon as it can no longer be part of a stop string.
 
     stopped: the stop string that ended the answer, or None. The text is cut before it, or after it if
@@ -21,8 +21,14 @@ class Reply:
     used:    how many ids were taken in, up to and including the one that completed the stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), include_stop_str_in_output: bool = False,
-                 skip_special_tokens: bool = True, prefix: str = ""):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        include_stop_str_in_output: bool = False,
+        skip_special_tokens: bool = True,
+        prefix: str = "",
+    ):
         """`prefix` is shown in front of the answer (an echoed prompt) and is not searched for stop strings.
 
         Raises RequestError if `stop` is not a list of texts of at least one character.
@@ -75,7 +81,7 @@ class Reply:
         if hit is not None:
             end, self.stopped = hit
             self._held = ""
-            return text[:end if self._include_stop else end - len(self.stopped)]
+            return text[: end if self._include_stop else end - len(self.stopped)]
         # A stop string that will be shown anyway is no reason to wait.
         shown = len(text) - (0 if self._include_stop else self._search.depth)
         self._held = text[shown:]

@@ -1,10 +1,10 @@
-"""Ops: the doors to arithmetic, and who serves each of them.
+"""Ops: the ops to arithmetic, and who serves each of them.
 
-The model calls nothing but these. `choose` fills the record once per process, door by door, from the backends that
-serve the device; whatever is left comes from `reference`, the definition that every backend is compared with. A door
+The model calls nothing but these. `choose` fills the record once per process, op by op, from the backends that
+serve the device; whatever is left comes from `reference`, the definition that every backend is compared with. An op
 gets tensors and numbers, never a configuration; it writes over an input only if its name ends in `_`.
 
-    door          inputs -> output                                                      (T rows, H wide)
+    op          inputs -> output                                                      (T rows, H wide)
     embed         tokens (T,), table (V', H), first -> (T, H); zeros for tokens outside first..first+V'
     rms_norm      x (..., N), weight (N,), eps -> (..., N) in weight's dtype
     add_rms_norm  x (T, H), residual (T, H), weight, eps -> (normed, residual + x); residual keeps its dtype
@@ -22,7 +22,7 @@ gets tensors and numbers, never a configuration; it writes over an input only if
     pack_linear   Weights whose rows follow each other, dtype, device -> packed
     pack_experts  for each expert such Weights, their count, dtype, device -> packed; takes one expert at a time
 
-Not here: any choice made per call, and any knowledge of ranks. To bisect a wrong answer set GLIMMER_OPS=reference.
+Not here: any choice made per call, and any knowledge of ranks. To bisect a wrong answer set GLIMMER_BACKEND=reference.
 """
 
 import importlib
@@ -53,7 +53,7 @@ class RouteRule:
 
 @dataclass(frozen=True)
 class Ops:
-    """One callable a door; see the table above for what each takes and promises."""
+    """One callable an op; see the table above for what each takes and promises."""
 
     embed: Callable[..., Any]
     rms_norm: Callable[..., Any]
@@ -69,43 +69,43 @@ class Ops:
     quantize: Callable[..., Any]
     pack_linear: Callable[..., Any]
     pack_experts: Callable[..., Any]
-    # No doors: what records the doors' calls, to be made again (None: nothing does); and the bytes that a Weight,
+    # No ops: what records the ops' calls, to be made again (None: nothing does); and the bytes that a Weight,
     # perhaps without values, takes once packed, given whether the scales of int4 are bfloat16 numbers.
     record: Callable[..., Any] | None
     packed_bytes: Callable[[Weight, bool], int]
 
     @property
     def own_threads(self) -> bool:
-        """Whether a door has a thread pool of its own, with which torch's would compete for the cores."""
-        return any(backend == "native" for _, backend in self.table())
+        """Whether an op has a thread pool of its own, with which torch's would compete for the cores."""
+        return any(backend == "cpu" for _, backend in self.table())
 
     @property
     def kernels(self) -> str | None:
-        """Which instruction set the native doors use, and of which others it was chosen; None: there are no such."""
-        return _load("native").kernels() if self.own_threads else None
+        """Which instruction set the CPU backend use, and of which others it was chosen; None: there are no such."""
+        return _load("cpu").kernels() if self.own_threads else None
 
     def limits(self) -> dict[str, float] | None:
-        """What this machine can do at best, measured now by all threads of the native doors; None: there are none.
+        """What this machine can do at best, measured now by all threads of the CPU backend; None: there are none.
 
         "read": bytes a second; "bfloat16", "int8": multiplications and additions a second in dot products of these.
         """
-        return _load("native").limits() if self.own_threads else None
+        return _load("cpu").limits() if self.own_threads else None
 
     def table(self) -> list[tuple[str, str]]:
-        """(door, backend) for each door: what `glimmer doctor` and the start-up log print."""
-        doors = (f.name for f in fields(self) if f.name not in ("record", "packed_bytes"))
-        return [(door, getattr(self, door).__module__.rpartition(".")[2]) for door in doors]
+        """(op, backend) for each op: what `glimmer doctor` and the start-up log print."""
+        ops = (f.name for f in fields(self) if f.name not in ("record", "packed_bytes"))
+        return [(op, getattr(self, op).__module__.rpartition(".")[2]) for op in ops]
 
 
-# Modules of glimmer.ops that serve each kind of device, best first; reference completes them all.
+# Modules of glimmer.backends that serve each kind of device, best first; reference completes them all.
 HOST = "cpu"
-BACKENDS: dict[str, tuple[str, ...]] = {HOST: ("native",), "cuda": (), "npu": ()}
+BACKENDS: dict[str, tuple[str, ...]] = {HOST: ("cpu",), "cuda": (), "npu": ()}
 
 
 def choose(device: str, threads: int = 1) -> Ops:
-    """The doors for a kind of device ("cpu", "cuda", "npu"); threads: for those that have a pool of their own.
+    """The ops for a kind of device ("cpu", "cuda", "npu"); threads: for those that have a pool of their own.
 
-    Raises ConfigError when GLIMMER_OPS names no backend that is here.
+    Raises ConfigError when GLIMMER_BACKEND names no backend that is here.
     """
     modules = _modules(device)
     _tell(modules, threads)
@@ -113,7 +113,7 @@ def choose(device: str, threads: int = 1) -> Ops:
 
 
 def quantizer(threads: int) -> Callable[[Weight, str, int | None], Weight]:
-    """The door `quantize` for matrices in the host's memory, where all are read, whatever device serves the model.
+    """The op `quantize` for matrices in the host's memory, where all are read, whatever device serves the model.
 
     threads: as for `choose`, which has told them to no backend of the host's where another device serves. Raises
     ConfigError as it does.
@@ -125,12 +125,14 @@ def quantizer(threads: int) -> Callable[[Weight, str, int | None], Weight]:
 
 def _modules(device: str) -> list[ModuleType]:
     """What serves this kind of device, best first, the reference last."""
-    asked = os.environ.get("GLIMMER_OPS", "")
+    asked = os.environ.get("GLIMMER_BACKEND", "")
     modules = [m for m in map(_load, BACKENDS.get(device, ())) if m is not None] + [_load("reference")]
     available = [m.__name__.rpartition(".")[2] for m in modules]
     if asked and asked not in available:
         raise ConfigError(
-            f"GLIMMER_OPS={asked!r}", " or ".join(map(repr, available)), "unset GLIMMER_OPS, or set it to one of these"
+            f"GLIMMER_BACKEND={asked!r}",
+            " or ".join(map(repr, available)),
+            "unset GLIMMER_BACKEND, or set it to one of these",
         )
     return [m for m in modules if not asked or m.__name__.endswith((f".{asked}", ".reference"))]
 
@@ -149,7 +151,7 @@ def _first(modules: list[ModuleType], name: str) -> Any:
 def _load(backend: str) -> ModuleType | None:
     """The module, or None, said once, where what it stands on is not installed."""
     try:
-        return importlib.import_module(f"glimmer.ops.{backend}")
+        return importlib.import_module(f"glimmer.backends.{backend}")
     except ImportError as error:
         log.warning(
             "slow: no %s operations (%s), the reference serves; with a C++ compiler, installing again builds them",
