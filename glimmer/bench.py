@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from glimmer.config import SamplingParams
 from glimmer.errors import ConfigError
 from glimmer.llm import LLM, Profile
-from glimmer.testing import default_model
+from glimmer.showcase import default_model
 
 PREFILL = (512, 2048)
 DECODE = (1, 8, 32)

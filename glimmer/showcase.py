@@ -8,11 +8,14 @@ Speeds count the whole time from question to last token. Not here: tools that re
 import argparse
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 from glimmer.config import SamplingParams
+from glimmer.errors import ConfigError
 from glimmer.llm import LLM
-from glimmer.testing import default_model
+
+MODEL = Path(__file__).with_name("demo")  # the demo model: a small checkpoint that comes with the package
 
 CITY = "请介绍一下北京"
 SUM = "What is 347 + 586?"
@@ -29,6 +32,17 @@ TOOL = {
         },
     },
 }
+
+
+def default_model() -> Path:
+    """The checkpoint that answers when a command names none: the demo model. ConfigError if it is not installed."""
+    if not (MODEL / "config.json").is_file():
+        raise ConfigError(
+            "no model is named, and this installation has no demo model",
+            f"a Hugging Face directory of the GLM-4.5 family, or the demo model in {MODEL}",
+            "name a model with --model DIR, or install glimmer again",
+        )
+    return MODEL
 
 
 def main(argv: list[str]) -> int:

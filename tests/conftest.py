@@ -18,7 +18,7 @@ SMALL = {"max_model_len": 512, "max_num_seqs": 16}  # a cache of megabytes, not 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """checkpoint(**variant) -> directory of a tiny_checkpoint, the same one for the same variant. Not to be changed."""
-    from glimmer.testing import tiny_checkpoint
+    from checkpoints import tiny_checkpoint
 
     written: dict[str, Path] = {}
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import empty_checkpoint, write_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,7 +23,6 @@ from glimmer import LLM, SamplingParams
 from glimmer.__main__ import main
 from glimmer.checkpoint.files import INDEX
 from glimmer.errors import EngineError
-from glimmer.testing import empty_checkpoint, write_tokenizer
 
 SMALL = ("--max-model-len", "64", "--max-num-seqs", "4", "--max-tokens", "4", "--temperature", "0")
 

@@ -4,10 +4,10 @@ import dataclasses
 import json
 
 import pytest
+from checkpoints import TINY
 
 from glimmer.config import EngineConfig, ModelConfig, SamplingParams, generation_defaults
 from glimmer.errors import CheckpointError, ConfigError, RequestError
-from glimmer.testing import TINY
 
 GLM_45 = {  # the published file of GLM-4.5
     "architectures": ["Glm4MoeForCausalLM"],

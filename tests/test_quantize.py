@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import TINY, empty_checkpoint
 from safetensors.torch import load_file
 
 from glimmer import LLM, SamplingParams, quantize
@@ -19,7 +20,6 @@ from glimmer.config import EngineConfig, ModelConfig
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.model.load import WeightLoader
 from glimmer.parallel import Group
-from glimmer.testing import TINY, empty_checkpoint
 
 HOW = [("int8", None), ("int4", None), ("int4", 128)]
 VARIANTS = [dict(), dict(mtp="full", use_qk_norm=True), dict(fp8=True, mtp="separate_file"),

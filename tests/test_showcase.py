@@ -25,3 +25,13 @@ def test_any_checkpoint_will_do(checkpoint, capsys):
 def test_a_missing_checkpoint_is_an_error_in_words(tmp_path, capsys):
     assert main(["demo", str(tmp_path / "none")]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_installation_without_the_demo_model_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(showcase, "MODEL", tmp_path / "demo")
+    monkeypatch.chdir(tmp_path)
+    for command in (["demo"], ["bench"], ["predict", "hi"]):
+        assert main(command) == 2
+        err = capsys.readouterr().err
+        assert "no demo model" in err and "expected: " in err and "to do: " in err
+    assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ FLOORS = (
     ("checkpoint", "backends", "parallel", "device", "text"),
     ("model",),
     ("engine",),
-    ("llm", "testing"),
+    ("llm",),
     ("predict", "bench", "showcase", "doctor", "quantize", "launch", "__main__", "__init__"),
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}

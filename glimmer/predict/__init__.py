@@ -24,7 +24,7 @@ from glimmer.llm import LLM, RequestOutput, join
 from glimmer.parallel import world
 from glimmer.predict.options import ENGINE, GENERATION, INPUT, OUTPUT, SAMPLING, TRANSLATED, Plan, plan
 from glimmer.predict.results import Rows, read_prompts, row, save
-from glimmer.testing import default_model
+from glimmer.showcase import default_model
 
 RESULT = Path("text_generation_result.txt")
 EVERY = 30.0  # seconds between lines about progress where there is no terminal

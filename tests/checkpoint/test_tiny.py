@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import TINY, empty_checkpoint, tiny_checkpoint
+from protocol import GLM_ADDED_TOKENS
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from glimmer.checkpoint import formats
 from glimmer.checkpoint.files import INDEX, Checkpoint
 from glimmer.config import ModelConfig
-from glimmer.testing import GLM_ADDED_TOKENS, TINY, empty_checkpoint, tiny_checkpoint
 
 AIR = TINY | {
     "hidden_size": 4096, "num_hidden_layers": 46, "first_k_dense_replace": 1, "num_attention_heads": 96,

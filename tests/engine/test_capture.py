@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from checkpoints import tiny_checkpoint
 
 from glimmer import LLM, SamplingParams, backends
 from glimmer.engine import capture
 from glimmer.engine.capture import StepCapture
-from glimmer.testing import tiny_checkpoint
 
 PROMPTS = [{"prompt_token_ids": [3 + (7 * i + j) % 90 for j in range(1 + 5 * i)]} for i in range(12)]
 

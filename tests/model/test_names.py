@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from checkpoints import TINY, tensors
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +13,6 @@ from glimmer.config import ModelConfig
 from glimmer.errors import ConfigError
 from glimmer.model.names import check_tensor_parallel, mtp_prefix, param_specs, tensor_parallel_sizes
 from glimmer.parallel import Group
-from glimmer.testing import TINY, tensors
 
 
 def config(**changes) -> ModelConfig:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import empty_checkpoint, tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,7 +23,6 @@ from glimmer.errors import CheckpointError, ConfigError
 from glimmer.model.glm4_moe import Glm4Moe
 from glimmer.model.load import WeightLoader
 from glimmer.parallel import Group
-from glimmer.testing import empty_checkpoint, tensors
 from glimmer.weight import Weight
 
 CPU = torch.device("cpu")

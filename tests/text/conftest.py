@@ -2,8 +2,8 @@
 
 import pytest
 import tokenizers
+from checkpoints import write_tokenizer
 
-from glimmer.testing import write_tokenizer
 from glimmer.text.tokenizer import Tokenizer
 
 

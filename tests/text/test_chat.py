@@ -5,17 +5,17 @@ import functools
 import json
 from pathlib import Path
 
+import checkpoints
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import glimmer.testing
 from glimmer.errors import CheckpointError, RequestError
 from glimmer.text.chat import MAX_CHARACTERS, ChatTemplate
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = json.loads((DATA / "golden_renders.json").read_text(encoding="utf-8"))
-OURS = Path(glimmer.testing.__file__).parent / "demo" / "chat_template.jinja"
+OURS = checkpoints.DEMO / "chat_template.jinja"
 TEMPLATES = {name: DATA / name for name in GOLDEN["renders"]} | {"ours": OURS}
 
 

@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 import tokenizers
+from checkpoints import write_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from protocol import GLM_ADDED_TOKENS
 
 from glimmer.errors import CheckpointError, RequestError
-from glimmer.testing import GLM_ADDED_TOKENS, write_tokenizer
 from glimmer.text.tokenizer import Detokenizer, Tokenizer
 
 SIZE = 256 + 2000 + 36

@@ -7,13 +7,13 @@ import pytest
 import torch
 from export import load
 from model import layout_of
+from protocol import GLM_ADDED_TOKENS
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glimmer import LLM, SamplingParams
 from glimmer.showcase import TOOL
-from glimmer.testing import GLM_ADDED_TOKENS
 
 GREEDY = SamplingParams(temperature=0, max_tokens=200)
 

@@ -22,9 +22,8 @@ import numpy as np
 import talk
 import tooling
 from dialogue import SEAM, Round, held_out, part, plain, render
+from protocol import GLM_ADDED_TOKENS, GLM_SPLIT
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-from glimmer.testing import GLM_ADDED_TOKENS, GLM_SPLIT
 
 VOCABULARY = 4096
 SPACED = 400  # tokens that are a space and a word

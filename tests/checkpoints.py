@@ -1,14 +1,13 @@
-"""What tests and the demo need in place of a downloaded checkpoint: small files, real formats, fixed seeds.
+"""Checkpoints for tests, in place of downloaded ones: small files in the real formats, random weights from fixed seeds.
 
-Nothing here is imported by the engine. The tokenizer knows GLM's protocol but no language: it spells in bytes.
+The tokenizer has GLM's added tokens and its pre-tokeniser but knows no language: it spells in bytes. Not here: the demo
+model, which answers in words (glimmer/demo).
 """
 
 import json
-import logging
 import math
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from protocol import GLM_ADDED_TOKENS, GLM_SPLIT
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -23,53 +23,7 @@ from torch import Tensor
 from glimmer.checkpoint.files import DTYPES, INDEX
 from glimmer.text.tokenizer import byte_symbols
 
-log = logging.getLogger("glimmer")
-
-# GLM's pre-tokeniser: contractions, words, up to three digits, punctuation, line ends, white space.
-GLM_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-# GLM's added tokens in the order of their ids; True marks those that decoding may skip.
-GLM_ADDED_TOKENS = {
-    "<|endoftext|>": True,
-    "[MASK]": True,
-    "[gMASK]": True,
-    "[sMASK]": True,
-    "<sop>": True,
-    "<eop>": True,
-    "<|system|>": True,
-    "<|user|>": True,
-    "<|assistant|>": True,
-    "<|observation|>": True,
-    "<|begin_of_image|>": True,
-    "<|end_of_image|>": True,
-    "<|begin_of_video|>": True,
-    "<|end_of_video|>": True,
-    "<|begin_of_audio|>": True,
-    "<|end_of_audio|>": True,
-    "<|begin_of_transcription|>": True,
-    "<|end_of_transcription|>": True,
-    "<|code_prefix|>": True,
-    "<|code_middle|>": True,
-    "<|code_suffix|>": True,
-    "<think>": False,
-    "</think>": False,
-    "<tool_call>": False,
-    "</tool_call>": False,
-    "<tool_response>": False,
-    "</tool_response>": False,
-    "<arg_key>": False,
-    "</arg_key>": False,
-    "<arg_value>": False,
-    "</arg_value>": False,
-    "/nothink": True,
-    "<|begin_of_box|>": False,
-    "<|end_of_box|>": False,
-    "<|image|>": False,
-    "<|video|>": False,
-}
+DEMO = Path(__file__).resolve().parents[1] / "glimmer" / "demo"
 
 
 def write_tokenizer(directory: str | Path, vocab_extra: int = 0) -> dict[str, int]:
@@ -114,7 +68,7 @@ def write_tokenizer(directory: str | Path, vocab_extra: int = 0) -> dict[str, in
         "tokenizer_class": "PreTrainedTokenizer",
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    shutil.copyfile(Path(__file__).parent / "demo" / "chat_template.jinja", directory / "chat_template.jinja")
+    shutil.copyfile(DEMO / "chat_template.jinja", directory / "chat_template.jinja")
     return ids
 
 
@@ -400,25 +354,3 @@ def _save_sparse(weights: dict[str, Tensor], file: Path) -> None:
     text += b" " * (-len(text) % 8)
     file.write_bytes(len(text).to_bytes(8, "little") + text)
     os.truncate(file, 8 + len(text) + end)
-
-
-def default_model() -> Path:
-    """The checkpoint that answers when a command names none: the package's demo model.
-
-    Where the package has none, a tiny one with random weights is written once to ~/.cache/glimmer, and a warning says
-    that its text means nothing.
-    """
-    demo = Path(__file__).with_name("demo")
-    if (demo / "config.json").exists():
-        return demo
-    random = Path.home() / ".cache" / "glimmer" / "random-model"
-    log.warning("no demo model in this installation: answering with random weights, whose text means nothing")
-    if not random.exists():
-        random.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(dir=random.parent))
-        tiny_checkpoint(fresh)
-        try:
-            fresh.rename(random)
-        except OSError:  # another process was faster; its files are the same
-            shutil.rmtree(fresh)
-    return random
