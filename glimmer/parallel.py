@@ -1,18 +1,29 @@
-"""Group: the processes that share one model, and the few things they say to each other.
+"""The processes that share one model: Mesh, its Groups, and the collectives between them.
 
-torchrun (or anything that sets RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) starts the processes; every one of them runs
-the same program. `connect` finds the others and names whoever did not come; a group of one does nothing at all. When a
-peer is lost, `lost_peer` says which. This is the only file that knows torch.distributed or reads torchrun's variables.
-Objects travel as JSON, never as pickles. Not here: what is cut how (model/names.py).
+torchrun (or anything that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) starts the processes; all of them run the
+same program. `Mesh` connects them and names a process that does not come. A mesh of one process connects nothing, and
+its collectives return their argument.
+
+Every wait has a deadline: GLIMMER_JOIN_TIMEOUT seconds for the others to start, GLIMMER_COLLECTIVE_TIMEOUT seconds for
+each collective (both 300 by default). When a peer is lost, the EngineError names it. The process groups are destroyed
+by `close`, and at the latest when the interpreter exits: a thread of gloo that frees a tensor while the interpreter is
+being finalised would abort the process.
+
+This is the only file, beside the launcher, that uses torch.distributed or reads torchrun's variables. Objects travel as
+JSON, never as pickles. Not here: which tensor is cut in which way (model/names.py).
 """
 
+import atexit
 import json
 import math
 import os
 import re
 import socket
+import stat
 import textwrap
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -20,24 +31,46 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch exports them without saying so
 
 from glimmer.errors import ConfigError, EngineError
 
-GRACE = 3.0  # seconds that survivors wait for each other's word after a collective has failed
+GRACE = 3.0  # seconds that the survivors of a failed collective wait for a sign of life of each other
+SLICE = 1.0  # seconds between two looks at signals and at the deadline while a collective runs
+FIRST_MESSAGE = 1016  # bytes of a broadcast object that travel together with its length
 
 
 @dataclass(frozen=True)
 class Group:
-    """`size` processes, of which this is number `rank`; `local_size` of them run on this machine."""
+    """`size` processes, of which this one is number `rank`.
+
+    local_size  processes of the whole job that run on this machine
+    device      where the tensors of collectives live
+    store       key-value store of the job, which survives a failed collective
+    ranks       ranks in the whole job of the members, in order; empty: 0, 1, ..., size - 1
+    world       process groups and connections of this process; None for a group of one, and in tests
+    """
 
     rank: int = 0
     size: int = 1
     local_size: int = 1
     device: torch.device | None = None
     store: Any = field(default=None, repr=False)
+    ranks: tuple[int, ...] = ()
+    world: "World | None" = field(default=None, repr=False)
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Ranks in the whole job of this group's processes, in order."""
+        return self.ranks or tuple(range(self.size))
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that a collective may take. A rank that has nothing to send must send something more often."""
+        return math.inf if self.world is None else self.world.timeout
 
     def split(self, n: int) -> tuple[int, int]:
-        """This rank's share start:stop of n things; shares differ by at most one, so nothing needs to divide."""
+        """This rank's share start:stop of n things; shares differ by at most one, so n needs not be divisible."""
         return share(n, self.size, self.rank)
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -45,7 +78,7 @@ class Group:
         if self.size == 1:
             return x
         total = x.float() if x.dtype == torch.bfloat16 else x.clone()
-        self._guard(dist.all_reduce, total)
+        self._run(dist.all_reduce, total)
         return total.to(x.dtype)
 
     def all_gather(self, x: Tensor, n: int) -> Tensor:
@@ -55,61 +88,175 @@ class Group:
         widest = -(-n // self.size)
         padded = torch.nn.functional.pad(x, (0, widest - x.shape[1])).contiguous()
         parts = [torch.empty_like(padded) for _ in range(self.size)]
-        self._guard(dist.all_gather, parts, padded)
+        self._run(dist.all_gather, parts, padded)
         widths = [stop - start for start, stop in (share(n, self.size, r) for r in range(self.size))]
         return torch.cat([part[:, :width] for part, width in zip(parts, widths)], 1)
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value (anything that JSON can hold) on every rank."""
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        """The value of rank `source` (anything that JSON can hold) on every rank."""
         if self.size == 1:
             return value
-        data = torch.tensor(list(json.dumps(value).encode()) if self.rank == 0 else [], dtype=torch.uint8)
-        length = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
-        self._guard(dist.broadcast, length, 0)
-        if self.rank != 0:
-            data = torch.empty(int(length), dtype=torch.uint8)
-        data = data.to(self.device)
-        self._guard(dist.broadcast, data, 0)
-        return json.loads(bytes(data.tolist()))
+        data = json.dumps(value).encode() if self.rank == source else b""
+        head = len(data).to_bytes(8, "little") + data[:FIRST_MESSAGE]
+        first = torch.frombuffer(bytearray(head.ljust(8 + FIRST_MESSAGE, b"\0")), dtype=torch.uint8).to(self.device)
+        self._run(dist.broadcast, first, group_src=source)
+        received = first.cpu().numpy().tobytes()
+        length, received = int.from_bytes(received[:8], "little"), received[8:]
+        if length > FIRST_MESSAGE:
+            rest = bytearray(data[FIRST_MESSAGE:] or length - FIRST_MESSAGE)
+            second = torch.frombuffer(rest, dtype=torch.uint8).to(self.device)
+            self._run(dist.broadcast, second, group_src=source)
+            received += second.cpu().numpy().tobytes()
+        return json.loads(received[:length])
 
     def all_reduce_min(self, n: int) -> int:
         """The smallest of the ranks' numbers."""
         if self.size == 1:
             return n
         value = torch.tensor([n], dtype=torch.int64, device=self.device)
-        self._guard(dist.all_reduce, value, dist.ReduceOp.MIN)
+        self._run(dist.all_reduce, value, dist.ReduceOp.MIN)
         return int(value)
 
-    def close(self) -> None:
-        """Leave in good order."""
-        if self.size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+    def check_equal(self, what: str, value: str) -> None:
+        """ConfigError, the same on every rank, unless all ranks have the same `value` of `what`.
 
-    def _guard(self, collective, *args) -> None:
-        """Run a collective; if it fails, say which peer is gone rather than what the transport felt."""
+        The first rank that differs from rank 0 is named, with both values. For a digest of settings or of a checkpoint.
+        """
+        if self.size == 1:
+            return
+        found = [self.broadcast([value, socket.gethostname()], source) for source in range(self.size)]
+        (first, host), *_ = found
+        for rank, (other, where) in enumerate(found):
+            if other != first:
+                raise ConfigError(
+                    f"{what} of rank {self.members[rank]} on {where} is {textwrap.shorten(other, 200)},"
+                    f" of rank {self.members[0]} on {host} {textwrap.shorten(first, 200)}",
+                    f"the same {what} on all {self.size} ranks",
+                    f"start every rank with the same arguments on the same files; look at rank {self.members[rank]}",
+                )
+
+    def wait_for_all(self, what: str, timeout: float) -> None:
+        """Return when every rank has called this with the same `what`, which may take `timeout` seconds.
+
+        For work whose length differs from rank to rank by more than a collective may take, such as loading.
+        EngineError names the ranks that did not come in time.
+        """
+        if self.size == 1:
+            return
+        missing = list(self.members)
+        deadline = time.monotonic() + timeout
         try:
-            collective(*args)
+            self.store.set(f"{what}/{missing[self.rank]}", "1")
+            while True:
+                missing = [r for r in missing if not self.store.check([f"{what}/{r}"])]
+                if not missing:
+                    return
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
         except RuntimeError as error:
+            raise _lost_store(self.members[self.rank], error) from None
+        raise EngineError(
+            f"{', '.join(f'rank {r}' for r in missing)} did not come within {timeout:g} s to where every rank {what}",
+            f"all {self.size} ranks to go on together",
+            "read the log of the first rank named above, then start the job again",
+        )
+
+    def close(self) -> None:
+        """Destroy the process groups of this process: all of them, whichever group is asked. May be called again."""
+        if self.world is not None:
+            self.world.close()
+
+    def _run(self, collective: Callable[..., Any], *args: Any, **options: Any) -> None:
+        """Run a collective of torch.distributed; if it fails, raise the EngineError that names the lost rank."""
+        if self.world is None:
+            raise EngineError(
+                f"a collective of {self.size} ranks that are not connected",
+                "a group that Mesh has connected",
+                "make the group through Mesh",
+            )
+        handle = self.world.handle(self.members)
+        try:
+            self.world.wait(collective(*args, **options, group=handle, async_op=True))
+        except RuntimeError as error:
+            self.world.abort()
             raise self.lost_peer(str(error)) from None
+        except BaseException:  # an interrupt: the others must not wait for a rank that has left the collective
+            self.world.abort()
+            raise
 
     def lost_peer(self, symptom: str) -> EngineError:
-        """Ask through the store who is still there; the ranks that give no sign within GRACE are the culprits."""
+        """The error that names the lost ranks: those that write no sign of life into the store within GRACE seconds."""
+        mine = self.members[self.rank]
         try:
-            self.store.set(f"alive/{self.rank}", "1")
+            self.store.set(f"alive/{mine}", "1")
             deadline = time.monotonic() + GRACE
-            missing = set(range(self.size))
+            missing = set(self.members)
             while missing and time.monotonic() < deadline:
                 missing = {r for r in missing if not self.store.check([f"alive/{r}"])}
                 time.sleep(0.05)
             where = {r: self.store.get(f"host/{r}").decode() for r in sorted(missing)}
         except RuntimeError as error:
-            return _lost_meeting(self.rank, error)
+            return _lost_store(mine, error)
         culprits = ", ".join(f"rank {r} on {host}" for r, host in where.items()) or "a rank that has failed by itself"
         return EngineError(
-            f"rank {self.rank} on {socket.gethostname()} lost {culprits} ({_first_line(symptom)})",
+            f"rank {mine} on {socket.gethostname()} lost {culprits} ({_first_line(symptom)})",
             f"all {self.size} ranks to compute each step together",
             "read the log of the rank named above: it holds the first error; then start the job again",
         )
+
+
+class Mesh:
+    """The processes of a job as three kinds of group: `tp`, `ep` and `dp`; `world` is the group of all.
+
+    tp: ranks that share the matrices of one replica (tensor parallelism). dp: ranks with the same place in different
+    replicas (data parallelism). The job has tp * dp processes, and neighbours are in one replica: rank = dp's rank * tp
+    + tp's rank, as in vLLM. ep: ranks that share the experts as whole experts. ep=1 leaves the experts cut like other
+    matrices; ep=tp shares them within a replica; ep=tp*dp shares them over all replicas, as vLLM's
+    enable_expert_parallel does, and makes the replicas run in step.
+
+    device: of this process; the tensors of collectives live there. backend: its name in torch.distributed.
+    join_timeout: seconds that this process waits for the others to start.
+    Raises ConfigError if the sizes do not fit the number of processes, EngineError that names who never came.
+    """
+
+    def __init__(
+        self, tp: int = 1, ep: int = 1, dp: int = 1, *, device: torch.device, backend: str, join_timeout: float = 300.0
+    ):
+        rank, size = world()
+        _check_sizes(tp, ep, dp, size)
+        if size == 1:
+            self.world = self.tp = self.ep = self.dp = Group(device=device)
+            return
+        local_size = int(_number("LOCAL_WORLD_SIZE", size, 1, size))
+        connected = World(rank, size, device, backend, join_timeout)
+
+        def groups(members: list[tuple[int, ...]]) -> Group:
+            """Of the groups that cover the job, the one that holds this rank."""
+            for ranks in members:
+                connected.add(ranks)
+            own = next(ranks for ranks in members if rank in ranks)
+            if len(own) == 1:
+                return Group(0, 1, local_size, device)
+            return Group(own.index(rank), len(own), local_size, device, connected.store, own, connected)
+
+        try:
+            self.world = groups([tuple(range(size))])
+            self.tp = groups([tuple(range(first, first + tp)) for first in range(0, size, tp)])
+            self.ep = groups([tuple(range(first, first + ep)) for first in range(0, size, ep)])
+            self.dp = groups([tuple(range(first, size, tp)) for first in range(tp)])
+        except BaseException:
+            connected.close()
+            raise
+
+    def close(self) -> None:
+        """Destroy the process groups. May be called again; the interpreter's exit calls it too."""
+        self.world.close()
+
+
+def connect(tensor_parallel_size: int, device: torch.device, backend: str, timeout: float = 300.0) -> Group:
+    """The group of all processes, all of which share one replica: Mesh(tp=tensor_parallel_size).tp. Errors: Mesh."""
+    return Mesh(tensor_parallel_size, device=device, backend=backend, join_timeout=timeout).tp
 
 
 def share(n: int, size: int, rank: int) -> tuple[int, int]:
@@ -134,42 +281,189 @@ def world() -> tuple[int, int]:
     return rank, size
 
 
-def connect(tensor_parallel_size: int, device: torch.device, backend: str, timeout: float = 300.0) -> Group:
-    """Join the group that torchrun started. Waits for the others at most `timeout` seconds.
+def local_rank() -> int:
+    """The number of this process among those of its machine, and so of its accelerator."""
+    return int(_number("LOCAL_RANK", 0, 0, 2**16))
 
-    device: this rank's; tensors of collectives live there. backend: as torch.distributed names it.
-    Raises ConfigError when the number of processes is not tensor_parallel_size, EngineError naming who never came.
+
+class World:
+    """The connection of this process to all others: store, process groups, deadlines, and an orderly end.
+
+    Only `Mesh` makes one. Collectives are started by one thread at a time; `close` may be called by any thread.
     """
-    rank, size = world()
-    if size != tensor_parallel_size:
+
+    def __init__(self, rank: int, size: int, device: torch.device, backend: str, join_timeout: float):
+        self.rank, self.size, self.device = rank, size, device
+        self.timeout = _number("GLIMMER_COLLECTIVE_TIMEOUT", 300.0, 1, 1e7)
+        self.store = _join(rank, size, _number("GLIMMER_JOIN_TIMEOUT", join_timeout, 0, 1e7))
+        self._backend = backend
+        self._handles: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._connections: dict[int, tuple[int, int]] = {}  # file descriptor -> device and inode of its socket
+        self._running: Any = None  # the collective that has been started and has not returned
+        self._lock, self._closed, self._pid = threading.Lock(), False, os.getpid()
+        atexit.register(self.close)
+
+    def add(self, ranks: tuple[int, ...]) -> None:
+        """Make the process group of these ranks, unless it is there. Every rank of the job makes the same calls."""
+        if len(ranks) == 1 or ranks in self._handles:
+            return
+        before = _sockets()
+        # gloo waits a little longer than we do, so that the deadline is ours, and ends by itself soon after it
+        timeout = timedelta(seconds=self.timeout + 5 * SLICE)
+        try:
+            if not dist.is_initialized():
+                store = PrefixStore("group", self.store)
+                dist.init_process_group(
+                    self._backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout
+                )
+            if len(ranks) == self.size:
+                handle = dist.group.WORLD
+            else:
+                handle = dist.new_group(list(ranks), timeout=timeout, backend=self._backend)
+        except RuntimeError as error:
+            raise EngineError(
+                f"rank {self.rank} on {socket.gethostname()} met the others at {':'.join(map(str, _store_address()))},"
+                f" but cannot connect to them: {_first_line(error)}",
+                f"{self._backend} connections between all ranks",
+                "see whether another rank ended first; check the firewall, and the network interface if one is set"
+                " (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, HCCL_SOCKET_IFNAME)",
+            ) from None
+        if self.rank in ranks:
+            assert handle is not None
+            self._handles[ranks] = handle
+        self._connections |= {fd: inode for fd, inode in _sockets().items() if before.get(fd) != inode}
+
+    def handle(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        """The process group of these ranks; EngineError after `close`."""
+        try:
+            return self._handles[ranks]
+        except KeyError:
+            raise EngineError(
+                f"rank {self.rank} has left the group of ranks {', '.join(map(str, ranks))}",
+                "no collectives after close",
+                "close the LLM when nothing is computed any more",
+            ) from None
+
+    def wait(self, work: Any) -> None:
+        """Wait for a started collective; RuntimeError if it fails or takes longer than the timeout.
+
+        On a host, the wait is cut into slices, between which Python handles signals. On an accelerator the host does
+        not wait here: the library (NCCL, HCCL) ends a process whose collective takes longer than the timeout.
+        """
+        self._running = work
+        if not _waits_on_host(self.device, next(iter(self._handles.values()), None)):
+            work.wait()
+            self._running = None
+            return
+        deadline = time.monotonic() + self.timeout
+        while True:
+            try:
+                work.wait(timedelta(seconds=SLICE))
+                break
+            except RuntimeError:
+                if not work.is_completed() and time.monotonic() < deadline:
+                    continue
+                if not work.is_completed():
+                    raise RuntimeError(f"no answer within {self.timeout:g} s") from None
+                work.wait()  # it has ended meanwhile: returns, or raises why it failed
+                break
+        self._running = None
+
+    def abort(self) -> None:
+        """Shut the connections of the process groups down, so that every collective that waits for this rank fails."""
+        sockets = _sockets()
+        for fd, inode in self._connections.items():
+            if sockets.get(fd) == inode:
+                with socket.socket(fileno=os.dup(fd)) as connection:
+                    try:
+                        connection.getpeername()  # shutting gloo's listening socket down would end the process
+                        connection.shutdown(socket.SHUT_RDWR)
+                    except OSError:  # it listens, or its peer has closed it
+                        continue
+
+    def close(self) -> None:
+        """Destroy the process groups, without waiting for a collective that still runs."""
+        with self._lock:
+            if self._closed or os.getpid() != self._pid:  # a forked child does not own the connections
+                return
+            self._closed = True
+        atexit.unregister(self.close)
+        if self._running is not None and not self._running.is_completed():
+            self.abort()
+        self._running = None
+        self._handles.clear()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _waits_on_host(device: torch.device, handle: dist.ProcessGroup | None) -> bool:
+    """Whether waiting for a collective of this process group blocks the calling thread: gloo does."""
+    return (
+        handle is not None
+        and dist.is_gloo_available()
+        and isinstance(handle._get_backend(device), dist.ProcessGroupGloo)
+    )
+
+
+def _sockets() -> dict[int, tuple[int, int]]:
+    """The sockets of this process: file descriptor -> (device, inode), which no later socket has."""
+    found = {}
+    for name in os.listdir("/dev/fd"):
+        try:
+            status = os.fstat(int(name))
+        except OSError:  # the descriptor that listed the directory
+            continue
+        if stat.S_ISSOCK(status.st_mode):
+            found[int(name)] = (status.st_dev, status.st_ino)
+    return found
+
+
+def _check_sizes(tp: int, ep: int, dp: int, size: int) -> None:
+    """ConfigError unless so many processes can be arranged in this way."""
+    for name, number in (
+        ("tensor_parallel_size", tp),
+        ("expert_parallel_size", ep),
+        ("data_parallel_size", dp),
+    ):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ConfigError(f"{name}={number!r}", "a whole number of at least 1", f"change {name}")
+    wanted = tp * dp
+    if size != wanted:
+        asked = f"tensor_parallel_size={tp}" + (f" times data_parallel_size={dp}" if dp > 1 else "")
         raise ConfigError(
-            f"tensor_parallel_size={tensor_parallel_size}, but {size} process{'es' * (size > 1)} running",
-            "one process for each share of the model",
-            f"start it as: torchrun --nproc-per-node {tensor_parallel_size} YOUR_SCRIPT.py (several machines:"
-            f" --nnodes), or set tensor_parallel_size={size}",
+            f"{asked}, but {size} process{'es' * (size > 1)} running",
+            "one process for each share of the model" + (" in each replica" if dp > 1 else ""),
+            f"start it as: torchrun --nproc-per-node {wanted} YOUR_SCRIPT.py (several machines: --nnodes), or set"
+            + (f" tensor_parallel_size={size}" if dp == 1 else f" sizes whose product is {size}"),
         )
-    if size == 1:
-        return Group(device=device)
-    timeout = _number("GLIMMER_JOIN_TIMEOUT", timeout, 0, 1e7)
-    local_size = int(_number("LOCAL_WORLD_SIZE", size, 1, size))
-    address, port = _meeting()
-    meeting = f"{address}:{port}"
-    opens = rank == 0 and not _met_by_launcher()
+    if ep not in (1, tp, wanted):
+        raise ConfigError(
+            f"expert_parallel_size={ep} with tensor_parallel_size={tp}, data_parallel_size={dp}",
+            "one of " + ", ".join(map(str, sorted({1, tp, wanted}))),
+            "choose 1 (experts are cut like other matrices), or share whole experts in a replica, or over all replicas",
+        )
+
+
+def _join(rank: int, size: int, timeout: float) -> Any:
+    """The store of the job, in which every rank has written its host's name. Waits `timeout` seconds for all ranks."""
+    address, port = _store_address()
+    place = f"{address}:{port}"
+    opens = rank == 0 and not _store_of_launcher()
     try:
-        store = dist.TCPStore(address, port, None, opens, timedelta(seconds=timeout), wait_for_workers=False)
+        opened = TCPStore(address, port, None, opens, timedelta(seconds=timeout), wait_for_workers=False)
     except RuntimeError as error:
         if opens:
             raise ConfigError(
-                f"rank 0 on {socket.gethostname()} cannot open {meeting}: {_first_line(error)}",
+                f"rank 0 on {socket.gethostname()} cannot open {place}: {_first_line(error)}",
                 "a free port of this machine",
                 "choose another MASTER_PORT, on every machine",
             ) from None
         raise EngineError(
-            f"rank {rank} on {socket.gethostname()} cannot reach {meeting}: {_first_line(error)}",
+            f"rank {rank} on {socket.gethostname()} cannot reach {place}: {_first_line(error)}",
             "the meeting point that rank 0 opens",
             "check MASTER_ADDR and MASTER_PORT, the firewall, and that the first machine's command runs",
         ) from None
-    store = dist.PrefixStore(f"glimmer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = PrefixStore(f"glimmer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", opened)
     deadline = time.monotonic() + timeout
     missing = list(range(size))
     try:
@@ -178,25 +472,15 @@ def connect(tensor_parallel_size: int, device: torch.device, backend: str, timeo
             missing = [r for r in missing if not store.check([f"host/{r}"])]
             time.sleep(0.05)
     except RuntimeError as error:
-        raise _lost_meeting(rank, error) from None
+        raise _lost_store(rank, error) from None
     if missing:
         ranks = ", ".join(map(str, missing))
         raise EngineError(
             f"{len(missing)} of {size} processes did not join within {timeout:g} s: ranks {ranks}",
-            f"every rank to reach {meeting}",
+            f"every rank to reach {place}",
             "start the command on the missing machines too, with the same address, port and number of processes",
         )
-    try:
-        dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size)
-    except RuntimeError as error:
-        raise EngineError(
-            f"rank {rank} on {socket.gethostname()} met the others at {meeting}, but cannot connect to them:"
-            f" {_first_line(error)}",
-            f"{backend} connections between all ranks",
-            "see whether another rank ended first; check the firewall, and the network interface if one is set"
-            " (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, HCCL_SOCKET_IFNAME)",
-        ) from None
-    return Group(rank, size, local_size, device, store)
+    return store
 
 
 def _number(name: str, default: float, least: float, most: float) -> float:
@@ -215,20 +499,20 @@ def _number(name: str, default: float, least: float, most: float) -> float:
     )
 
 
-def _meeting() -> tuple[str, int]:
+def _store_address() -> tuple[str, int]:
     """Address and port of the store."""
     return os.environ.get("MASTER_ADDR", "127.0.0.1"), int(_number("MASTER_PORT", 29500, 1, 65535))
 
 
-def _met_by_launcher() -> bool:
+def _store_of_launcher() -> bool:
     """Whether the launcher has opened the store, rather than rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _lost_meeting(rank: int, symptom: object) -> EngineError:
-    """Whoever opened the store is gone, and with it every word about the others."""
-    address, port = _meeting()
-    who = f"{'the launcher' if _met_by_launcher() else 'rank 0'} on {address}"
+def _lost_store(rank: int, symptom: object) -> EngineError:
+    """The process that opened the store is gone, and with it all that the store knew about the other ranks."""
+    address, port = _store_address()
+    who = f"{'the launcher' if _store_of_launcher() else 'rank 0'} on {address}"
     return EngineError(
         f"rank {rank} on {socket.gethostname()} lost {who}, which held the meeting point at port {port}"
         f" ({_first_line(symptom)})",
@@ -238,11 +522,6 @@ def _lost_meeting(rank: int, symptom: object) -> EngineError:
 
 
 def _first_line(error: object) -> str:
-    """What a transport has said, without its place in the source, and not at any length."""
+    """The first line of a transport's error message, shortened, without its place in the source."""
     line = re.sub(r"^\[\S+\.(cc|cpp|h|hpp):\d+\] ", "", (str(error).splitlines() or [""])[0])
     return textwrap.shorten(line, 160, placeholder=" ...")
-
-
-def local_rank() -> int:
-    """Which accelerator of this machine is ours."""
-    return int(_number("LOCAL_RANK", 0, 0, 2**16))

@@ -1,0 +1,84 @@
+"""One rank of a job without a model, run by test_mesh.py: does what its first argument says and prints what it found.
+
+usage: ranks.py mesh TP EP DP | equal | stopped | interrupted | exit CODE
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from glimmer.errors import GlimmerError
+from glimmer.parallel import Group, Mesh
+
+CPU = torch.device("cpu")
+
+
+def connected(tp: int, ep: int = 1, dp: int = 1) -> Mesh:
+    return Mesh(tp, ep, dp, device=CPU, backend="gloo")
+
+
+def facts(group: Group, mine: int) -> dict:
+    """What a group is, and what its collectives give on this rank."""
+    first, last = group.split(7)
+    columns = torch.arange(7.0).expand(2, 7)[:, first:last]
+    return {
+        "place": [group.rank, group.size, list(group.members)],
+        "sum": group.all_reduce(torch.tensor([float(mine)])).item(),
+        "bfloat16": group.all_reduce(torch.full((2, 2), 0.1, dtype=torch.bfloat16)).tolist(),
+        "columns": group.all_gather(columns, 7).tolist(),
+        "told": group.broadcast({"from": mine, "text": "é" * 10}),
+        "told long": len(group.broadcast("long" * 5000 if group.rank == 0 else None)),
+        "told by the last": group.broadcast(mine, group.size - 1),
+        "least": group.all_reduce_min(mine + 10),
+        "experts": list(group.split(10)),
+    }
+
+
+def main(what: str, *words: str) -> int:
+    if what == "mesh":
+        mesh, mine = connected(*map(int, words)), int(os.environ["RANK"])
+        print(json.dumps({name: facts(getattr(mesh, name), mine) for name in ("world", "tp", "ep", "dp")}))
+        mesh.close()
+        mesh.close()  # again does nothing
+        threads = [name.read_text() for name in Path("/proc/self/task").glob("*/comm")]
+        assert not [name for name in threads if "gloo" in name], threads
+        return 0
+    group = connected(int(os.environ["WORLD_SIZE"])).tp
+    if what == "equal":
+        group.check_equal("settings", "a long value " * 100)
+        group.check_equal("settings", "8192" if group.rank == 2 else "4096")
+    elif what == "late":
+        time.sleep(group.rank)
+        group.wait_for_all("has loaded", 60)
+        print(json.dumps(group.all_reduce_min(group.rank)))
+        if group.rank == 0:
+            group.wait_for_all("has left", 0.5)
+    elif what == "stopped":
+        if group.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        group.all_reduce(torch.ones(4))
+    elif what == "interrupted":
+        print("up", flush=True)
+        if group.rank == 1:
+            sys.stdin.readline()
+        group.all_reduce(torch.ones(4))
+    elif what == "exit":
+        for _ in range(5):
+            group.all_reduce(torch.ones(64, 1024))
+        return int(words[0])
+    return 0
+
+
+try:
+    code = main(*sys.argv[1:])
+except GlimmerError as error:
+    print(error, file=sys.stderr)
+    code = error.exit_code
+except KeyboardInterrupt:
+    code = 130
+sys.exit(code)
