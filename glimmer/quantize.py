@@ -4,7 +4,7 @@ OUT is a Hugging Face directory in the vocabulary of compressed-tensors; glimmer
 `--quantization` would have made of MODEL, without the work. It is written beside its place, file by file with the
 memory of a few matrices, and gets its name when it is complete: whatever stops the command leaves no OUT.
 Not here: how codes are chosen (weight.py), which matrix becomes what (model/load.py), how they are laid out
-(checkpoint/formats.py).
+(checkpoint/formats).
 """
 
 import argparse

@@ -37,8 +37,8 @@ def error(weight: Weight, values: Tensor) -> float:
 def test_layout(kind, inner, group, expected):
     assert layout(kind, inner, group) == expected
     made = Weight("plain", draw(3, inner)).quantize(kind, group)
-    assert (made.kind, made.group, made.shape) == (*expected, (3, inner))
-    blank = Weight.empty(made.kind, (3, inner), made.group)
+    assert (made.kind, made.group_size, made.shape) == (*expected, (3, inner))
+    blank = Weight.empty(made.kind, (3, inner), made.group_size)
     assert blank.nbytes == made.nbytes == sum(t.nbytes for t in (made.codes, made.scales, made.zeros) if t is not None)
     for ours, theirs in ((made.codes, blank.codes), (made.scales, blank.scales), (made.zeros, blank.zeros)):
         assert ours is theirs is None or (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
@@ -58,7 +58,7 @@ def test_error(heavy, limits):
 def test_no_value_is_off_by_more_than_a_step_or_the_range_that_was_clipped(kind, group, inner):
     values = draw(19, inner)
     made = Weight("plain", values).quantize(kind, group)
-    scales = made.scales if kind == "int8" else made.scales.repeat_interleave(made.group, 1)[:, :inner]
+    scales = made.scales if kind == "int8" else made.scales.repeat_interleave(made.group_size, 1)[:, :inner]
     steps = (made.dequantize() - values).abs() / scales
     assert steps.max() <= (0.5001 if kind == "int8" else 2.0)
     assert steps.square().mean().sqrt() < 0.32, "evenly spread over half a step would be 0.29"

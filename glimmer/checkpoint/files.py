@@ -7,7 +7,7 @@ The headers are parsed here, and not by the safetensors library, for two reasons
 the file before anything is read, so that half a download is an error message and not half a model; and pages that
 have been copied must be given back (`release`), so that loading needs the memory of one tensor and not of a file.
 
-Not here: what a tensor means (model/names.py), how a format lays out its bits (formats.py), config.json (only its
+Not here: what a tensor means (model/names.py), how a format lays out its bits (formats/), config.json (only its
 presence is checked, as the mark of a model directory), writing.
 """
 

@@ -23,7 +23,7 @@ from glimmer.errors import CheckpointError, ConfigError
 from glimmer.model import names
 from glimmer.model.glm4_moe import Glm4Moe
 from glimmer.parallel import Group
-from glimmer.weight import GROUP, Weight, layout
+from glimmer.weight import GROUP_SIZE, Weight, layout
 
 SHOWN = 8  # names in an error message; the rest is counted
 MTP_ONLY = ("eh_proj.", "enorm.", "hnorm.", "embed_tokens.", "shared_head.")  # what an ordinary layer does not have
@@ -52,8 +52,8 @@ class WeightLoader:
     ):
         formats.check(config.quantization_config)
         self.checkpoint, self.dtype, self._config, self._packed_bytes = checkpoint, dtype, config, packed_bytes
-        self._asked = None if quantization is None else (quantization, group_size or GROUP)
-        self._read = partial(formats.read, checkpoint, gptq_zeros=formats.gptq_zeros(config.quantization_config))
+        self._asked = None if quantization is None else (quantization, group_size or GROUP_SIZE)
+        self._read = partial(formats.read, checkpoint, quantization_config=config.quantization_config)
         self._prefix = names.mtp_prefix(config)
         self.mtp = self._copies() if mtp else None
         self.param_specs = list(names.param_specs(config, group, self.mtp, self._shard_alignment))
@@ -64,7 +64,8 @@ class WeightLoader:
         if self._asked is not None:
             group = layout(self._asked[0], width, self._asked[1])[1]
         else:
-            group = formats.stored(self.checkpoint, module).group if formats.holds(self.checkpoint, module) else None
+            held = formats.holds(self.checkpoint, module)
+            group = formats.stored(self.checkpoint, module).group_size if held else None
         return group if group is not None and width % group == 0 else 1
 
     def _copies(self) -> tuple[bool, bool]:
@@ -192,8 +193,8 @@ class WeightLoader:
         weights = [self._read(shard.name, shard.rows, shard.cols) for shard in shards]
         if self._quantises(spec):
             weights = [quantize(weight, *self._target(spec, shard)) for weight, shard in zip(weights, shards)]
-        if len({(w.kind, w.group) for w in weights}) > 1:
-            kind = lambda w: w.kind if w.group is None else f"{w.kind} in groups of {w.group}"
+        if len({(w.kind, w.group_size) for w in weights}) > 1:
+            kind = lambda w: w.kind if w.group_size is None else f"{w.kind} in groups of {w.group_size}"
             kinds = ", ".join(f"{shard.name}: {kind(weight)}" for shard, weight in zip(shards, weights))
             raise CheckpointError(
                 f"matrices that are computed together are stored in different formats ({kinds})",
@@ -212,7 +213,7 @@ class WeightLoader:
         if spec.leaf.endswith("embed_tokens"):
             return "plain", None
         if not self._quantises(spec):
-            return stored.kind, stored.group
+            return stored.kind, stored.group_size
         if stored.kind not in ("plain", "fp8"):
             raise ConfigError(
                 f"quantization={self._asked[0]!r} for a checkpoint in which {shard.name} is {stored.kind} already",

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from glimmer.checkpoint import formats
 from glimmer.checkpoint.files import Checkpoint
-from glimmer.checkpoint.formats import check, read, stored, vector
+from glimmer.checkpoint.formats import check, holds, read, stored, vector
+from glimmer.checkpoint.formats.base import Config, Format, Matrix, Slice, row_scales, want
 from glimmer.errors import CheckpointError, ConfigError
-from glimmer.weight import Weight
+from glimmer.weight import Kind, Weight
 
 OFFICIAL = {
     "quant_method": "compressed-tensors",
@@ -253,3 +255,50 @@ def test_bad_scale(tmp_path, bad):
         read(checkpoint, "m", rows=(1, 4))
     assert "1 scales in m.weight_scale" in caught.value.found and "in row 2" in caught.value.found
     read(checkpoint, "m", rows=(0, 2))
+
+
+# ---- a further format ----------------------------------------------------------------------------------------------
+
+
+class Signs(Format):
+    """X.signs (out, in) bool, True for +1 and False for -1, and X.size (out,): all that a format of one bit is."""
+
+    accepts = "signs (1 bit)"
+    codes, codes_dtypes = "signs", (torch.bool,)
+    quant_method = "signs"
+
+    def check_config(self, config: Config) -> None:
+        want("bits", config.get("bits"), 1)
+
+    def stored(self, checkpoint: Checkpoint, module: str, config: Config) -> Matrix:
+        out, inner = checkpoint.shape(f"{module}.signs")
+        return Matrix(Kind.INT8, (out, inner), (f"{module}.signs", f"{module}.size"))
+
+    def read(self, checkpoint: Checkpoint, module: str, rows: Slice, cols: Slice, config: Config) -> Weight:
+        codes = 2 * checkpoint.tensor(f"{module}.signs", rows, cols).to(torch.int8) - 1
+        return Weight(Kind.INT8, codes, row_scales(checkpoint, f"{module}.size", rows))
+
+
+def test_a_format_is_one_class(tmp_path, monkeypatch):
+    signs, size = torch.rand(6, 4) > 0.5, torch.rand(6) + 1
+    checkpoint = write(tmp_path, {"m.signs": signs, "m.size": size, "other.weight": MATRIX})
+    with pytest.raises(CheckpointError, match=r"no tensor m\.weight in .*, only m\.signs, m\.size"):
+        stored(checkpoint, "m")
+    with pytest.raises(ConfigError, match=r"quant_method = 'signs', where .* 'awq' or 'gptq' can be read"):
+        check({"quant_method": "signs", "bits": 1})
+    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, Signs()))
+    assert holds(checkpoint, "m") and not holds(checkpoint, "n")
+    assert stored(checkpoint, "m") == ("int8", (6, 4), ("m.signs", "m.size"), None, False)
+    expected = torch.where(signs, 1, -1) * size[:, None]
+    assert torch.equal(read(checkpoint, "m").dequantize(), expected)
+    assert torch.equal(read(checkpoint, "m", (1, 5), (1, 3)).dequantize(), expected[1:5, 1:3])
+    assert stored(checkpoint, "other").kind == "plain"
+    check({"quant_method": "signs", "bits": 1})
+    with pytest.raises(ConfigError, match="bits = 2") as caught:
+        check({"quant_method": "signs", "bits": 2})
+    assert "signs (1 bit)" in caught.value.expected and "official FP8" in caught.value.expected
+
+
+def test_every_kind_of_weight_is_written_by_one_format():
+    writers = [each.writes for each in formats.FORMATS if each.writes is not None]
+    assert sorted(writers) == sorted(Kind)

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from glimmer.checkpoint.files import Checkpoint
-from glimmer.checkpoint.formats import check, describe, encode, gptq_zeros, read, stored
+from glimmer.checkpoint.formats import check, describe, encode, read, stored
+from glimmer.checkpoint.formats.gptq import gptq_zeros
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.weight import Weight
 
@@ -80,6 +81,7 @@ def write(directory: Path, tensors: dict[str, Tensor]) -> Checkpoint:
 LAYOUTS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "compressed": compressed, "awq": awq, "gptq": gptq, "gptq v2": lambda *args: gptq(*args, less=0)
 }  # fmt: skip
+SAID = {"gptq v2": {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}}  # in quantization_config
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -99,10 +101,10 @@ def test_every_layout_holds_its_values(layout, out, inner, group, tmp_path):
     codes, zeros, scales = draw(out, inner, group)
     checkpoint = write(tmp_path, LAYOUTS[layout](codes, zeros, scales))
     found = stored(checkpoint, "m")
-    assert found[:2] == ("int4", (out, inner)) and found.group == group and found.zeros
+    assert found[:2] == ("int4", (out, inner)) and found.group_size == group and found.zeros
     assert set(found.tensors) == checkpoint.names()
-    weight = read(checkpoint, "m", gptq_zeros="plain" if layout == "gptq v2" else "less one")
-    assert (weight.kind, weight.shape, weight.group) == ("int4", (out, inner), group)
+    weight = read(checkpoint, "m", quantization_config=SAID.get(layout))
+    assert (weight.kind, weight.shape, weight.group_size) == ("int4", (out, inner), group)
     assert (weight.codes.dtype, weight.scales.dtype, weight.zeros.dtype) == (torch.uint8, torch.float32, torch.uint8)
     assert torch.equal(weight.zeros.long(), zeros) and torch.equal(weight.nibbles().long(), codes)
     assert torch.equal(weight.dequantize(), values(codes, zeros, scales, group))
@@ -141,7 +143,7 @@ def test_slices(sliced, layout, rows, first, width):
     """Any rows; columns from the border of a group to any even one."""
     checkpoint, whole = sliced[layout]
     cols = (32 * first, min(32 * first + 2 * width, 320))
-    found = read(checkpoint, "m", tuple(rows), cols, gptq_zeros="plain" if layout == "gptq v2" else "less one")
+    found = read(checkpoint, "m", tuple(rows), cols, quantization_config=SAID.get(layout))
     assert found.shape == (rows[1] - rows[0], cols[1] - cols[0])
     assert torch.equal(found.dequantize(), whole[slice(*rows), slice(*cols)])
 
@@ -151,7 +153,7 @@ def test_slices(sliced, layout, rows, first, width):
 def test_slices_within_one_group_may_begin_anywhere(layout, cols, tmp_path):
     codes, zeros, scales = draw(8, 88, 88)
     checkpoint = write(tmp_path, LAYOUTS[layout](codes, zeros, scales))
-    found = read(checkpoint, "m", None, cols, gptq_zeros="plain" if layout == "gptq v2" else "less one")
+    found = read(checkpoint, "m", None, cols, quantization_config=SAID.get(layout))
     assert torch.equal(found.dequantize(), values(codes, zeros, scales, 88)[:, slice(*cols)])
 
 
@@ -172,14 +174,15 @@ def test_symmetric_gptq_is_told_from_its_zeros(format, less, tmp_path):
     """Whatever version it calls itself, 7 and 8 both stand for the middle; anything else is no symmetric matrix."""
     codes, zeros, scales = draw(16, 64, 32)
     middle = torch.full_like(zeros, 8)
-    said = gptq_zeros({"quant_method": "gptq", "sym": True, "checkpoint_format": format})
+    said = {"quant_method": "gptq", "sym": True, "checkpoint_format": format}
+    assert gptq_zeros(said) == "middle"
     checkpoint = write(tmp_path, gptq(codes, middle, scales, less))
-    weight = read(checkpoint, "m", (8, 16), gptq_zeros=said)
+    weight = read(checkpoint, "m", (8, 16), quantization_config=said)
     assert weight.zeros is None
     assert torch.equal(weight.dequantize(), values(codes, middle, scales, 32)[8:])
     (tmp_path / "other").mkdir()
     with pytest.raises(CheckpointError, match="says sym"):
-        read(write(tmp_path / "other", gptq(codes, zeros, scales, less)), "m", gptq_zeros=said)
+        read(write(tmp_path / "other", gptq(codes, zeros, scales, less)), "m", quantization_config=said)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +339,7 @@ def test_what_is_written_is_read_again(kind, group, out, inner, tmp_path):
     weight = Weight("plain", torch.randn(out, inner)).quantize(kind, group)
     checkpoint = write(tmp_path, {f"m.{end}": tensor for end, tensor in encode(weight).items()})
     found = read(checkpoint, "m")
-    assert (found.kind, found.group) == (weight.kind, weight.group)
+    assert (found.kind, found.group_size) == (weight.kind, weight.group_size)
     for ours, theirs in ((weight.codes, found.codes), (weight.scales, found.scales), (weight.zeros, found.zeros)):
         assert (ours is None and theirs is None) or torch.equal(ours, theirs)
 

@@ -1,4 +1,4 @@
-"""int4 codes, eight of them in an int32, as three formats lay them out <-> bytes of two nibbles, as Weight has them.
+"""4-bit codes, eight of them in an int32, <-> bytes of two codes, as Weight has them.
 
     format               tensor     shape               eight codes that share a word, lowest bits first
     compressed-tensors   weights    (out, in / 8)       of one output, inputs 8j .. 8j + 7
@@ -8,15 +8,13 @@
     GPTQ                 weights    (in / 8, out)       of one output, inputs 8j .. 8j + 7
                          zeros      (groups, out / 8)   of one group, outputs 8j .. 8j + 7
 
-Words are little-endian, so that the bytes of a word hold its nibbles two by two in their order.
-Not here: which tensor is which, slices, scales (formats.py).
+Words are little-endian, so that the bytes of a word hold its codes two by two in their order.
+Not here: which tensor is which, slices, scales (the formats themselves).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where in its word AWQ keeps the code of output 8j + 0, 1, 2, ...
 
 
 def nibbles(words: Tensor) -> Tensor:
@@ -36,14 +34,9 @@ def words(pairs: Tensor) -> Tensor:
     return F.pad(pairs, (0, -pairs.shape[1] % 4)).clone(memory_format=torch.contiguous_format).view(torch.int32)
 
 
-def from_awq(packed: Tensor) -> Tensor:
-    """(n, out / 8) int32 -> (out, n) uint8: weights or zeros."""
-    return nibbles(packed).unflatten(-1, (-1, 8))[..., AWQ_PLACES].flatten(-2).T
-
-
-def from_gptq(packed: Tensor) -> Tensor:
-    """Weights (in / 8, out) int32 -> bytes (out, in / 2) uint8 as in Weight."""
-    return _rows(packed).view(torch.uint8).unflatten(-1, (-1, 4)).transpose(0, 1).flatten(1)
+def down_columns(words: Tensor) -> Tensor:
+    """(n, out) int32, whose words hold codes that follow each other down a column -> (out, 4n) uint8 as in Weight."""
+    return _rows(words).view(torch.uint8).reshape(len(words), -1, 4).transpose(0, 1).flatten(1)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,0 +1,134 @@
+"""How a matrix is stored on disk -> `Weight`, and back: `FORMATS` lists the ways, each of them one class.
+
+    format                                          tensors of a matrix X                                   Weight
+    plain values                                    X.weight                                                plain
+    compressed-tensors float-quantized (official)   X.weight float8_e4m3fn, X.weight_scale (out, 1)         fp8
+    compressed-tensors int-quantized                X.weight int8, X.weight_scale (out, 1)                  int8
+    compressed-tensors pack-quantized               X.weight_packed, X.weight_scale (out, groups),
+                                                    X.weight_shape, X.weight_zero_point or none             int4
+    AWQ (gemm)                                      X.qweight, X.qzeros, X.scales (groups, out)             int4
+    GPTQ                                            the same in another order, X.g_idx or none              int4
+
+Which of them a matrix has is decided by the tensors, matrix by matrix, since every such checkpoint leaves some of them
+plain; `check` refuses other formats by the words of config.json, before a tensor is looked at. A further format is a
+class of base.Format in a file of its own, and its name in FORMATS.
+Not here: which matrices there should be and of what shape (model/names.py), and packing (backends/).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from glimmer.checkpoint.files import Checkpoint
+from glimmer.checkpoint.formats import compressed_tensors
+from glimmer.checkpoint.formats.awq import AWQ
+from glimmer.checkpoint.formats.base import FLOATS, Config, Format, Matrix, Slice, Unsupported, misfit, table
+from glimmer.checkpoint.formats.gptq import GPTQ
+from glimmer.checkpoint.formats.plain import Plain
+from glimmer.errors import CheckpointError, ConfigError
+from glimmer.weight import Kind, Weight
+
+# A matrix is of the first format that matches it.
+FORMATS: tuple[Format, ...] = (Plain(), *compressed_tensors.FAMILY, AWQ(), GPTQ())
+
+
+def check(quantization_config: Any) -> None:
+    """Refuse a quantization_config (of config.json) that `read` cannot follow; ConfigError names what it found."""
+    if quantization_config is None:
+        return
+    try:
+        config = table("quantization_config", quantization_config)
+        method = config.get("quant_method")
+        for each in FORMATS:
+            if each.quant_method is not None and each.quant_method == method:
+                return each.check_config(config)
+        *methods, last = dict.fromkeys(repr(each.quant_method) for each in FORMATS if each.quant_method is not None)
+        raise Unsupported("quant_method", method, f"{', '.join(methods)} or {last}")
+    except Unsupported as error:
+        found = f"{error.key} = {error.value!r}, where {error.wanted} can be read"
+        raise ConfigError(
+            f"config.json has a quantization_config with {found}",
+            "; ".join(each.accepts for each in FORMATS),
+            "use the bf16 checkpoint, the one whose name ends in -FP8, or one in a format above",
+        ) from None
+
+
+def holds(checkpoint: Checkpoint, module: str) -> bool:
+    """Whether there is a matrix of that name, in whatever format."""
+    return any(each.codes_of(module) in checkpoint for each in FORMATS)
+
+
+def find(checkpoint: Checkpoint, module: str, config: Config) -> Format:
+    """The format of the matrix of `module`. Raises CheckpointError when there is no matrix, or none that we explain."""
+    ends = list(dict.fromkeys(each.codes for each in FORMATS if each.codes_of(module) in checkpoint))
+    if len(ends) != 1:
+        others = sorted(other for other in checkpoint.names() if other.rpartition(".")[0] == module)
+        raise CheckpointError(
+            f"no tensor {module}.weight in {checkpoint.directory}" + (f", only {', '.join(others)}" if others else "")
+            if not ends
+            else f"{' and '.join(f'{module}.{end}' for end in ends)} in {checkpoint.directory}",
+            f"{module}.weight, in bf16, fp16, fp32, or quantised with its scales; or one of its packed forms",
+            "finish the download, or use a checkpoint in a format that glimmer reads (docs/numerics.md)",
+        )
+    possible = [each for each in FORMATS if each.codes == ends[0]]
+    name = possible[0].codes_of(module)
+    if len(checkpoint.shape(name)) != 2:
+        misfit(checkpoint, name, "a matrix (out, in)")
+    for each in possible:
+        if each.matches(checkpoint, module, config):
+            return each
+    dtypes = [str(dtype).removeprefix("torch.") for each in possible for dtype in each.codes_dtypes]
+    misfit(checkpoint, name, f"{', '.join(dtypes)}, the integers and 8-bit floats with scales")
+
+
+def stored(checkpoint: Checkpoint, module: str, quantization_config: Config | None = None) -> Matrix:
+    """What is on disk as the matrix of `module`; headers only (and weight_shape, two numbers).
+
+    quantization_config: of config.json, which tells formats apart whose tensors look alike. Raises CheckpointError
+    when tensors are missing, do not fit together, or are none that a format explains.
+    """
+    config = quantization_config or {}
+    return find(checkpoint, module, config).stored(checkpoint, module, config)
+
+
+def read(
+    checkpoint: Checkpoint,
+    module: str,
+    rows: Slice = None,
+    cols: Slice = None,
+    quantization_config: Config | None = None,
+) -> Weight:
+    """Rows start:stop and columns start:stop (None: all) of the matrix of `module`.
+
+    Plain values, and codes that are on disk as Weight has them, are a read-only view into the file; scales are float32
+    copies, and scales_dtype is their type on disk. Raises CheckpointError as `stored` does, when a scale is no
+    positive, finite number (int4: not finite), when g_idx gives a column to another group than its place does, when
+    columns are cut within a group, and when zero points are not in the middle where config.json says that all are.
+    """
+    config = quantization_config or {}
+    return find(checkpoint, module, config).read(checkpoint, module, rows, cols, config)
+
+
+def encode(weight: Weight) -> dict[str, Tensor]:
+    """The tensors by which a checkpoint keeps a matrix X, by the last part of their names: "weight" is X.weight."""
+    return _writers()[Kind(weight.kind)].encode(weight)
+
+
+def describe(matrices: Mapping[str, tuple[Kind, int | None]]) -> dict[str, Any]:
+    """The quantization_config of a checkpoint, written by `encode`, whose modules have these (kind, group_size)."""
+    return compressed_tensors.quantization_config(matrices, _writers())
+
+
+def _writers() -> dict[Kind, Format]:
+    return {each.writes: each for each in FORMATS if each.writes is not None}
+
+
+def vector(checkpoint: Checkpoint, name: str, rows: Slice = None) -> Tensor:
+    """Elements start:stop (None: all) of the weight of a norm or of a bias, as stored: a read-only view into the file.
+
+    Raises CheckpointError when it is missing, not one-dimensional, or not bf16, fp16 or fp32.
+    """
+    if len(checkpoint.shape(name)) != 1 or checkpoint.dtype(name) not in FLOATS:
+        misfit(checkpoint, name, "a vector of bfloat16, float16 or float32")
+    return checkpoint.tensor(name, rows)
