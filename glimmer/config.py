@@ -1,13 +1,13 @@
-"""What a model is, how the engine shall run it, and what a request asks of the sampler.
+"""The settings: of a model (ModelConfig), of the engine (EngineConfig), of one request (SamplingParams).
 
 ModelConfig comes from a checkpoint's config.json; EngineConfig and SamplingParams come from the caller. All three are
-frozen and complete: what we cannot do is refused here, by the name of its key, and nothing downstream looks anything up
-a second time. Not here: torch, files other than the two JSON ones, whether the memory suffices.
+frozen and complete: a value that glimmer cannot serve is refused here, by the name of its key, and no other file reads
+the JSON files again. Not here: torch, files other than config.json and generation_config.json, whether memory suffices.
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ FAMILY = "GLM-4.5, GLM-4.5-Air, GLM-4.6 or GLM-4.7 (model_type glm4_moe)"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The architecture, under the names that config.json gives its keys. `from_dict` checks; the fields are facts."""
+    """The architecture, under the names of config.json's keys. `from_dict` has checked every value."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -55,12 +55,12 @@ class ModelConfig:
         return int(self.head_dim * self.partial_rotary_factor)
 
     def key_value_heads(self, processes: int) -> int:
-        """Key-value heads that each of so many processes holds; with more processes than heads, copies of one."""
+        """Key-value heads of each of so many processes; with more processes than heads, several hold the same head."""
         return max(1, self.num_key_value_heads // processes)
 
     @staticmethod
     def load(directory: str | Path) -> "ModelConfig":
-        """Read `directory`/config.json. CheckpointError: nothing there, or not JSON; ConfigError: its content."""
+        """Read `directory`/config.json. CheckpointError: it is missing or not JSON; ConfigError: a value is refused."""
         directory = Path(directory)
         if not directory.is_dir():
             raise CheckpointError(
@@ -116,7 +116,7 @@ class ModelConfig:
         return config
 
     def _check(self) -> None:
-        """Combinations that no forward pass could serve."""
+        """ConfigError for combinations of values that no forward pass could compute."""
         for broken, found, expected in (
             (
                 self.num_attention_heads % self.num_key_value_heads,
@@ -202,12 +202,12 @@ class _Reader:
         return value
 
     def only(self, key: str, accepted: Any) -> None:
-        """A key that may be absent, but means something else than we compute if it differs."""
+        """ConfigError if a key is present with another value than `accepted`, the only one that glimmer computes."""
         if self.raw.get(key) not in (None, accepted):
             raise self._refuse(key, self.raw[key], f"{accepted!r}, as in every member of the family")
 
     def rope(self) -> dict[str, float]:
-        """Both spellings: top-level keys (transformers 4) and `rope_parameters` (transformers 5)."""
+        """The rotary settings, at the top level (transformers 4) or in `rope_parameters` (transformers 5)."""
         nested = self.raw.get("rope_parameters")
         scaling = self.raw.get("rope_scaling")
         for name, value in (("rope_parameters", nested), ("rope_scaling", scaling)):
@@ -226,7 +226,7 @@ class _Reader:
         value = self._get("dtype", "torch_dtype", "bfloat16", "the name of a type")
         if value not in ("bfloat16", "float16", "float32"):
             raise self._refuse("dtype", value, "'bfloat16', 'float16' or 'float32'")
-        return value
+        return str(value)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -245,7 +245,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def _token_ids(value: Any, where: str) -> tuple[int, ...]:
-    """One id, a list of ids, or nothing."""
+    """Token ids from a JSON value: one id, a list of ids, or null."""
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
         raise ConfigError(f"{where}={value!r}", "a token id or a list of token ids", "restore the checkpoint's file")
@@ -254,19 +254,19 @@ def _token_ids(value: Any, where: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How to run a model. Names as vLLM's users know them; every default is written here and nowhere else.
+    """How to run a model, under vLLM's names. Every default is written here and in no other file.
 
     max_model_len               tokens of prompt and answer together; None: as many as the model and the cache allow
     block_size                  tokens in one block of the KV cache
     max_num_seqs                requests computed in one step, at most
     max_num_batched_tokens      tokens computed in one step, at most; longer prompts are cut into chunks
-    gpu_memory_utilization      the share of the free memory (of whatever device) that weights and cache may take
+    gpu_memory_utilization      the share of the device's free memory (a CPU's too) that weights and cache may take
     max_memory_bytes            the most that weights, a step and cache of each process may take; None: only that share
     kv_cache_memory_bytes       memory for the KV cache of each rank; None: what is left, on a CPU at most 4 GiB
     kv_cache_dtype              "int8": keys and values as codes in half the memory; "auto": in the model's dtype
     enable_prefix_caching       reuse the KV blocks of equal prompt beginnings
     skip_tokenizer_init         need no tokenizer.json: prompts are token ids, answers have no text
-    threads                     CPU threads of each process; None: its part of the CPUs that it may use
+    threads                     CPU threads of each process; None: its share of the CPUs that it may use
     quantization                "int8" or "int4": quantise matrices while loading; None: as they are stored
     group_size                  with int4: columns that share a scale, a multiple of 32; None: 32
     """
@@ -290,7 +290,7 @@ class EngineConfig:
     quantization: str | None = None
     group_size: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_quantization(self.quantization, self.group_size)
         for key in ("tensor_parallel_size", "block_size", "max_num_seqs", "max_num_batched_tokens"):
             _check_count(key, getattr(self, key), ConfigError)
@@ -316,7 +316,7 @@ class EngineConfig:
 
 
 def check_quantization(quantization: str | None, group_size: int | None) -> None:
-    """ConfigError unless there is such a quantisation, and such groups for it."""
+    """ConfigError unless glimmer has this quantisation, with this group size."""
     if quantization not in (None, "int8", "int4"):
         raise ConfigError(f"quantization={quantization!r}", "'int8', 'int4' or None", "choose one of these")
     fits = type(group_size) is int and group_size > 0 and group_size % 32 == 0 and quantization == "int4"
@@ -335,7 +335,7 @@ def _check_count(key: str, value: Any, error: type[ConfigError]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """What one request asks for. Names, meanings and defaults as vLLM's.
+    """How the answer to one request is sampled, and when it ends. Names, meanings and defaults are vLLM's.
 
     n                            answers to the same prompt, each with its own randomness
     temperature                  0 is greedy; above, logits are divided by it
@@ -372,7 +372,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field, kinds, accepted in (
             ("stop", (str, list, tuple), "a non-empty string or a list of them"),
             ("stop_token_ids", (list, tuple), "a list of token ids"),
@@ -385,17 +385,25 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
-        whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
-        real = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
-        tame = lambda v: 1e-12 <= v <= 1e15
-        biases = lambda v: all(whole(i) and i >= 0 and real(b) and abs(b) <= 1e15 for i, b in v.items())
-        for field, good, accepted in (
+        whole: Callable[[Any], bool] = lambda v: isinstance(v, int) and not isinstance(v, bool)
+        real: Callable[[Any], bool] = lambda v: (
+            isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+        )
+        moderate: Callable[[Any], bool] = lambda v: 1e-12 <= v <= 1e15
+        biases: Callable[[Any], bool] = lambda v: all(
+            whole(i) and i >= 0 and real(b) and abs(b) <= 1e15 for i, b in v.items()
+        )
+        checks: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
             ("n", lambda v: whole(v) and v >= 1, "a whole number of at least 1"),
-            ("temperature", lambda v: real(v) and (v == 0 or tame(v)), "0 (greedy), or a number from 1e-12 to 1e15"),
+            (
+                "temperature",
+                lambda v: real(v) and (v == 0 or moderate(v)),
+                "0 (greedy), or a number from 1e-12 to 1e15",
+            ),
             ("top_p", lambda v: real(v) and 0 < v <= 1, "a number in (0, 1]"),
             ("top_k", lambda v: whole(v) and v >= -1, "a whole number; 0 or -1 for no limit"),
             ("min_p", lambda v: real(v) and 0 <= v <= 1, "a number in [0, 1]"),
-            ("repetition_penalty", lambda v: real(v) and tame(v), "a number from 1e-12 to 1e15 (1 is none)"),
+            ("repetition_penalty", lambda v: real(v) and moderate(v), "a number from 1e-12 to 1e15 (1 is none)"),
             ("presence_penalty", lambda v: real(v) and -2 <= v <= 2, "a number in [-2, 2]"),
             ("frequency_penalty", lambda v: real(v) and -2 <= v <= 2, "a number in [-2, 2]"),
             ("seed", lambda v: v is None or whole(v), "a whole number or None"),
@@ -406,7 +414,8 @@ class SamplingParams:
             ("max_tokens", lambda v: v is None or (whole(v) and v >= 1), "a whole number of at least 1, or None"),
             ("logprobs", lambda v: v is None or (whole(v) and v >= 0), "a whole number of at least 0, or None"),
             ("prompt_logprobs", lambda v: v is None or (whole(v) and v >= 0), "a whole number of at least 0, or None"),
-        ):
+        )
+        for field, good, accepted in checks:
             value = getattr(self, field)
             if not good(value):
                 raise RequestError(field, f"{field}={value!r}", accepted, f"change {field}")

@@ -1,6 +1,6 @@
-"""Devices: which there are, what they have, and how their processes talk. One kind at a time, chosen by name.
+"""Devices: the kinds that this machine has, their memory, and the library for their collectives.
 
-The only file outside ops/ that says torch.cuda or torch.npu. A kind is "cpu", "cuda" or "npu"; Ascend's needs the
+The only file outside backends/ that uses torch.cuda or torch.npu. A kind is "cpu", "cuda" or "npu"; Ascend's needs the
 torch_npu package. Not here: arithmetic.
 """
 
@@ -24,7 +24,7 @@ def _npu_available() -> bool:
         import torch_npu  # noqa: F401  (registers torch.npu)
     except ImportError:
         return False
-    return torch.npu.is_available()
+    return bool(torch.npu.is_available())  # type: ignore[attr-defined]  # torch_npu adds the module
 
 
 def available() -> list[str]:
@@ -80,7 +80,7 @@ def free_memory(device: torch.device, processes: int = 1) -> int:
     """Bytes that this process can still take on the device. An accelerator is its own; a machine's RAM (within the
     control group's limit) is divided by the `processes` that want it. Cached file pages count as free."""
     if device.type != "cpu":
-        return getattr(torch, device.type).mem_get_info(device)[0]
+        return int(getattr(torch, device.type).mem_get_info(device)[0])
     free = _meminfo()["MemAvailable"]
     for folder, limit, used in (
         (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
@@ -128,7 +128,7 @@ def synchronize(device: torch.device) -> None:
 def peak_memory(device: torch.device) -> int:
     """The most bytes that this process has held on the device (on a CPU: resident)."""
     if device.type != "cpu":
-        return getattr(torch, device.type).max_memory_allocated(device)
+        return int(getattr(torch, device.type).max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 

@@ -77,7 +77,7 @@ class Checkpoint:
     Raises CheckpointError when the directory or a file cannot be used.
     """
 
-    def __init__(self, directory: str | os.PathLike):
+    def __init__(self, directory: str | os.PathLike[str]):
         self.directory = Path(directory)
         self._tensors: dict[str, Stored] = {}
         self._maps: dict[Path, mmap.mmap] = {}

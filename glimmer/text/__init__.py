@@ -1,1 +1,1 @@
-"""The scribe's room: text to token ids and back, messages to prompts. It knows no tensor, no engine and no model."""
+"""Text to token ids and back, chat messages to prompts. Imports no torch, no engine and no model."""

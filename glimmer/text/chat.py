@@ -1,10 +1,10 @@
 """ChatTemplate: messages and tools -> the prompt, by the Jinja template that comes with a checkpoint.
 
-Two kinds of stranger meet here. Messages come from users: they are checked and brought into the form that GLM's
-templates rely on, without touching the caller's objects. The template comes from the checkpoint: it is a program, and
-runs in Jinja's sandbox, where it can read its messages but reach no file, no module and no attribute of Python's own.
+Neither input is trusted. Messages come from users: they are checked and copied into the form that GLM's templates rely
+on; the caller's objects are not changed. The template comes from the checkpoint: it is a program, and runs in Jinja's
+sandbox, where it can read its messages but no file, no module and no private attribute of a Python object.
 Bounded: the length of the prompt, one range(), products and powers. NOT bounded: the time that nested loops take, and
-the memory of texts that a template doubles or pads without printing them. Who loads a checkpoint trusts it that far.
+the memory of texts that a template doubles or pads without printing them. Whoever loads a checkpoint trusts it so far.
 Not here: tokens (tokenizer.py), and reading answers back into reasoning, content and tool calls.
 """
 
@@ -14,10 +14,11 @@ import reprlib
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from glimmer.errors import CheckpointError, RequestError
 
@@ -36,7 +37,7 @@ class ChatTemplate:
         self.origin = origin
         try:
             self._template = None if source is None else _ENVIRONMENT.from_string(source)
-        except Exception as error:  # a foreign program may break its compiler in many ways; all mean the same
+        except Exception as error:  # a template can make Jinja's compiler fail in many ways, with the same remedy
             raise CheckpointError(
                 f"{origin} is not a template that Jinja can compile: {_problem(error)}",
                 "a chat template as transformers renders it",
@@ -61,8 +62,8 @@ class ChatTemplate:
     def render(
         self,
         /,
-        messages: Sequence[dict],
-        tools: Sequence[dict] | None = None,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         **kwargs: Any,
     ) -> str:
@@ -122,7 +123,7 @@ class ChatTemplate:
         )
 
 
-# ── the template's side ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── the template ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class _Refusal(jinja2.TemplateError):
@@ -134,7 +135,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset({"*", "**"})
 
-    def call_binop(self, context, operator, left, right):
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
         if isinstance(left, int) and isinstance(right, int):
             too_big = max(abs(left), abs(right)) >= 1 << 63 or (operator == "**" and right > 64)
         else:
@@ -145,21 +146,27 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
-def _raise_exception(message):
+def _raise_exception(message: str) -> NoReturn:
     raise _Refusal(message)
 
 
-def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """Jinja's own tojson escapes for HTML; a prompt wants plain JSON."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _strftime_now(format):
+def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
 
 
 def _environment() -> _Sandbox:
-    """What transformers offers to templates, so that they render here as they do there."""
+    """The filters, functions and settings that transformers gives to templates, so that both render alike."""
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
@@ -202,16 +209,16 @@ def _configured_template(path: Path) -> str | None:
 
 
 def _problem(error: Exception) -> str:
-    """What a foreign program complains of, on one line of reasonable length."""
+    """The message of an exception that Jinja or a template has raised, on one line of at most 300 characters."""
     text = " ".join(str(error).split())
     kind = "" if isinstance(error, _Refusal) else f"{type(error).__name__}: "
     return kind + (text if len(text) <= 300 else text[:300] + "...")
 
 
-# ── the user's side ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the messages ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _messages(messages: Any) -> list[dict]:
+def _messages(messages: Any) -> list[dict[str, Any]]:
     """Copies of the messages in the form that templates rely on, or RequestError."""
     _need(messages, list | tuple, "messages", "a list of messages")
     if not messages:
@@ -224,7 +231,7 @@ def _messages(messages: Any) -> list[dict]:
     return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
-def _message(message: Any, at: str) -> dict:
+def _message(message: Any, at: str) -> dict[str, Any]:
     """One message: content a text or a list of parts, arguments of tool calls as objects."""
     _need(message, dict, at, "an object with role and content")
     role = message.get("role")
@@ -243,17 +250,17 @@ def _message(message: Any, at: str) -> dict:
             "a text, or a list of text parts",
             f"send what the {role} says as {at}.content",
         )
-    message = {**message, "content": _content(message.get("content"), role, f"{at}.content")}
-    if message.get("reasoning_content") is not None:
-        _need(message["reasoning_content"], str, f"{at}.reasoning_content", "a text")
-    if message.get("tool_calls") is not None:
-        calls = message["tool_calls"]
+    checked: dict[str, Any] = {**message, "content": _content(message.get("content"), role, f"{at}.content")}
+    if checked.get("reasoning_content") is not None:
+        _need(checked["reasoning_content"], str, f"{at}.reasoning_content", "a text")
+    if checked.get("tool_calls") is not None:
+        calls = checked["tool_calls"]
         _need(calls, list | tuple, f"{at}.tool_calls", "a list of tool calls")
-        message["tool_calls"] = [_tool_call(call, f"{at}.tool_calls[{i}]") for i, call in enumerate(calls)]
-    return message
+        checked["tool_calls"] = [_tool_call(call, f"{at}.tool_calls[{i}]") for i, call in enumerate(calls)]
+    return checked
 
 
-def _content(content: Any, role: str, at: str) -> str | list:
+def _content(content: Any, role: str, at: str) -> str | list[Any]:
     """A text, or a list of parts, of which each is of a kind that the template prints."""
     if content is None:
         return ""  # the template would print the word None
@@ -285,7 +292,7 @@ def _is_result(part: Any) -> bool:
     return isinstance(part, dict) and "output" in part
 
 
-def _tool_call(call: Any, at: str) -> dict:
+def _tool_call(call: Any, at: str) -> dict[str, Any]:
     """One tool call, {"function": {"name", "arguments"}} or the inner object alone, with arguments as an object."""
     _need(call, dict, at, "an object with a function")
     if call.get("function"):
@@ -294,12 +301,12 @@ def _tool_call(call: Any, at: str) -> dict:
     return _function(call, at)
 
 
-def _function(function: dict, at: str) -> dict:
+def _function(function: dict[str, Any], at: str) -> dict[str, Any]:
     _need(function.get("name"), str, f"{at}.name", "the name of a function")
     return {**function, "arguments": _arguments(function.get("arguments"), f"{at}.arguments")}
 
 
-def _arguments(arguments: Any, at: str) -> dict:
+def _arguments(arguments: Any, at: str) -> dict[str, Any]:
     """OpenAI's API carries arguments as JSON text; templates walk an object. Nothing at all means no arguments."""
     if arguments is None or arguments == "":
         return {}
@@ -314,10 +321,11 @@ def _arguments(arguments: Any, at: str) -> dict:
                 'send the arguments as the model gave them, such as {"city": "Paris"}',
             ) from error
     _need(arguments, dict, at, "a JSON object, or the text of one")
-    return arguments
+    checked: dict[str, Any] = arguments
+    return checked
 
 
-def _tools(tools: Any) -> list[dict] | None:
+def _tools(tools: Any) -> list[dict[str, Any]] | None:
     if tools is None:
         return None
     _need(tools, list | tuple, "tools", "a list of tools")

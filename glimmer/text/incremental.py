@@ -1,8 +1,8 @@
-"""IncrementalText: one answer growing. Token ids go in, text that may be shown comes out, and a stop string ends it.
+"""IncrementalText: the text of one answer, from token ids as they arrive, up to the first stop string.
 
 The text is a function of the ids alone: it does not matter whether they arrive one at a time or many at once. The stop
 string whose last character comes first ends the answer; of several that end on the same character, the longest counts.
-Not here: stop tokens (the engine ends on those) and what the text means (reasoning, tool calls).
+Not here: stop tokens (the engine ends on those) and the meaning of the text (reasoning, tool calls).
 """
 
 import reprlib
@@ -82,7 +82,7 @@ class IncrementalText:
             end, self.stopped = hit
             self._held = ""
             return text[: end if self._include_stop else end - len(self.stopped)]
-        # A stop string that will be shown anyway is no reason to wait.
+        # nothing is held back for a stop string that is itself part of the output
         shown = len(text) - (0 if self._include_stop else self._search.depth)
         self._held = text[shown:]
         return text[:shown]
@@ -95,7 +95,7 @@ class IncrementalText:
 
 
 class StopSearch:
-    """All stop strings at once, one look at each character of the text (the automaton of Aho and Corasick).
+    """Searches for all stop strings at once, reading each character of the text once (the Aho-Corasick automaton).
 
     A state is a beginning of some stop string: the longest one that the text now ends with. `depth` is its length, and
     so the number of characters that could still become a stop string.
@@ -132,8 +132,9 @@ class StopSearch:
             while self._state and text[i] not in self._next[self._state]:
                 self._state = self._shorter[self._state]
             self._state = self._next[self._state].get(text[i], 0)
-            if self._hit[self._state] is not None:
-                return i + 1, self._hit[self._state]
+            found = self._hit[self._state]
+            if found is not None:
+                return i + 1, found
         return None
 
     def _add(self, word: str) -> None:
@@ -149,7 +150,7 @@ class StopSearch:
         self._hit[state] = word
 
     def _link(self) -> None:
-        """Fill `_shorter` from the short states to the long, and let each state know a stop string inside its end."""
+        """Fill `_shorter` from the short states to the long, and record in each state a stop string that ends there."""
         queue = deque(self._next[0].values())
         while queue:
             state = queue.popleft()

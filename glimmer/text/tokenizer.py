@@ -3,7 +3,7 @@
 Encoding is the work of the `tokenizers` library. Decoding is done here, over the bytes of each token: GLM's vocabulary
 is byte-level, so one token may end in the middle of a character, and the only exact way to turn ids into text is to
 join bytes first and read UTF-8 afterwards. Bytes that are not UTF-8 become U+FFFD, one per maximal broken piece.
-Not here: chat templates (chat.py), stop strings (reply.py), and any clean-up of spaces.
+Not here: chat templates (chat.py), stop strings (incremental.py), and any clean-up of spaces.
 """
 
 import codecs
@@ -35,12 +35,12 @@ class Tokenizer:
     """Text to ids and back.
 
     size:        the last id + 1. The model's embedding may have more rows; they mean nothing and must not be sampled.
-    special_ids: ids of the tokens that steer the model and are no part of an answer's text, such as <|user|>. Tags
+    special_ids: ids of the control tokens, which are no part of an answer's text, such as <|user|>. Tags
                  such as <think> and <tool_call> are single tokens too, but not special: decoding keeps them.
     """
 
     def __init__(self, library: tokenizers.Tokenizer, special_ids: Iterable[int]):
-        # A file may ask for truncation or padding, as training does. A prompt is taken as it is.
+        # tokenizer.json may ask for truncation or padding, as in training; a prompt must be encoded as it is
         library.no_truncation()
         library.no_padding()
         self._library = library
@@ -125,8 +125,8 @@ class Tokenizer:
 class Detokenizer:
     """Ids to text as they arrive. What push() and flush() return, joined, is decode() of all the ids.
 
-    A character split over tokens is held until its last byte is here; bytes that cannot become a character are let go
-    as U+FFFD. Never are more than three bytes held. Each token costs its own bytes and nothing of what came before.
+    A character split over tokens is held until its last byte is here; bytes that cannot become a character are returned
+    as U+FFFD. At most three bytes are held. Each token costs its own bytes and nothing of what came before.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
