@@ -1,4 +1,4 @@
-"""The processes that share one model: Mesh, its Groups, and the collectives between them.
+"""Mesh: the processes that share one model, connected as groups for tensor, expert and data parallelism.
 
 torchrun (or anything that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) starts the processes; all of them run the
 same program. `Mesh` connects them and names a process that does not come. A mesh of one process connects nothing, and
@@ -9,12 +9,11 @@ each collective (both 300 by default). When a peer is lost, the EngineError name
 by `close`, and at the latest when the interpreter exits: a thread of gloo that frees a tensor while the interpreter is
 being finalised would abort the process.
 
-This is the only file, beside the launcher, that uses torch.distributed or reads torchrun's variables. Objects travel as
-JSON, never as pickles. Not here: which tensor is cut in which way (model/names.py).
+This is the only file, beside the launcher, that uses torch.distributed or reads torchrun's variables. Not here: the
+collectives as the model sees them (group.py), which tensor is cut in which way (model/names.py).
 """
 
 import atexit
-import json
 import math
 import os
 import re
@@ -23,8 +22,7 @@ import stat
 import textwrap
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -34,176 +32,11 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch exports them without saying so
 
 from glimmer.errors import ConfigError, EngineError
+from glimmer.group import Group as Group
+from glimmer.group import share as share
 
 GRACE = 3.0  # seconds that the survivors of a failed collective wait for a sign of life of each other
 SLICE = 1.0  # seconds between two looks at signals and at the deadline while a collective runs
-FIRST_MESSAGE = 1016  # bytes of a broadcast object that travel together with its length
-
-
-@dataclass(frozen=True)
-class Group:
-    """`size` processes, of which this one is number `rank`.
-
-    local_size  processes of the whole job that run on this machine
-    device      where the tensors of collectives live
-    store       key-value store of the job, which survives a failed collective
-    ranks       ranks in the whole job of the members, in order; empty: 0, 1, ..., size - 1
-    world       process groups and connections of this process; None for a group of one, and in tests
-    """
-
-    rank: int = 0
-    size: int = 1
-    local_size: int = 1
-    device: torch.device | None = None
-    store: Any = field(default=None, repr=False)
-    ranks: tuple[int, ...] = ()
-    world: "World | None" = field(default=None, repr=False)
-
-    @property
-    def members(self) -> tuple[int, ...]:
-        """Ranks in the whole job of this group's processes, in order."""
-        return self.ranks or tuple(range(self.size))
-
-    @property
-    def timeout(self) -> float:
-        """Seconds that a collective may take. A rank that has nothing to send must send something more often."""
-        return math.inf if self.world is None else self.world.timeout
-
-    def split(self, n: int) -> tuple[int, int]:
-        """This rank's share start:stop of n things; shares differ by at most one, so n needs not be divisible."""
-        return share(n, self.size, self.rank)
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over ranks, in x's dtype; sums of bfloat16 are formed in float32."""
-        if self.size == 1:
-            return x
-        total = x.float() if x.dtype == torch.bfloat16 else x.clone()
-        self._run(dist.all_reduce, total)
-        return total.to(x.dtype)
-
-    def all_gather(self, x: Tensor, n: int) -> Tensor:
-        """(T, this rank's split of n) -> (T, n): the columns of all ranks, in order."""
-        if self.size == 1:
-            return x
-        widest = -(-n // self.size)
-        padded = torch.nn.functional.pad(x, (0, widest - x.shape[1])).contiguous()
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        self._run(dist.all_gather, parts, padded)
-        widths = [stop - start for start, stop in (share(n, self.size, r) for r in range(self.size))]
-        return torch.cat([part[:, :width] for part, width in zip(parts, widths)], 1)
-
-    def broadcast(self, value: Any, source: int = 0) -> Any:
-        """The value of rank `source` (anything that JSON can hold) on every rank."""
-        if self.size == 1:
-            return value
-        data = json.dumps(value).encode() if self.rank == source else b""
-        head = len(data).to_bytes(8, "little") + data[:FIRST_MESSAGE]
-        first = torch.frombuffer(bytearray(head.ljust(8 + FIRST_MESSAGE, b"\0")), dtype=torch.uint8).to(self.device)
-        self._run(dist.broadcast, first, group_src=source)
-        received = first.cpu().numpy().tobytes()
-        length, received = int.from_bytes(received[:8], "little"), received[8:]
-        if length > FIRST_MESSAGE:
-            rest = bytearray(data[FIRST_MESSAGE:] or length - FIRST_MESSAGE)
-            second = torch.frombuffer(rest, dtype=torch.uint8).to(self.device)
-            self._run(dist.broadcast, second, group_src=source)
-            received += second.cpu().numpy().tobytes()
-        return json.loads(received[:length])
-
-    def all_reduce_min(self, n: int) -> int:
-        """The smallest of the ranks' numbers."""
-        if self.size == 1:
-            return n
-        value = torch.tensor([n], dtype=torch.int64, device=self.device)
-        self._run(dist.all_reduce, value, dist.ReduceOp.MIN)
-        return int(value)
-
-    def check_equal(self, what: str, value: str) -> None:
-        """ConfigError, the same on every rank, unless all ranks have the same `value` of `what`.
-
-        The first rank that differs from rank 0 is named, with both values. For a digest of settings or of a checkpoint.
-        """
-        if self.size == 1:
-            return
-        found = [self.broadcast([value, socket.gethostname()], source) for source in range(self.size)]
-        (first, host), *_ = found
-        for rank, (other, where) in enumerate(found):
-            if other != first:
-                raise ConfigError(
-                    f"{what} of rank {self.members[rank]} on {where} is {textwrap.shorten(other, 200)},"
-                    f" of rank {self.members[0]} on {host} {textwrap.shorten(first, 200)}",
-                    f"the same {what} on all {self.size} ranks",
-                    f"start every rank with the same arguments on the same files; look at rank {self.members[rank]}",
-                )
-
-    def wait_for_all(self, what: str, timeout: float) -> None:
-        """Return when every rank has called this with the same `what`, which may take `timeout` seconds.
-
-        For work whose length differs from rank to rank by more than a collective may take, such as loading.
-        EngineError names the ranks that did not come in time.
-        """
-        if self.size == 1:
-            return
-        missing = list(self.members)
-        deadline = time.monotonic() + timeout
-        try:
-            self.store.set(f"{what}/{missing[self.rank]}", "1")
-            while True:
-                missing = [r for r in missing if not self.store.check([f"{what}/{r}"])]
-                if not missing:
-                    return
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(0.05)
-        except RuntimeError as error:
-            raise _lost_store(self.members[self.rank], error) from None
-        raise EngineError(
-            f"{', '.join(f'rank {r}' for r in missing)} did not come within {timeout:g} s to where every rank {what}",
-            f"all {self.size} ranks to go on together",
-            "read the log of the first rank named above, then start the job again",
-        )
-
-    def close(self) -> None:
-        """Destroy the process groups of this process: all of them, whichever group is asked. May be called again."""
-        if self.world is not None:
-            self.world.close()
-
-    def _run(self, collective: Callable[..., Any], *args: Any, **options: Any) -> None:
-        """Run a collective of torch.distributed; if it fails, raise the EngineError that names the lost rank."""
-        if self.world is None:
-            raise EngineError(
-                f"a collective of {self.size} ranks that are not connected",
-                "a group that Mesh has connected",
-                "make the group through Mesh",
-            )
-        handle = self.world.handle(self.members)
-        try:
-            self.world.wait(collective(*args, **options, group=handle, async_op=True))
-        except RuntimeError as error:
-            self.world.abort()
-            raise self.lost_peer(str(error)) from None
-        except BaseException:  # an interrupt: the others must not wait for a rank that has left the collective
-            self.world.abort()
-            raise
-
-    def lost_peer(self, symptom: str) -> EngineError:
-        """The error that names the lost ranks: those that write no sign of life into the store within GRACE seconds."""
-        mine = self.members[self.rank]
-        try:
-            self.store.set(f"alive/{mine}", "1")
-            deadline = time.monotonic() + GRACE
-            missing = set(self.members)
-            while missing and time.monotonic() < deadline:
-                missing = {r for r in missing if not self.store.check([f"alive/{r}"])}
-                time.sleep(0.05)
-            where = {r: self.store.get(f"host/{r}").decode() for r in sorted(missing)}
-        except RuntimeError as error:
-            return _lost_store(mine, error)
-        culprits = ", ".join(f"rank {r} on {host}" for r, host in where.items()) or "a rank that has failed by itself"
-        return EngineError(
-            f"rank {mine} on {socket.gethostname()} lost {culprits} ({_first_line(symptom)})",
-            f"all {self.size} ranks to compute each step together",
-            "read the log of the rank named above: it holds the first error; then start the job again",
-        )
 
 
 class Mesh:
@@ -238,7 +71,7 @@ class Mesh:
             own = next(ranks for ranks in members if rank in ranks)
             if len(own) == 1:
                 return Group(0, 1, local_size, device)
-            return Group(own.index(rank), len(own), local_size, device, connected.store, own, connected)
+            return Group(own.index(rank), len(own), local_size, device, own, connected)
 
         try:
             self.world = groups([tuple(range(size))])
@@ -257,13 +90,6 @@ class Mesh:
 def connect(tensor_parallel_size: int, device: torch.device, backend: str, timeout: float = 300.0) -> Group:
     """The group of all processes, all of which share one replica: Mesh(tp=tensor_parallel_size).tp. Errors: Mesh."""
     return Mesh(tensor_parallel_size, device=device, backend=backend, join_timeout=timeout).tp
-
-
-def share(n: int, size: int, rank: int) -> tuple[int, int]:
-    """start:stop of rank's share of n things among size ranks; the first n % size ranks have one more."""
-    small, more = divmod(n, size)
-    start = rank * small + min(rank, more)
-    return start, start + small + (rank < more)
 
 
 def world() -> tuple[int, int]:
@@ -333,7 +159,52 @@ class World:
             self._handles[ranks] = handle
         self._connections |= {fd: inode for fd, inode in _sockets().items() if before.get(fd) != inode}
 
-    def handle(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    def all_reduce(self, x: Tensor, members: Sequence[int], minimum: bool = False) -> None:
+        """Replace x by the sum (or the minimum) over the members."""
+        self._run(members, dist.all_reduce, x, dist.ReduceOp.MIN if minimum else dist.ReduceOp.SUM)
+
+    def all_gather(self, parts: list[Tensor], x: Tensor, members: Sequence[int]) -> None:
+        """Fill parts with the members' x, in order."""
+        self._run(members, dist.all_gather, parts, x)
+
+    def broadcast(self, x: Tensor, members: Sequence[int], source: int) -> None:
+        """Replace x by that of the member at place `source`."""
+        self._run(members, dist.broadcast, x, group_src=source)
+
+    def wait_for_all(self, members: Sequence[int], what: str, timeout: float) -> None:
+        """Return when every member has made this call; EngineError after `timeout` seconds names who has not."""
+        missing = list(members)
+        deadline = time.monotonic() + timeout
+        try:
+            self.store.set(f"{what}/{self.rank}", "1")
+            while True:
+                missing = [r for r in missing if not self.store.check([f"{what}/{r}"])]
+                if not missing:
+                    return
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
+        except RuntimeError as error:
+            raise _lost_store(self.rank, error) from None
+        raise EngineError(
+            f"{', '.join(f'rank {r}' for r in missing)} did not come within {timeout:g} s to where every rank {what}",
+            f"all {len(members)} ranks to go on together",
+            "read the log of the first rank named above, then start the job again",
+        )
+
+    def _run(self, members: Sequence[int], collective: Callable[..., Any], *args: Any, **options: Any) -> None:
+        """Run a collective of torch.distributed; if it fails, raise the EngineError that names the lost rank."""
+        handle = self._handle(tuple(members))
+        try:
+            self._wait(collective(*args, **options, group=handle, async_op=True))
+        except RuntimeError as error:
+            self.abort()
+            raise lost_peer(self.rank, members, self.store, str(error)) from None
+        except BaseException:  # an interrupt: the others must not wait for a rank that has left the collective
+            self.abort()
+            raise
+
+    def _handle(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
         """The process group of these ranks; EngineError after `close`."""
         try:
             return self._handles[ranks]
@@ -344,7 +215,7 @@ class World:
                 "close the LLM when nothing is computed any more",
             ) from None
 
-    def wait(self, work: Any) -> None:
+    def _wait(self, work: Any) -> None:
         """Wait for a started collective; RuntimeError if it fails or takes longer than the timeout.
 
         On a host, the wait is cut into slices, between which Python handles signals. On an accelerator the host does
@@ -394,6 +265,26 @@ class World:
         self._handles.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def lost_peer(rank: int, members: Sequence[int], store: Any, symptom: str) -> EngineError:
+    """The error that names the lost members: those that write no sign of life into the store within GRACE seconds."""
+    try:
+        store.set(f"alive/{rank}", "1")
+        deadline = time.monotonic() + GRACE
+        missing = set(members)
+        while missing and time.monotonic() < deadline:
+            missing = {r for r in missing if not store.check([f"alive/{r}"])}
+            time.sleep(0.05)
+        where = {r: store.get(f"host/{r}").decode() for r in sorted(missing)}
+    except RuntimeError as error:
+        return _lost_store(rank, error)
+    culprits = ", ".join(f"rank {r} on {host}" for r, host in where.items()) or "a rank that has failed by itself"
+    return EngineError(
+        f"rank {rank} on {socket.gethostname()} lost {culprits} ({_first_line(symptom)})",
+        f"all {len(members)} ranks to compute each step together",
+        "read the log of the rank named above: it holds the first error; then start the job again",
+    )
 
 
 def _waits_on_host(device: torch.device, handle: dist.ProcessGroup | None) -> bool:

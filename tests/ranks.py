@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from glimmer.errors import GlimmerError
-from glimmer.parallel import Group, Mesh
+from glimmer.group import Group
+from glimmer.parallel import Mesh
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from glimmer.errors import ConfigError
-from glimmer.parallel import Group, Mesh
+from glimmer.group import Group
+from glimmer.parallel import Mesh
 
 SCRIPT = str(Path(__file__).with_name("ranks.py"))
 CPU = torch.device("cpu")

@@ -17,8 +17,9 @@ from torch.distributed import HashStore, TCPStore
 
 from glimmer.config import ModelConfig
 from glimmer.errors import ConfigError, EngineError
+from glimmer.group import Group, share
 from glimmer.model.names import check_tensor_parallel, tensor_parallel_sizes
-from glimmer.parallel import Group, connect, local_rank, share, world
+from glimmer.parallel import connect, local_rank, lost_peer, world
 
 SCRIPT = str(Path(__file__).with_name("answer.py"))
 WIDE = {
@@ -137,7 +138,7 @@ def test_a_rank_never_says_that_it_lost_itself(meeting, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     store.set("gone", "1")
     process.wait(30)
-    lost = Group(rank=0, size=2, store=store).lost_peer("connection closed")
+    lost = lost_peer(0, (0, 1), store, "connection closed")
     assert f"rank 0 on {socket.gethostname()} lost the launcher on 127.0.0.1" in lost.found
 
 
@@ -146,7 +147,7 @@ def test_a_lost_rank_is_named_with_what_was_felt():
     for rank in (0, 1):
         store.set(f"host/{rank}", f"node{rank}")
     said = "[/somewhere/gloo/transport/tcp/pair.cc:537] Connection reset by peer. " + "long advice " * 20 + "\nframes"
-    lost = Group(rank=0, size=2, store=store).lost_peer(said)
+    lost = lost_peer(0, (0, 1), store, said)
     assert re.fullmatch(r"rank 0 on \S+ lost rank 1 on node1 \(Connection reset by peer\. long .* \.\.\.\)", lost.found)
     assert len(lost.found) < 250
 

@@ -1,4 +1,4 @@
-"""The rules of the package: who may import whom, and who alone may say certain words. Reads the source and runs none of it."""
+"""The rules of the package: which file may import and name what. Reads the source and runs none of it."""
 
 import ast
 from pathlib import Path
@@ -11,7 +11,7 @@ FILES = sorted(p.relative_to(ROOT) for p in PACKAGE.rglob("*.py"))
 
 FLOORS = (
     ("errors",),
-    ("config", "weight", "batch"),
+    ("config", "weight", "batch", "group"),
     ("checkpoint", "backends", "parallel", "device", "text"),
     ("model",),
     ("engine",),
@@ -24,11 +24,26 @@ FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 FORBIDDEN = {
     "errors": ("torch",),
     "config": ("torch", "transformers"),
-    "checkpoint": ("glimmer.backends", "glimmer.parallel", "glimmer.device", "glimmer.text"),
-    "backends": ("glimmer.config", "glimmer.checkpoint", "glimmer.parallel", "torch.distributed", "glimmer.text"),
+    "checkpoint": ("glimmer.backends", "glimmer.parallel", "glimmer.group", "glimmer.device", "glimmer.text"),
+    "backends": (
+        "glimmer.config",
+        "glimmer.checkpoint",
+        "glimmer.parallel",
+        "glimmer.group",
+        "torch.distributed",
+        "glimmer.text",
+    ),
     "parallel": ("glimmer.config", "glimmer.backends", "glimmer.device", "glimmer.checkpoint", "glimmer.text"),
-    "device": ("glimmer.backends", "glimmer.parallel", "glimmer.checkpoint", "glimmer.text"),
-    "text": ("torch", "glimmer.backends", "glimmer.checkpoint", "glimmer.parallel", "glimmer.device", "numpy"),
+    "device": ("glimmer.backends", "glimmer.parallel", "glimmer.group", "glimmer.checkpoint", "glimmer.text"),
+    "text": (
+        "torch",
+        "glimmer.backends",
+        "glimmer.checkpoint",
+        "glimmer.parallel",
+        "glimmer.group",
+        "glimmer.device",
+        "numpy",
+    ),
     "model": ("glimmer.text", "triton"),
     "engine": ("glimmer.text", "tokenizers", "omegaconf"),
     "llm": ("argparse", "http"),

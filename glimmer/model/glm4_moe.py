@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from glimmer.backends import Ops, RouteRule
 from glimmer.batch import Batch
 from glimmer.config import ModelConfig
+from glimmer.group import Group
 from glimmer.model.cache import Cache
 from glimmer.model.layers import Embedding, Experts, Linear, RMSNorm, Vector
-from glimmer.parallel import Group
 
 
 class Attention(nn.Module):
