@@ -44,19 +44,19 @@ class Failed(Exception):
         self.crashed = crashed
 
 
-def run(command: list[str], timeout: float) -> dict:
-    """The JSON line that a benchmark ends with. Raises Failed, with the program's last words."""
+def run(command: list[str], timeout: float, env: dict[str, str] | None = None, cwd: Path | None = None) -> dict:
+    """The JSON line that a benchmark ends with. Raises Failed with the last line of the program's messages."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=cwd)
     except subprocess.TimeoutExpired:
         raise Failed(f"not done within {timeout:g} s") from None
     except OSError as error:
         raise Failed(str(error)) from None
     try:
-        if done.returncode == 0:  # vLLM's other processes may have a word after it
+        if done.returncode == 0:  # vLLM's other processes may print something after it
             return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
     except (ValueError, StopIteration):
-        pass  # it ended well, but without a word that counts: reported as any other failure
+        pass  # exit code 0 without figures: reported as any other failure
     raise Failed(f"exit code {done.returncode}: {last_words(done)}", crashed=done.returncode < 0)
 
 
