@@ -1,4 +1,4 @@
-"""Write the checkpoint that the benchmarks use: random weights of GLM-4.5-Air's shape at a quarter of its width and depth.
+"""Write the benchmarks' checkpoint: random weights of GLM-4.5-Air's shape at a quarter of its width and depth.
 
 usage: make_checkpoint.py OUT
 
