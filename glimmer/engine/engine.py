@@ -1,27 +1,72 @@
-"""Engine: requests in, tokens out, any number at once. `step` is the whole story of one step.
+"""Engine: requests in, tokens out, any number at once. `step` is the whole of one step.
 
 All ranks of a group run the same engine on the same requests; they decide alike, and rank 0's tokens count.
-Token ids only: text, stop strings and prompts as strings live upstairs (llm.py).
+Token ids only: text, stop strings and prompts as strings belong to llm.py. One thread calls an engine: see loop.py.
 """
 
-from dataclasses import replace
-from typing import Any
+import logging
+from typing import Any, Protocol
 
+from torch import Tensor
+
+from glimmer.batch import Batch
 from glimmer.config import EngineConfig
 from glimmer.engine.blocks import Blocks
 from glimmer.engine.sampler import Sampler
 from glimmer.engine.scheduler import Scheduler
-from glimmer.engine.sequence import Output, Request, SamplerOutput, Sequence
-from glimmer.errors import RequestError
+from glimmer.engine.sequence import Constraint, Logprob, Output, Request, SamplerOutput, Sequence, Step, failure
+from glimmer.errors import EngineError, RequestError
 from glimmer.parallel import Group
+
+log = logging.getLogger("glimmer")
+
+
+class CacheSize(Protocol):
+    """How much the cache holds, and the longest sequence that it and the model allow."""
+
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def max_model_len(self) -> int: ...
+
+
+class StepRunner(Protocol):
+    """What computes a step: engine/runner.py, or a scripted one in tests."""
+
+    @property
+    def kv_cache_config(self) -> CacheSize: ...
+
+    def batch(self, step: Step) -> Batch:
+        """The step as tensors."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (T, H) of all rows, and logits (R, V) of those that the batch wants; None if it wants none."""
+
+
+class Drafter(Protocol):
+    """What guesses the tokens that come next."""
+
+    def propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step) -> None:
+        """Set `drafts` of the step's sequences: guesses of what follows the tokens of their outputs.
+
+        hidden: (T, H), the hidden states of the step's rows. Called after each step, before update() appends the
+        outputs' tokens to the sequences. On several ranks, every rank must propose the same.
+        """
 
 
 class Engine:
-    """runner: what computes a step (engine/runner.py, or a scripted one in tests): batch(step), forward(batch), room.
-    vocab_size: ids that a prompt may hold; sampling_vocab_size: ids that may be sampled, from 0 on."""
+    """vocab_size: ids that a prompt may hold; sampling_vocab_size: ids that may be sampled, from 0 on."""
 
-    def __init__(self, config: EngineConfig, runner: Any, group: Group, vocab_size: int, sampling_vocab_size: int):
-        self.runner, self.group, self.vocab_size = runner, group, vocab_size
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: StepRunner,
+        group: Group,
+        vocab_size: int,
+        sampling_vocab_size: int,
+        drafter: Drafter | None = None,
+    ):
+        self.runner, self.group, self.vocab_size, self.drafter = runner, group, vocab_size, drafter
         self.max_model_len = runner.kv_cache_config.max_model_len
         blocks = Blocks(runner.kv_cache_config.num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(blocks, config.max_num_batched_tokens, config.max_num_seqs)
@@ -33,7 +78,7 @@ class Engine:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def check(self, request: Request) -> None:
-        """RequestError, with the field's name, if this engine cannot serve the request."""
+        """RequestError, with the field's name, if this engine cannot serve the request. Any thread may call this."""
         length, params = len(request.prompt_token_ids), request.params
         if length == 0:
             raise RequestError("prompt", "an empty prompt", "at least one token", "give the model a text to continue")
@@ -54,31 +99,60 @@ class Engine:
                 found = f"token id {min(ids) if min(ids) < 0 else max(ids)} in {field}"
                 raise RequestError(field, found, f"ids from 0 to {limit - 1}", "remove that id")
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, constraint: Constraint | None = None) -> None:
         """Queue a request; RequestError as `check`."""
         self.check(request)
         limit = self.max_model_len
         if request.params.max_tokens is not None:
             limit = min(limit, len(request.prompt_token_ids) + request.params.max_tokens)
-        self.scheduler.add(Sequence(request, limit))
+        self.scheduler.add(Sequence(request, limit, constraint))
 
     def abort(self, request_id: str) -> bool:
         """Forget a request, whatever its state; False if it is not here any more. Nothing is said about it again."""
         return self.scheduler.abort(request_id)
 
     def step(self) -> list[Output]:
-        """Advance every running sequence by one step; return what became known."""
+        """Advance every running sequence by one step; return what became known.
+
+        What fails in the step ends the step's own sequences, with the reason. EngineError where other ranks take part:
+        how far they have come is not known.
+        """
         step = self.scheduler.schedule()  # who computes which tokens
         if not step.chunks:
             return []
-        batch = self.runner.batch(step)  # the same, as tensors
-        logits = self.runner.forward(batch)  # the model
-        outputs = self.sampler.sample(logits, step)  # one new token for each sequence that is up to date
-        return self.scheduler.update(step, self._agree(outputs))  # blocks, stops, outputs
+        try:
+            batch = self.runner.batch(step)  # the same, as tensors
+            hidden, logits = self.runner.forward(batch)  # the model
+            outputs = self._agree(self._sample(logits, step))  # a list of tokens for each sequence that is up to date
+            if self.drafter is not None:
+                self.drafter.propose(hidden, outputs, step)  # what may follow them
+        except Exception as error:
+            log.debug("a step failed", exc_info=error)
+            if self.group.size > 1:
+                raise
+            outputs = [SamplerOutput(problem=failure("a step", error)) for _ in step.chunks]
+        return self.scheduler.update(step, outputs)  # blocks, stops, outputs
+
+    def _sample(self, logits: Tensor | None, step: Step) -> list[SamplerOutput]:
+        """What rank 0 samples; nothing on other ranks."""
+        return self.sampler.sample(logits, step) if self.group.rank == 0 else []
 
     def _agree(self, outputs: list[SamplerOutput]) -> list[SamplerOutput]:
-        """Rank 0's tokens are everybody's, should the last bit of a float differ somewhere."""
+        """Rank 0's outputs on every rank."""
         if self.group.size == 1:
             return outputs
-        agreed = self.group.broadcast([(c.token, c.problem) for c in outputs])
-        return [replace(c, token=token, problem=problem) for c, (token, problem) in zip(outputs, agreed)]
+        return [_from_json(output) for output in self.group.broadcast([_to_json(output) for output in outputs])]
+
+
+def _to_json(output: SamplerOutput) -> list[Any]:
+    logprobs = [
+        [[(id, found.logprob, found.rank) for id, found in place.items()] for place in places]
+        for places in (output.logprobs, output.prompt_logprobs)
+    ]
+    return [output.tokens, output.problem and output.problem.args, *logprobs]
+
+
+def _from_json(output: list[Any]) -> SamplerOutput:
+    tokens, problem, *logprobs = output
+    places = [tuple({id: Logprob(*found) for id, *found in place} for place in places) for places in logprobs]
+    return SamplerOutput(tuple(tokens), None if problem is None else EngineError(*problem), *places)

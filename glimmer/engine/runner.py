@@ -98,7 +98,7 @@ class Runner:
         tokens, positions, slots, rows, row = [], [], [], [], 0
         for chunk in step.chunks:
             blocks, span = chunk.sequence.blocks, range(chunk.start, chunk.start + chunk.n)
-            tokens += chunk.sequence.tokens[chunk.start : span.stop]
+            tokens += chunk.token_ids
             positions += span
             slots += [blocks[p // size] * size + p % size for p in span]
             row += chunk.n
@@ -117,11 +117,11 @@ class Runner:
         )
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> Tensor | None:
-        """Logits (R, V) float32 of the rows that the batch wants; None if it wants none."""
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (T, H) of all rows, and logits (R, V) float32 of those that the batch wants; None if none."""
         try:
             hidden = self.graphs(batch) if self.graphs.serves(batch) else self.model(batch, self.cache)
-            return self.model.logits(hidden[batch.logits_indices]) if len(batch.logits_indices) else None
+            return hidden, self.model.logits(hidden[batch.logits_indices]) if len(batch.logits_indices) else None
         except torch.OutOfMemoryError as error:
             raise NotEnoughMemory(
                 f"a step of {len(batch.tokens)} tokens ran out of memory: {str(error).splitlines()[0]}",

@@ -23,45 +23,107 @@ class Sampler:
         self.sampling_vocab_size = sampling_vocab_size
 
     def sample(self, logits: Tensor | None, step: Step) -> list[SamplerOutput]:
-        """One SamplerOutput a chunk. logits: (R, V) float32, the wanted rows of all chunks in order; None if R is 0."""
+        """One SamplerOutput a chunk. logits: (R, V) float32, the wanted rows of all chunks in order; None if R is 0.
+
+        What cannot be computed for one request is the `problem` of its own output.
+        """
         if logits is None:
             return [SamplerOutput() for _ in step.chunks]
+        rows = list(accumulate((chunk.rows for chunk in step.chunks), initial=0))
         finite = _finite(logits)
-        outputs, drawing, row = [], [], 0
-        for chunk in step.chunks:
-            rows = range(row, row + chunk.rows)
-            row = rows.stop
-            if not all(finite[r] for r in rows):
-                outputs.append(SamplerOutput(problem="the model's logits hold NaN or infinity"))
+        outputs: list[SamplerOutput] = []
+        places: list[list[Place]] = []
+        for chunk, first in zip(step.chunks, rows):
+            try:
+                outputs.append(SamplerOutput(prompt_logprobs=_prompt_logprobs(logits, first, finite, chunk)))
+                places.append(_places(chunk, first, finite))
+            except Exception as error:
+                outputs[len(places) :] = [SamplerOutput(problem=failure("sampling", error))]
+                places.append([])
+        try:
+            drawn = iter(self._draw([place for own in places for place in own], logits))
+        except Exception:  # because of one request: each is drawn for alone
+            drawn = None
+        for i, (chunk, own) in enumerate(zip(step.chunks, places)):
+            if not own:
                 continue
-            if chunk.samples:
-                drawing.append((len(outputs), rows[-1]))
-            outputs.append(SamplerOutput(prompt_logprobs=_prompt_logprobs(logits, rows, chunk)))
-        if drawing:
-            sequences = [step.chunks[i].sequence for i, _ in drawing]
-            raw = logits if len(drawing) == len(logits) else logits[[r for _, r in drawing]]
-            for (i, r), sequence, token in zip(drawing, sequences, self._tokens(raw, sequences)):
-                asked = sequence.request.params.logprobs
-                logprobs = None if asked is None else _logprobs(logits[r], token, asked)
-                outputs[i] = SamplerOutput(token, None, logprobs, outputs[i].prompt_logprobs)
+            try:
+                tokens = list(islice(drawn, len(own))) if drawn is not None else self._draw(own, logits)
+                tokens = tokens[: 1 + _accepted(tokens, chunk.drafts)]
+                asked = chunk.sequence.request.params.logprobs
+                logprobs = () if asked is None else tuple(
+                    _logprobs(logits[place.row], token, asked) for place, token in zip(own, tokens)
+                )
+                outputs[i] = SamplerOutput(tuple(tokens), None, logprobs, outputs[i].prompt_logprobs)
+            except Exception as error:
+                outputs[i] = SamplerOutput(problem=failure("sampling", error))
         return outputs
 
-    def _tokens(self, raw: Tensor, sequences: list[Sequence]) -> list[int]:
-        """A token for each row of raw (N, V)."""
-        logits = raw[:, : self.sampling_vocab_size]
-        if any(_adjusts(s) for s in sequences):
+    def _draw(self, places: list[Place], raw: Tensor) -> list[int]:
+        """A token for each place, from its row of raw (R, V)."""
+        if not places:
+            return []
+        logits = raw if len(places) == len(raw) else raw[[place.row for place in places]]
+        logits = logits[:, : self.sampling_vocab_size]
+        if any(_adjusts(place) for place in places):
             logits = logits.clone()
-            for row, sequence in zip(logits, sequences):
-                _adjust_(row, sequence)
+            for row, place in zip(logits, places):
+                _adjust_(row, place)
         tokens = _likeliest(logits)
-        drawn = [i for i, s in enumerate(sequences) if s.request.params.temperature > 0]
+        drawn = [i for i, place in enumerate(places) if place.params.temperature > 0]
         # Apart, because they number their tokens differently: no row may notice which kind its neighbours are.
         for draw in (_draw, _draw_limited):
-            rows = [i for i in drawn if _limits(sequences[i]) == (draw is _draw_limited)]
+            rows = [i for i in drawn if _limits(places[i]) == (draw is _draw_limited)]
             if rows:
-                for i, token in zip(rows, draw(logits[rows], [sequences[i] for i in rows])):
+                for i, token in zip(rows, draw(logits[rows], [places[i] for i in rows])):
                     tokens[i] = token
         return tokens
+
+
+def _places(chunk: Chunk, first: int, finite: list[bool]) -> list[Place]:
+    """The places that get a token: the next one, and those after drafts that may be accepted. `first`: the first row.
+
+    Nothing that comes of a draft may matter unless it is accepted: where the row after one is not finite, or the
+    constraint fails there, the places end.
+    """
+    if not chunk.samples:
+        return []
+    sequence, constraint = chunk.sequence, chunk.sequence.constraint
+    first += chunk.rows - 1 - len(chunk.drafts)
+    if constraint is None:
+        count = next((i for i in range(1, 1 + len(chunk.drafts)) if not finite[first + i]), 1 + len(chunk.drafts))
+        return [Place(first + i, sequence, chunk.drafts[:i], None) for i in range(count)]
+    places = [Place(first, sequence, (), _allowed(sequence, constraint, 0))]
+    accepted = 0
+    try:
+        for i, draft in enumerate(chunk.drafts, 1):
+            if not finite[first + i] or not places[-1].allows(draft) or draft in sequence.request.stop_ids:
+                break
+            constraint.accept(draft)
+            accepted = i
+            places.append(Place(first + i, sequence, chunk.drafts[:i], _allowed(sequence, constraint, i)))
+    except Exception as error:
+        log.debug("a draft was given up", exc_info=error)
+    finally:
+        if accepted:
+            constraint.rollback(accepted)
+    return places
+
+
+def _allowed(sequence: Sequence, constraint: Constraint, drafts: int) -> Tensor:
+    """(V,) bool: what the constraint allows after that many drafts. ValueError if that is nothing."""
+    allowed = constraint.mask().clone()
+    if sequence.num_output_tokens + drafts < sequence.request.params.min_tokens:
+        allowed[[i for i in sequence.request.stop_ids if i < len(allowed)]] = False
+    if not allowed.any():
+        raise ValueError("the constraint allows no token")
+    return allowed
+
+
+def _accepted(tokens: list[int], drafts: tuple[int, ...]) -> int:
+    """How many drafts are the tokens that their places got, from the first on. The place after them has a token too."""
+    agree = (token == draft for token, draft in zip(tokens[: len(tokens) - 1], drafts))
+    return sum(takewhile(bool, agree))
 
 
 def _likeliest(logits: Tensor) -> list[int]:
@@ -76,37 +138,40 @@ def _finite(logits: Tensor) -> list[bool]:
     return logits.isfinite().all(-1).tolist()
 
 
-def _adjusts(sequence: Sequence) -> bool:
-    p = sequence.request.params
+def _adjusts(place: Place) -> bool:
+    p = place.params
     return (
         p.repetition_penalty != 1
         or p.presence_penalty != 0
         or p.frequency_penalty != 0
         or bool(p.logit_bias)
-        or sequence.num_output_tokens < p.min_tokens
+        or place.num_output_tokens < p.min_tokens
+        or place.allowed is not None
     )
 
 
-def _adjust_(logits: Tensor, sequence: Sequence) -> None:
-    """Penalties, then biases, then the ids that must not come yet; logits (V,) are changed in place."""
-    p = sequence.request.params
+def _adjust_(logits: Tensor, place: Place) -> None:
+    """Penalties, then biases, then what must not come here; logits (V,) are changed in place."""
+    p, request = place.params, place.sequence.request
     if p.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(sequence.tokens)), device=logits.device)
+        seen = torch.tensor(sorted(set(place.tokens)), device=logits.device)
         seen = seen[seen < len(logits)]
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
     if p.presence_penalty != 0 or p.frequency_penalty != 0:
-        answer = torch.tensor(sequence.tokens[sequence.prompt_length :], dtype=torch.int64, device=logits.device)
-        counts = torch.bincount(answer, minlength=len(logits))
+        answer = place.tokens[place.sequence.prompt_length :]
+        counts = torch.bincount(torch.tensor(answer, dtype=torch.int64, device=logits.device), minlength=len(logits))
         logits -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
-    for token, bias in p.logit_bias.items():
+    for token, bias in (p.logit_bias or {}).items():
         logits[token] += bias
-    if sequence.num_output_tokens < p.min_tokens:
-        logits[[i for i in sequence.request.stop_ids if i < len(logits)]] = float("-inf")
+    if place.num_output_tokens < p.min_tokens:
+        logits[[i for i in request.stop_ids if i < len(logits)]] = float("-inf")
+    if place.allowed is not None:
+        logits[~place.allowed.to(logits.device)] = float("-inf")
 
 
-def _limits(sequence: Sequence) -> bool:
-    p = sequence.request.params
+def _limits(place: Place) -> bool:
+    p = place.params
     return p.top_k > 0 or p.top_p < 1 or p.min_p > 0
 
 
@@ -114,20 +179,21 @@ def _column(like: Tensor, values: list[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
 
 
-def _probabilities(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    return (logits / _column(logits, [s.request.params.temperature for s in sequences])).softmax(-1)
+def _probabilities(logits: Tensor, places: list[Place]) -> Tensor:
+    return (logits / _column(logits, [place.params.temperature for place in places])).softmax(-1)
 
 
-def _draw(logits: Tensor, sequences: list[Sequence]) -> list[int]:
+def _draw(logits: Tensor, places: list[Place]) -> list[int]:
     """Draw a token for each row of logits (N, V) after temperature."""
-    return _look_up(_probabilities(logits, sequences), sequences).squeeze(-1).tolist()
+    tokens: list[int] = _look_up(_probabilities(logits, places), places).squeeze(-1).tolist()
+    return tokens
 
 
-def _draw_limited(logits: Tensor, sequences: list[Sequence]) -> list[int]:
+def _draw_limited(logits: Tensor, places: list[Place]) -> list[int]:
     """The same after top_k, top_p and min_p; candidates are numbered by rank, the likeliest first."""
-    params, vocabulary = [s.request.params for s in sequences], logits.shape[-1]
-    probs = _probabilities(logits, sequences)
-    top_k = _column(logits, [p.top_k if p.top_k > 0 else vocabulary for p in params])
+    params, vocabulary = [place.params for place in places], logits.shape[-1]
+    probs = _probabilities(logits, places)
+    top_k = _column(logits, [min(p.top_k, vocabulary) if p.top_k > 0 else vocabulary for p in params])
     top_p, min_p = _column(logits, [p.top_p for p in params]), _column(logits, [p.min_p for p in params])
     for candidates in (min(CANDIDATES, vocabulary), vocabulary):
         kept, ids = probs.topk(candidates, -1)
@@ -138,13 +204,14 @@ def _draw_limited(logits: Tensor, sequences: list[Sequence]) -> list[int]:
     whole = torch.where(top_k < vocabulary, kept.sum(-1, keepdim=True), 1.0)
     before = kept.cumsum(-1) - kept
     kept = kept * (before < top_p * whole) * (kept >= min_p * kept[:, :1])
-    return ids.gather(-1, _look_up(kept, sequences)).squeeze(-1).tolist()
+    tokens: list[int] = ids.gather(-1, _look_up(kept, places)).squeeze(-1).tolist()
+    return tokens
 
 
-def _look_up(weights: Tensor, sequences: list[Sequence]) -> Tensor:
+def _look_up(weights: Tensor, places: list[Place]) -> Tensor:
     """(N, 1): for each row, the index that its uniform number hits in the cumulative weights (N, C)."""
     cumulative = weights.double().cumsum(-1)
-    uniform = torch.tensor([[_uniform(s)] for s in sequences], dtype=torch.float64, device=weights.device)
+    uniform = torch.tensor([[_uniform(place)] for place in places], dtype=torch.float64, device=weights.device)
     index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
     last = (weights > 0).long().mul(torch.arange(weights.shape[-1], device=weights.device)).amax(-1, keepdim=True)
     return torch.minimum(index, last)  # rounding may push the product to the very end
@@ -158,9 +225,9 @@ def _suffices(kept: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> bool
     return bool((by_count | by_mass | by_share).all())
 
 
-def _uniform(sequence: Sequence) -> float:
-    """A number in [0, 1) that depends on the request's seed and the length of its answer only."""
-    digest = blake2b(f"{sequence.request.seed}:{sequence.num_output_tokens}".encode(), digest_size=8).digest()
+def _uniform(place: Place) -> float:
+    """A number in [0, 1) that depends on the request's seed and the number of the place in its answer only."""
+    digest = blake2b(f"{place.sequence.request.seed}:{place.num_output_tokens}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 
@@ -176,11 +243,22 @@ def _logprobs(logits: Tensor, token: int, count: int) -> dict[int, Logprob]:
     return found
 
 
-def _prompt_logprobs(logits: Tensor, rows: range, chunk: Chunk) -> tuple[dict[int, Logprob], ...]:
-    """For each row of the chunk that a prompt token follows, that token's log-probabilities."""
+def _prompt_logprobs(
+    logits: Tensor, first: int, finite: list[bool], chunk: Chunk
+) -> tuple[dict[int, Logprob], ...]:
+    """For each row of the chunk that a prompt token follows, that token's log-probabilities. `first`: the first row.
+
+    EngineError if a row of known tokens is not finite; those of drafts do not count.
+    """
+    if not all(finite[first : first + chunk.rows - len(chunk.drafts)]):
+        raise EngineError(
+            "the model's logits hold NaN or infinity",
+            "finite logits from finite weights",
+            "check the checkpoint's files (a broken download or quantisation); try --dtype float32",
+        )
     sequence = chunk.sequence
     asked = sequence.request.params.prompt_logprobs
     if asked is None:
         return ()
     positions = range(chunk.start, min(chunk.start + chunk.n, sequence.prompt_length - 1))
-    return tuple(_logprobs(logits[row], sequence.tokens[p + 1], asked) for row, p in zip(rows, positions))
+    return tuple(_logprobs(logits[row], sequence.tokens[p + 1], asked) for row, p in enumerate(positions, first))

@@ -8,7 +8,7 @@ depend on arrival order and counts only, never on clocks or values, so that all 
 from collections import deque
 
 from glimmer.engine.blocks import Blocks
-from glimmer.engine.sequence import Chunk, FinishReason, Output, SamplerOutput, Sequence, Step
+from glimmer.engine.sequence import Chunk, FinishReason, Output, SamplerOutput, Sequence, Step, failure
 
 # With prompt_logprobs every prompt row has logits, a vocabulary wide each: 128 rows of 151,552 float32 are 78 MB.
 PROMPT_LOGPROB_ROWS = 128
@@ -40,28 +40,29 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """Choose the chunks of the next step and give them blocks. No chunks only when there are no sequences."""
-        budget, chunks = self.max_tokens, []
+        budget = self.max_tokens
+        chunks: list[Chunk] = []
         i = 0
         while i < len(self.running) and budget > 0:
             sequence = self.running[i]
             n = self._length(sequence, budget)
             while not self.blocks.allocate(sequence, sequence.num_computed_tokens + n):
-                latest = self.running.pop()  # not yet planned: it stands behind, or is this very one
+                latest = self.running.pop()  # it has no chunk yet: it comes later, or is this very sequence
                 self.preempt(latest)
                 if latest is sequence:
                     break
             else:
-                chunks.append(self._chunk(sequence, n))
-                budget -= n
+                chunks.append(self._chunk(sequence, n, budget))
+                budget -= chunks[-1].n
                 i += 1
         budget = self._admit(chunks, budget)
         assert chunks or not (self.running or self.waiting), "sequences, but nothing to compute"
         return Step(tuple(chunks))
 
     def _admit(self, chunks: list[Chunk], budget: int) -> int:
-        """Start waiting sequences, first come first served, while budget, room and blocks last."""
+        """Start waiting sequences, first come first served, while budget, max_sequences and blocks allow it."""
         coming = self._coming(chunks)
-        held = deque()  # those that wait a step for a block that another sequence is computing right now
+        held: deque[Sequence] = deque()  # those that wait a step for a block that another sequence computes in it
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
             sequence = self.waiting.popleft()
             found = [] if sequence.request.params.prompt_logprobs is not None else self.blocks.match_prefix(sequence)
@@ -70,16 +71,16 @@ class Scheduler:
                 continue
             self.blocks.share(sequence, found)
             if self.blocks.needed(len(sequence.tokens)) - len(found) > self.blocks.free:
-                self.blocks.release(sequence)  # room for its known tokens, not only for a first chunk, or not at all
+                self.blocks.release(sequence)  # it starts when there are blocks for all of its known tokens
                 self.waiting.appendleft(sequence)
                 break
             n = self._length(sequence, budget)
             grown = self.blocks.allocate(sequence, sequence.num_computed_tokens + n)
             assert grown, "free blocks were counted"
             self.running.append(sequence)
-            chunks.append(self._chunk(sequence, n))
+            chunks.append(self._chunk(sequence, n, budget))
             coming |= self._coming(chunks[-1:])
-            budget -= n
+            budget -= chunks[-1].n
         self.waiting.extendleft(reversed(held))
         return budget
 
@@ -91,7 +92,7 @@ class Scheduler:
             digest
             for chunk in chunks
             if chunk.start < chunk.sequence.prompt_length
-            for digest in self.blocks.hashes(chunk.sequence, (chunk.start + chunk.n) // self.blocks.size)
+            for digest in self.blocks.hashes(chunk.sequence, (chunk.start + chunk.num_known) // self.blocks.size)
         }
 
     def _follows(self, sequence: Sequence, found: int, coming: set[bytes]) -> bool:
@@ -111,49 +112,66 @@ class Scheduler:
             budget = min(budget, PROMPT_LOGPROB_ROWS)
         return min(len(sequence.tokens) - sequence.num_computed_tokens, budget)
 
-    def _chunk(self, sequence: Sequence, n: int) -> Chunk:
-        """Logits are wanted of the last known token, and of every prompt token that has a log-probability to give."""
-        start = sequence.num_computed_tokens
-        rows = int(start + n == len(sequence.tokens))
+    def _chunk(self, sequence: Sequence, n: int, budget: int) -> Chunk:
+        """The next n known tokens, and as many of the drafts after them as fit; their logits as far as they are wanted.
+
+        Logits are wanted of the last known token and of drafts, and of every prompt token that has a log-probability
+        to give.
+        """
+        start, drafts = sequence.num_computed_tokens, []
+        if start + n == len(sequence.tokens):
+            drafts = self._take_drafts(sequence, budget - n)
+        rows = 1 + len(drafts) if start + n == len(sequence.tokens) else 0
         if sequence.request.params.prompt_logprobs is not None and start < sequence.prompt_length:
-            rows = n
-        return Chunk(sequence, start, n, rows)
+            rows = n + len(drafts)
+        return Chunk(sequence, start, n + len(drafts), rows, tuple(drafts))
+
+    def _take_drafts(self, sequence: Sequence, budget: int) -> list[int]:
+        """The sequence's drafts, cut to the budget, to its own end, and to the blocks that are free."""
+        known = len(sequence.tokens)
+        count = min(len(sequence.drafts), budget, sequence.max_total_tokens - known - 1)
+        if self.blocks.free <= len(self.running):  # they are left for known tokens: no sequence is preempted for a guess
+            count = min(count, len(sequence.blocks) * self.blocks.size - known)
+        while count > 0 and not self.blocks.allocate(sequence, known + count):
+            count -= 1
+        drafts, sequence.drafts = sequence.drafts[: max(0, count)], []
+        return drafts
 
     def preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's blocks; it waits, first in the queue, and computes its tokens again."""
         self.blocks.release(sequence)
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 
-    def update(self, step: Step, sampled: list[SamplerOutput]) -> list[Output]:
+    def update(self, step: Step, outputs: list[SamplerOutput]) -> list[Output]:
         """Advance the sequences of the step, append their new tokens, free the blocks of those that ended."""
-        outputs = []
-        for chunk, output in zip(step.chunks, sampled, strict=True):
-            sequence = chunk.sequence
-            before = sequence.num_computed_tokens
-            sequence.num_computed_tokens += chunk.n
-            self.blocks.cache_full_blocks(sequence, before)
-            # A sequence that was preempted within its prompt computes it again, but reports each row once.
-            prompt_logprobs = output.prompt_logprobs[max(0, sequence.num_prompt_logprobs_sent - before) :]
-            sequence.num_prompt_logprobs_sent += len(prompt_logprobs)
-            finish = None
-            if output.problem is not None:
-                finish = FinishReason.ERROR
-            elif output.token is not None:
-                sequence.tokens.append(output.token)
-                finish = sequence.finish_reason()
-            if finish is not None:
-                self.running.remove(sequence)
-                self.blocks.release(sequence)
-            if finish is None and output.token is None and not prompt_logprobs:
-                continue
-            outputs.append(
-                Output(
-                    sequence.request.id,
-                    () if output.token is None else (output.token,),
-                    () if output.logprobs is None else (output.logprobs,),
-                    prompt_logprobs,
-                    finish,
-                    output.problem,
-                )
-            )
-        return outputs
+        known = [self._advance(chunk, output) for chunk, output in zip(step.chunks, outputs, strict=True)]
+        return [output for output in known if output is not None]
+
+    def _advance(self, chunk: Chunk, sampled: SamplerOutput) -> Output | None:
+        """What the step brought to one sequence; None if there is nothing to say about it."""
+        sequence, problem, finish = chunk.sequence, sampled.problem, None
+        # A sequence that was preempted within its prompt computes it again, but reports each row once.
+        prompt_logprobs = sampled.prompt_logprobs[max(0, sequence.num_prompt_logprobs_sent - chunk.start) :]
+        sequence.num_prompt_logprobs_sent += len(prompt_logprobs)
+        tokens: list[int] = []
+        for token in sampled.tokens:
+            tokens.append(token)
+            try:
+                finish = sequence.append(token)
+            except Exception as error:  # of its constraint: it ends this answer only
+                problem = failure("a request's constraint", error)
+            if finish is not None or problem is not None:
+                break  # what was accepted beyond the end is no part of the answer
+        if sampled.problem is None:  # keys and values are right for the known tokens and the accepted drafts
+            sequence.num_computed_tokens += chunk.num_known + max(0, len(tokens) - 1)
+            self.blocks.cache_full_blocks(sequence, chunk.start)
+        if problem is not None:
+            finish = FinishReason.ERROR
+        if finish is not None:
+            self.running.remove(sequence)
+            self.blocks.release(sequence)
+        elif not tokens and not prompt_logprobs:
+            return None
+        logprobs = sampled.logprobs[: len(tokens)]
+        return Output(sequence.request.id, tuple(tokens), logprobs, prompt_logprobs, finish, problem)

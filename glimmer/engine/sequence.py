@@ -1,25 +1,48 @@
-"""Request and Sequence: what was asked, and how far it has come. Token ids only; text is made upstairs.
+"""Request and Sequence: what was asked, and how far its answer has come. Token ids only; text is made in llm.py.
 
     tokens     |<------- prompt ------->|<--- answer so far --->|
+    drafts                                                      |<- guesses ->|
     computed   |<- keys and values are in the cache ->|
-                                                      |<- to do ->|   a step computes some of these
+                                                      |<- to do ----------->|   a step computes some of these
 
-A sequence that lost its blocks has num_computed_tokens = 0 and computes its tokens, answer included, again.
+A sequence that lost its blocks has num_computed_tokens = 0 and computes its tokens, answer included, again. Keys and
+values of rejected drafts are overwritten by the tokens that take their place: only num_computed_tokens has to go back.
 """
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
+from typing import Protocol
+
+from torch import Tensor
 
 from glimmer.config import SamplingParams
+from glimmer.errors import EngineError, GlimmerError
 
 
 class FinishReason(StrEnum):
-    """Why an answer ended. STOP: an end-of-sequence or stop id (stop strings are found upstairs)."""
+    """Why an answer ended. STOP: an end-of-sequence or stop id (stop strings are found by whoever makes the text)."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+
+
+class Constraint(Protocol):
+    """Which tokens may come next, such as those that a grammar allows. Its state is the answer so far.
+
+    It is asked on rank 0 only. An exception of its methods ends its own request with finish_reason "error".
+    """
+
+    def mask(self) -> Tensor:
+        """Which tokens may come next: (V,) bool for all ids that may be sampled."""
+
+    def accept(self, token: int) -> None:
+        """The answer has one more token, which `mask` allowed."""
+
+    def rollback(self, count: int) -> None:
+        """Undo the last `count` calls of accept."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +55,10 @@ class Request:
     seed: str
     eos_token_ids: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end the answer."""
-        return frozenset(self.params.stop_token_ids) | (
+        return frozenset(self.params.stop_token_ids or ()) | (
             frozenset() if self.params.ignore_eos else frozenset(self.eos_token_ids)
         )
 
@@ -49,19 +72,25 @@ class Logprob:
     decoded_token: str | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
-    """A request in flight. The scheduler changes `num_computed_tokens` and `blocks`; update appends to `tokens`."""
+    """A request that is being answered. The scheduler changes `num_computed_tokens`, `blocks` and `tokens`.
+
+    drafts: guesses of the tokens that follow `tokens`. Whoever proposes them may set any number after each step; the
+    next step that reaches the end of `tokens` computes as many of them as fit, and then they are gone.
+    """
 
     request: Request
     max_total_tokens: int  # prompt and answer
+    constraint: Constraint | None = None
     tokens: list[int] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`, made when they are needed
-    num_prompt_logprobs_sent: int = 0  # rows of the prompt whose log-probabilities have gone out
+    num_prompt_logprobs_sent: int = 0  # rows of the prompt whose log-probabilities have been in an Output
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_token_ids)
 
     @property
@@ -73,26 +102,46 @@ class Sequence:
         """Tokens of the answer so far."""
         return len(self.tokens) - self.prompt_length
 
-    def finish_reason(self) -> FinishReason | None:
-        """Whether the token just appended was the last one."""
-        if self.tokens[-1] in self.request.stop_ids:  # the sampler never chooses one before min_tokens
+    def append(self, token: int) -> FinishReason | None:
+        """Add a token to the answer; the reason if it was the last one."""
+        self.tokens.append(token)
+        if token in self.request.stop_ids:  # the sampler never chooses one before min_tokens
             return FinishReason.STOP
-        return FinishReason.LENGTH if len(self.tokens) >= self.max_total_tokens else None
+        if len(self.tokens) >= self.max_total_tokens:
+            return FinishReason.LENGTH
+        if self.constraint is not None:
+            self.constraint.accept(token)
+        return None
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens start:start+n of a sequence, computed in one step; logits for the last `rows` of them."""
+    """Tokens start:start+n of a sequence, computed in one step; logits for the last `rows` of them.
+
+    drafts: the last of these n tokens, where they are guesses. A chunk that reaches the end of the known tokens has
+    1 + len(drafts) rows to sample: one after the last known token, and one after each draft.
+    """
 
     sequence: Sequence
     start: int
     n: int
     rows: int
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def num_known(self) -> int:
+        """How many of the n tokens are no drafts."""
+        return self.n - len(self.drafts)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The n tokens."""
+        return [*self.sequence.tokens[self.start : self.start + self.num_known], *self.drafts]
 
     @property
     def samples(self) -> bool:
         """Whether this chunk reaches the end of what is known, so that a new token follows."""
-        return self.start + self.n == len(self.sequence.tokens)
+        return self.start + self.num_known == len(self.sequence.tokens)
 
 
 @dataclass(frozen=True)
@@ -106,14 +155,15 @@ class Step:
 class SamplerOutput:
     """What the sampler made of one chunk.
 
-    token            the new token, or None: the chunk does not reach the end, or `problem` says why there is none
-    logprobs         {id: Logprob} of the new token, if asked for
+    tokens           the new tokens: the drafts that were accepted, and one more. Empty if the chunk does not reach the
+                     end of what is known, or if `problem` says why there are none
+    logprobs         for each new token {id: Logprob}, if asked for
     prompt_logprobs  for each row wanted, the same about the prompt token that follows it, if asked for
     """
 
-    token: int | None = None
-    problem: str | None = None
-    logprobs: dict[int, Logprob] | None = None
+    tokens: tuple[int, ...] = ()
+    problem: EngineError | None = None
+    logprobs: tuple[dict[int, Logprob], ...] = ()
     prompt_logprobs: tuple[dict[int, Logprob], ...] = ()
 
 
@@ -126,4 +176,15 @@ class Output:
     logprobs: tuple[dict[int, Logprob], ...] = ()
     prompt_logprobs: tuple[dict[int, Logprob], ...] = ()
     finish_reason: FinishReason | None = None
-    problem: str | None = None
+    problem: EngineError | None = None
+
+
+def failure(what: str, error: Exception) -> EngineError:
+    """An exception as the reason why an answer ends: `what` has failed."""
+    if isinstance(error, GlimmerError):
+        return EngineError(error.found, error.expected, error.todo)
+    return EngineError(
+        f"{what} failed: {type(error).__name__}: {error}"[:500],
+        "a computation that succeeds",
+        "if the machine is short of memory, lower max_num_batched_tokens or max_num_seqs; otherwise report this as a bug",
+    )
