@@ -1,19 +1,59 @@
 """Logits -> tokens: greedy or drawn, after penalties, biases and limits; and the log-probabilities asked for.
 
-A row's draw is a function of its request's seed and of how many tokens the answer has, not of what runs beside it: one
-uniform number, hashed from those two, is looked up in the row's cumulative distribution. Log-probabilities are those of
-the raw logits, over the whole vocabulary. Rows of the vocabulary beyond the tokenizer's last id are never chosen.
-Not here: when an answer ends (sequence.py), and stop strings (upstairs).
+The token at a place of an answer is a function of its logits, its request's seed and how many tokens the answer has
+before it, not of what runs beside it: one uniform number, hashed from seed and place, is looked up in the row's
+cumulative distribution. It is the same whether the tokens before it are known or drafts. So a draft is accepted if it
+is the token that its place gets anyway, and answers do not depend on drafts.
+Log-probabilities are those of the raw logits, over the whole vocabulary. Rows of the vocabulary beyond the tokenizer's
+last id are never chosen. Not here: when an answer ends (sequence.py), and stop strings (llm.py).
 """
 
+import logging
+from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import accumulate, islice, takewhile
 
 import torch
 from torch import Tensor
 
-from glimmer.engine.sequence import Chunk, Logprob, SamplerOutput, Sequence, Step
+from glimmer.config import SamplingParams
+from glimmer.engine.sequence import Chunk, Constraint, Logprob, SamplerOutput, Sequence, Step, failure
+from glimmer.errors import EngineError
+
+log = logging.getLogger("glimmer")
 
 CANDIDATES = 1024  # top-k and top-p look at that many likeliest first, and sort everything only if these are too few
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place of an answer that gets a token from row `row` of the logits: the one after `drafts`.
+
+    allowed: (V,) bool, what the request's constraint allows there; None without one.
+    """
+
+    row: int
+    sequence: Sequence
+    drafts: tuple[int, ...]
+    allowed: Tensor | None
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.sequence.request.params
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens of the answer before this place."""
+        return self.sequence.num_output_tokens + len(self.drafts)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and answer before this place."""
+        return [*self.sequence.tokens, *self.drafts] if self.drafts else self.sequence.tokens
+
+    def allows(self, token: int) -> bool:
+        """Whether the constraint allows this token."""
+        return self.allowed is None or (0 <= token < len(self.allowed) and bool(self.allowed[token]))
 
 
 class Sampler:
@@ -41,25 +81,27 @@ class Sampler:
                 outputs[len(places) :] = [SamplerOutput(problem=failure("sampling", error))]
                 places.append([])
         try:
-            drawn = iter(self._draw([place for own in places for place in own], logits))
+            drawn = iter(self._tokens([place for own in places for place in own], logits))
         except Exception:  # because of one request: each is drawn for alone
             drawn = None
         for i, (chunk, own) in enumerate(zip(step.chunks, places)):
             if not own:
                 continue
             try:
-                tokens = list(islice(drawn, len(own))) if drawn is not None else self._draw(own, logits)
+                tokens = list(islice(drawn, len(own))) if drawn is not None else self._tokens(own, logits)
                 tokens = tokens[: 1 + _accepted(tokens, chunk.drafts)]
                 asked = chunk.sequence.request.params.logprobs
-                logprobs = () if asked is None else tuple(
-                    _logprobs(logits[place.row], token, asked) for place, token in zip(own, tokens)
+                logprobs = (
+                    ()
+                    if asked is None
+                    else tuple(_logprobs(logits[place.row], token, asked) for place, token in zip(own, tokens))
                 )
                 outputs[i] = SamplerOutput(tuple(tokens), None, logprobs, outputs[i].prompt_logprobs)
             except Exception as error:
                 outputs[i] = SamplerOutput(problem=failure("sampling", error))
         return outputs
 
-    def _draw(self, places: list[Place], raw: Tensor) -> list[int]:
+    def _tokens(self, places: list[Place], raw: Tensor) -> list[int]:
         """A token for each place, from its row of raw (R, V)."""
         if not places:
             return []
@@ -243,9 +285,7 @@ def _logprobs(logits: Tensor, token: int, count: int) -> dict[int, Logprob]:
     return found
 
 
-def _prompt_logprobs(
-    logits: Tensor, first: int, finite: list[bool], chunk: Chunk
-) -> tuple[dict[int, Logprob], ...]:
+def _prompt_logprobs(logits: Tensor, first: int, finite: list[bool], chunk: Chunk) -> tuple[dict[int, Logprob], ...]:
     """For each row of the chunk that a prompt token follows, that token's log-probabilities. `first`: the first row.
 
     EngineError if a row of known tokens is not finite; those of drafts do not count.

@@ -130,7 +130,7 @@ class Scheduler:
         """The sequence's drafts, cut to the budget, to its own end, and to the blocks that are free."""
         known = len(sequence.tokens)
         count = min(len(sequence.drafts), budget, sequence.max_total_tokens - known - 1)
-        if self.blocks.free <= len(self.running):  # they are left for known tokens: no sequence is preempted for a guess
+        if self.blocks.free <= len(self.running):  # known tokens need what is left
             count = min(count, len(sequence.blocks) * self.blocks.size - known)
         while count > 0 and not self.blocks.allocate(sequence, known + count):
             count -= 1

@@ -186,5 +186,5 @@ def failure(what: str, error: Exception) -> EngineError:
     return EngineError(
         f"{what} failed: {type(error).__name__}: {error}"[:500],
         "a computation that succeeds",
-        "if the machine is short of memory, lower max_num_batched_tokens or max_num_seqs; otherwise report this as a bug",
+        "if memory is short, lower max_num_batched_tokens or max_num_seqs; otherwise report this as a bug",
     )

@@ -1,5 +1,5 @@
-"""A model made of bookkeeping: it stores each token in the slot that the batch names, and "predicts" a hash of all the
-tokens that the block table then shows it. Any lost, shared or overwritten slot changes the prediction."""
+"""A scripted model: it stores each token in the slot that the batch names, and "predicts" a hash of all the tokens that
+the block table then shows it. Any lost, shared or overwritten slot changes the prediction."""
 
 from hashlib import blake2b
 
@@ -14,7 +14,7 @@ VOCABULARY = 50
 
 
 class ScriptedRunner:
-    """Quacks like Runner. `batch` is the real one; the cache holds token ids instead of keys and values."""
+    """In place of Runner. `batch` is the real one; the cache holds token ids instead of keys and values."""
 
     batch = Runner.batch
     device = torch.device("cpu")
@@ -40,7 +40,7 @@ class ScriptedRunner:
             first, last = batch.query_start_loc[s], batch.query_start_loc[s + 1]
             assert batch.positions[first:last].tolist() == list(range(length - (last - first), length))
             logits += [row_for(history[: length - last + r + 1]) for r in range(first, last) if r in wanted]
-        return torch.tensor(logits) if logits else None
+        return torch.tensor(batch.tokens[:, None].tolist()), torch.tensor(logits) if logits else None
 
 
 def next_token(history) -> int:

@@ -190,10 +190,10 @@ def test_not_a_number_ends_that_request_only():
     forward = engine.runner.forward
 
     def poisoned(batch):
-        logits = forward(batch)
+        hidden, logits = forward(batch)
         if logits is not None and engine.runner.steps == 3:
             logits[1] = float("nan")
-        return logits
+        return hidden, logits
 
     engine.runner.forward = poisoned
     asked = [request(id, [ord(id) - 97], max_tokens=6, ignore_eos=True) for id in "abc"]

@@ -28,15 +28,19 @@ def choose(logits, *chunks, sampling_vocab_size=None):
 def draws(logits, count, **params) -> Counter:
     """Tokens of `count` requests that differ in their seed only."""
     chunks = [chunk(seed=f"{i}", **params) for i in range(count)]
-    return Counter(c.token for c in choose(torch.as_tensor(logits).expand(count, -1), *chunks))
+    return Counter(c.tokens[0] for c in choose(torch.as_tensor(logits).expand(count, -1), *chunks))
 
 
 def test_greedy_takes_the_likeliest_and_padding_is_never_chosen():
     logits = [[0.0, 3.0, 1.0, 9.0, 9.0]]
-    assert choose(logits, chunk(temperature=0), sampling_vocab_size=3)[0].token == 1
+    assert choose(logits, chunk(temperature=0), sampling_vocab_size=3)[0].tokens[0] == 1
     assert set(draws(logits[0], 200, temperature=5)) == {0, 1, 2, 3, 4}
     chunks = [chunk(temperature=5, seed=str(i)) for i in range(200)]
-    assert {c.token for c in choose(torch.tensor(logits).expand(200, -1), *chunks, sampling_vocab_size=3)} == {0, 1, 2}
+    assert {c.tokens[0] for c in choose(torch.tensor(logits).expand(200, -1), *chunks, sampling_vocab_size=3)} == {
+        0,
+        1,
+        2,
+    }
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -85,11 +89,11 @@ def test_limits_against_the_definition(values, top_p, top_k, min_p):
 def test_a_draw_depends_on_seed_and_length_only():
     logits = torch.randn(1, 100, generator=torch.Generator().manual_seed(0))
     one = chunk(seed="mine", temperature=1.0)
-    alone = choose(logits, one)[0].token
+    alone = choose(logits, one)[0].tokens[0]
     crowd = [chunk(seed=f"{i}", temperature=0.7, top_k=5) for i in range(9)]
-    beside = choose(logits.expand(10, -1), *crowd[:4], one, *crowd[4:])[4].token
+    beside = choose(logits.expand(10, -1), *crowd[:4], one, *crowd[4:])[4].tokens[0]
     assert alone == beside
-    later = {choose(logits, chunk(seed="mine", answer=[7] * n))[0].token for n in range(20)}
+    later = {choose(logits, chunk(seed="mine", answer=[7] * n))[0].tokens[0] for n in range(20)}
     assert len(later) > 3, "each position draws anew"
 
 
@@ -105,13 +109,13 @@ def test_penalties_follow_their_formulas():
         logprobs=0,
     )
     # token 1: 2 / 2 = 1; token 2: -1 * 2 - 2 * 0.5 - 0.25; token 0 unseen: 1 -> a tie of 0 and 1, the first wins
-    assert choose(logits, given)[0].token == 0
-    assert choose([[0.99, 2.0, -1.0, 0.0]], given)[0].token == 1
+    assert choose(logits, given)[0].tokens[0] == 0
+    assert choose([[0.99, 2.0, -1.0, 0.0]], given)[0].tokens[0] == 1
 
 
 def test_presence_penalty_is_about_the_answer_only():
     def token(likely: float, **sequence) -> int:
-        return choose([[likely, 3.0, 0.0]], chunk(temperature=0, presence_penalty=2.0, **sequence))[0].token
+        return choose([[likely, 3.0, 0.0]], chunk(temperature=0, presence_penalty=2.0, **sequence))[0].tokens[0]
 
     assert token(0.0, prompt=[0], answer=[1]) == 1
     assert token(2.0, prompt=[0], answer=[1]) == 0
@@ -120,23 +124,23 @@ def test_presence_penalty_is_about_the_answer_only():
 
 def test_bias_and_min_tokens():
     logits = [[5.0, 4.0, 0.0]]
-    assert choose(logits, chunk(temperature=0, logit_bias={2: 6.0}))[0].token == 2
-    assert choose(logits, chunk(temperature=0, eos=[0], min_tokens=1))[0].token == 1
-    assert choose(logits, chunk(temperature=0, eos=[0], answer=[2], min_tokens=1))[0].token == 0
-    assert choose(logits, chunk(temperature=0, stop_token_ids=[0], min_tokens=1))[0].token == 1
-    assert choose(logits, chunk(temperature=0, eos=[0], ignore_eos=True, min_tokens=1))[0].token == 0
+    assert choose(logits, chunk(temperature=0, logit_bias={2: 6.0}))[0].tokens[0] == 2
+    assert choose(logits, chunk(temperature=0, eos=[0], min_tokens=1))[0].tokens[0] == 1
+    assert choose(logits, chunk(temperature=0, eos=[0], answer=[2], min_tokens=1))[0].tokens[0] == 0
+    assert choose(logits, chunk(temperature=0, stop_token_ids=[0], min_tokens=1))[0].tokens[0] == 1
+    assert choose(logits, chunk(temperature=0, eos=[0], ignore_eos=True, min_tokens=1))[0].tokens[0] == 0
 
 
 def test_logprobs_are_of_the_raw_logits():
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
     made = choose(logits, chunk(temperature=0, logprobs=2, logit_bias={3: 100.0}), sampling_vocab_size=4)[0]
     raw = logits[0].log_softmax(-1)
-    assert made.token == 3
-    assert {i: (round(p.logprob, 5), p.rank) for i, p in made.logprobs.items()} == {
+    assert made.tokens[0] == 3
+    assert {i: (round(p.logprob, 5), p.rank) for i, p in made.logprobs[0].items()} == {
         i: (round(float(raw[i]), 5), rank) for i, rank in ((3, 4), (1, 1), (2, 2))
     }
 
 
 def test_infinity_is_a_problem_of_its_row():
     bad = choose([[1.0, 0.0], [float("inf"), 0.0], [0.0, 1.0]], *(chunk(temperature=0) for _ in range(3)))
-    assert [c.token for c in bad] == [0, None, 1] and bad[1].problem and not bad[0].problem
+    assert [c.tokens for c in bad] == [(0,), (), (1,)] and bad[1].problem and not bad[0].problem

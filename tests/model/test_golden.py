@@ -60,7 +60,7 @@ def logits(llm: LLM, tokens: list[int], *cuts: int) -> Tensor:
     sequence.blocks = list(range(-(-len(tokens) // llm.config.block_size)))
     ends = [*cuts, len(tokens)]
     steps = [Step((Chunk(sequence, a, b - a, b - a),)) for a, b in zip([0, *ends], ends)]
-    return torch.cat([llm._runner.forward(llm._runner.batch(step)) for step in steps])
+    return torch.cat([llm._runner.forward(llm._runner.batch(step))[1] for step in steps])
 
 
 @torch.inference_mode()
