@@ -1,26 +1,31 @@
 """LLM: text in, text out, in this process; under torchrun the same program on every rank.
 
-It joins what the lower floors keep apart: tokenizer and chat template in front of the engine, detokenizer and stop
+It joins what the packages below keep apart: tokenizer and chat template in front of the engine, detokenizer and stop
 strings behind it. Any number of prompts run at once; `generate` waits for all of them, `stream` and `astream` hand on
-each piece as it comes. Not here: HTTP, argument parsing, tool calls (the text is returned as the model wrote it).
+each piece as it comes. Any number of threads and coroutines may call at the same time: each of them is a client of the
+engine's loop (engine/loop.py) and gets the answers that it would get alone.
+Not here: HTTP, argument parsing, tool calls (the text is returned as the model wrote it).
 """
 
 import asyncio
+import difflib
 import itertools
 import logging
-import threading
-from collections import deque
+import queue
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from types import TracebackType
 from typing import Any
 
 from glimmer import device as devices
 from glimmer import parallel
 from glimmer.config import EngineConfig, ModelConfig, SamplingParams, generation_defaults
 from glimmer.engine.engine import Engine
+from glimmer.engine.loop import Loop
 from glimmer.engine.profile import Profile
+from glimmer.engine.ranks import Call, Question
 from glimmer.engine.runner import Runner
-from glimmer.engine.sequence import FinishReason, Logprob, Output, Request
+from glimmer.engine.sequence import FinishReason, Logprob, Output
 from glimmer.errors import CheckpointError, ConfigError, EngineError, GlimmerError, RequestError
 from glimmer.parallel import Group
 from glimmer.text.chat import ChatTemplate
@@ -30,6 +35,9 @@ from glimmer.text.tokenizer import Tokenizer
 log = logging.getLogger("glimmer")
 Prompt = str | Mapping[str, Any]
 OnLoad = Callable[[int, int], None]
+
+MAX_ANSWERS = 4096  # the largest n of one request
+MAX_SEED = 2**128  # the largest seed, in magnitude
 
 
 @dataclass
@@ -73,15 +81,62 @@ class LLM:
     """A model, ready to answer.
 
     model: a Hugging Face directory. The other parameters are EngineConfig's fields (config.py). on_load(done, total)
-    is called with bytes while weights are read. group: what `join` gave, where somebody has called it. Under torchrun,
-    tensor_parallel_size must be the number of processes, every rank makes the same calls in the same order, and every
-    rank gets the same answers.
+    is called with bytes while weights are read. group: what `join` gave, where somebody has called it.
+
+    Under torchrun, tensor_parallel_size must be the number of processes. Rank 0's requests are everybody's: either the
+    same calls are made on every rank, in whatever order, and every rank gets the same answers; or only rank 0 asks, and
+    the others call `follow`.
 
     Raises ConfigError, CheckpointError or NotEnoughMemory before weights are read; EngineError if a rank never joins.
     """
 
-    def __init__(self, model: str, *, on_load: OnLoad | None = None, group: Group | None = None, **settings: Any):
-        self.config = EngineConfig(model=str(model), **settings)
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        tensor_parallel_size: int = 1,
+        max_model_len: int | None = None,
+        seed: int = 0,
+        block_size: int = 16,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        gpu_memory_utilization: float = 0.9,
+        max_memory_bytes: int | None = None,
+        kv_cache_memory_bytes: int | None = None,
+        kv_cache_dtype: str = "auto",
+        enable_prefix_caching: bool = True,
+        skip_tokenizer_init: bool = False,
+        threads: int | None = None,
+        quantization: str | None = None,
+        group_size: int | None = None,
+        on_load: OnLoad | None = None,
+        group: Group | None = None,
+        **unknown: Any,
+    ):
+        if unknown:
+            raise _unknown(next(iter(unknown)))
+        self.config = EngineConfig(
+            model=str(model),
+            dtype=dtype,
+            device=device,
+            tensor_parallel_size=tensor_parallel_size,
+            max_model_len=max_model_len,
+            seed=seed,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            gpu_memory_utilization=gpu_memory_utilization,
+            max_memory_bytes=max_memory_bytes,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            kv_cache_dtype=kv_cache_dtype,
+            enable_prefix_caching=enable_prefix_caching,
+            skip_tokenizer_init=skip_tokenizer_init,
+            threads=threads,
+            quantization=quantization,
+            group_size=group_size,
+        )
         self.model_config = ModelConfig.load(self.config.model)
         self.tokenizer = None if self.config.skip_tokenizer_init else Tokenizer.load(self.config.model)
         self.chat_template = ChatTemplate.load(self.config.model)
@@ -96,18 +151,14 @@ class LLM:
                 "use the tokenizer.json and config.json of one checkpoint",
             )
         self.group = group or join(self.config)
-        device = self.group.device
-        self._runner = Runner(self.config, self.model_config, self.group, device, on_load)
+        self._runner = Runner(self.config, self.model_config, self.group, self.group.device, on_load)
         self._engine = Engine(self.config, self._runner, self.group, vocab_size, sampling_vocab_size)
-        self._open: dict[str, _Answer] = {}
+        self._loop = Loop(self._engine)
         self._numbers = itertools.count()
-        self._inbox: deque[Callable[[], None]] = deque()  # what coroutines ask of the engine's thread
-        self._pump: threading.Thread | None = None
-        self._guard = threading.Lock()
         log.info(
             "%s on %s x %d: context %d tokens, cache %d blocks of %d",
             self.config.model,
-            device,
+            self.group.device,
             self.group.size,
             self.max_model_len,
             self._runner.kv_cache_config.num_blocks,
@@ -148,11 +199,28 @@ class LLM:
 
     def profile(self) -> Profile:
         """`with llm.profile() as profile:` where the time of the steps in between goes: see engine/profile.py."""
-        return Profile(self._engine)
+        return _Profile(self._engine, self._loop)
+
+    def follow(self) -> None:
+        """On a rank other than 0: take part in what rank 0 computes, until it closes, without asking for anything.
+
+        For programs where only rank 0 has requests, such as a server. On rank 0 it returns at once, and the others are
+        told that rank 0 is there while it has no requests. Raises EngineError if the job fails.
+        """
+        self._loop.follow()
 
     def close(self) -> None:
-        """Leave the group of processes in good order."""
+        """End what is being answered, and leave the group of processes in good order. May be called again."""
+        self._loop.close()
         self.group.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
     # ------------------------------------------------------------------ all at once
 
@@ -169,7 +237,8 @@ class LLM:
 
         errors: "raise" refuses all if one prompt cannot be served, before anything is computed; "return" answers the
         others and reports it in its own output. An answer that fails on the way ends with finish_reason "error" in
-        either case. on_finish(index, output) as each prompt is done, on_step(new tokens) after each step.
+        either case. on_finish(index, output) is called as each prompt is done, on_step(new tokens) after each step, by
+        the engine's thread: until it returns, nothing is computed for anybody. What they raise is raised here.
         """
         prompts = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
         return self._all("prompt", prompts, lambda prompt: prompt, sampling_params, errors, on_finish, on_step)
@@ -218,24 +287,28 @@ class LLM:
                         error.todo,
                     ) from None
                 outputs.append(RequestOutput(one if isinstance(one, str) else None, [], error=error))
-        pending: dict[int, list[_Answer]] = {}
-        try:
+        started = [i for i, output in enumerate(outputs) if output.error is None]
+        events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
+        reader = _Reader([(outputs[i], params[i]) for i in started], self.tokenizer, events.put, on_step=on_step)
+        questions = [self._question(outputs[i], params[i]) for i in started]
+        call = Call(questions, reader, ordered=True, watches=on_step is not None)
+        if on_finish is not None:
             for i, output in enumerate(outputs):
-                if output.error is None:
-                    pending[i] = self._start(output, params[i])
-                elif on_finish is not None:
+                if output.error is not None:
                     on_finish(i, output)
-            while pending:
-                new = self._advance()
-                if on_step is not None:
-                    on_step(new)
-                for i in [i for i, answers in pending.items() if all(a.done for a in answers)]:
-                    del pending[i]
-                    if on_finish is not None:
-                        on_finish(i, outputs[i])
+        try:
+            if questions:
+                self._loop.submit(call)
+            for event in _first(len(questions), events):
+                if isinstance(event, BaseException):
+                    raise event
+                assert isinstance(event, int)
+                reader.complete(event)
+                if on_finish is not None:
+                    on_finish(started[event], outputs[started[event]])
         finally:
-            for answer in itertools.chain.from_iterable(pending.values()):
-                self._abort(answer)
+            if questions:
+                self._loop.cancel(call)
         return outputs
 
     def render(
@@ -258,95 +331,55 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
         """Pieces of the answer (or of the n answers) as they come. Closing the iterator aborts what is left.
 
-        The request is queued when the first piece is asked for. Several streams may be read in turn; each step advances
-        all of them. Raises RequestError at once, and whatever stopped an answer after its last piece.
+        The request is queued when the first piece is asked for; the engine does not wait for whoever reads. Raises
+        RequestError at once, and whatever stopped an answer after its last piece.
         """
         params = self._params(sampling_params, 1)[0]
         output = self._checked(prompt, params)
         return self._stream(output, params)
 
     def _stream(self, output: RequestOutput, params: SamplingParams) -> Iterator[Delta]:
-        answers = self._start(output, params)  # here: an iterator that nobody ever reads has nothing to abort
+        events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
+        call = self._streaming(output, params, events.put)
+        left = params.n
         try:
-            while not all(a.done and not a.pieces for a in answers):
-                for answer in answers:
-                    while answer.pieces:
-                        yield answer.pieces.popleft()
-                if not all(a.done for a in answers):
-                    self._advance()
+            self._loop.submit(call)
+            while left:
+                for event in events.get():
+                    piece = _piece(event)
+                    left -= piece.finish_reason is not None
+                    yield piece
             if output.error is not None:
                 raise output.error
         finally:
-            for answer in answers:
-                self._abort(answer)
+            self._loop.cancel(call)
 
     async def astream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AsyncIterator[Delta]:
-        """`stream` for asyncio: any number of coroutines, computed together by one thread beside the event loop.
-
-        Cancelling a coroutine aborts its request. `generate` and `stream` wait until every coroutine has its answer.
-        """
-        if self.size > 1:
-            raise ConfigError(
-                f"astream in a group of {self.size} processes",
-                "one process: coroutines arrive at different times on different ranks",
-                "use generate or stream, which every rank calls alike",
-            )
+        """`stream` for asyncio. Cancelling a coroutine aborts its request."""
         params = self._params(sampling_params, 1)[0]
         output = self._checked(prompt, params)
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue()
-
-        def deliver(item: Delta | Exception) -> None:
-            try:
-                loop.call_soon_threadsafe(queue.put_nowait, item)
-            except RuntimeError:
-                log.debug("an event loop was closed while an answer was on its way")
-
-        answers: list[_Answer] = []
-        self._ask(lambda: answers.extend(self._start(output, params, deliver)))
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[list[Event]]()
+        deliver = lambda new: loop.call_soon_threadsafe(events.put_nowait, new)
+        call = self._streaming(output, params, deliver)
+        left = params.n
         try:
-            left = params.n
+            self._loop.submit(call)
             while left:
-                item = await queue.get()
-                if isinstance(item, Exception):
-                    raise item
-                left -= item.finish_reason is not None
-                yield item
+                for event in await events.get():
+                    piece = _piece(event)
+                    left -= piece.finish_reason is not None
+                    yield piece
             if output.error is not None:
                 raise output.error
         finally:
-            self._ask(lambda: [self._abort(answer) for answer in answers])
+            self._loop.cancel(call, wait=False)
 
-    def _ask(self, what: Callable[[], None]) -> None:
-        """Have the engine's thread do something before its next step; start the thread if none is running."""
-        with self._guard:
-            self._inbox.append(what)
-            if self._pump is None:
-                self._pump = threading.Thread(target=self._run, name="glimmer-engine", daemon=True)
-                self._pump.start()
-
-    def _run(self) -> None:
-        """The engine's thread: ends when no coroutine waits for anything."""
-        while True:
-            with self._guard:
-                if not self._inbox and not any(answer.awaited for answer in self._open.values()):
-                    self._pump = None
-                    return
-            try:
-                while self._inbox:
-                    self._inbox.popleft()()
-                if self._open:
-                    self._advance()
-            except Exception as error:  # whatever it is, the coroutines must hear of it: nobody else will
-                for answer in [answer for answer in self._open.values() if answer.awaited]:
-                    self._abort(answer)
-                    answer.deliver(error)
-
-    def _alone(self) -> None:
-        """Only one thread at a time may use the engine: let the one that serves the coroutines come to its end."""
-        with self._guard:
-            pump = self._pump
-        if pump not in (None, threading.current_thread()):
-            pump.join()
+    def _streaming(
+        self, output: RequestOutput, params: SamplingParams, deliver: Callable[["list[Event]"], object]
+    ) -> Call:
+        """A call whose pieces are delivered as they come."""
+        reader = _Reader([(output, params)], self.tokenizer, deliver, piecewise=True)
+        return Call([self._question(output, params)], reader)
 
     # ------------------------------------------------------------------ the way of one request
 
@@ -381,8 +414,12 @@ class LLM:
             ids = self._encode(text, add_special_tokens=True) if text else []
         elif not isinstance(ids, (list, tuple)) or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
             raise RequestError("prompt_token_ids", "ids that are not whole numbers", "a list of token ids", "pass ints")
+        for name, value, limit in (("n", params.n, MAX_ANSWERS), ("seed", params.seed or 0, MAX_SEED)):
+            if abs(value) > limit:
+                found = f"{name}={value}" if value.bit_length() < 1000 else f"{name} of {value.bit_length()} bits"
+                raise RequestError(name, found, f"at most {limit}", f"choose a smaller {name}")
         output = RequestOutput(text, list(ids))
-        self._engine.check(self._request(output, params, "", ""))
+        self._engine.check(Question("", tuple(ids), params, "", tuple(self.eos_token_ids)).request(0))
         return output
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -395,50 +432,11 @@ class LLM:
             )
         return self.tokenizer.encode(text, add_special_tokens)
 
-    def _request(self, output: RequestOutput, params: SamplingParams, id: str, seed: str) -> Request:
-        return Request(id, tuple(output.prompt_token_ids), params, seed, tuple(self.eos_token_ids))
-
-    def _start(
-        self, output: RequestOutput, params: SamplingParams, deliver: Callable[[Any], None] | None = None
-    ) -> "list[_Answer]":
-        """Queue the n answers to a checked prompt."""
-        self._alone()
+    def _question(self, output: RequestOutput, params: SamplingParams) -> Question:
+        """The n answers to a checked prompt, still empty; and what the engine is asked for."""
         number = next(self._numbers)
         seed = f"request {self.config.seed}.{number}" if params.seed is None else str(params.seed)
-        if params.prompt_logprobs is not None:
-            output.prompt_logprobs = [None]
-        for index in range(params.n):
-            output.outputs.append(CompletionOutput(index, logprobs=None if params.logprobs is None else []))
-        answers = []
-        for completion in output.outputs:
-            own = params if completion.index == 0 else replace(params, prompt_logprobs=None)
-            id = f"{number}.{completion.index}"
-            self._engine.add(self._request(output, own, id, f"{seed}.{completion.index}"))
-            answers.append(_Answer(id, output, completion, own, self.tokenizer, deliver))
-            self._open[id] = answers[-1]
-        return answers
-
-    def _advance(self) -> int:
-        """One step of the engine; its outputs become text. Returns the number of new tokens."""
-        self._alone()
-        assert self._engine.busy or not self._open, "an answer that the engine knows nothing of"
-        outputs = self._engine.step()
-        for output in outputs:
-            answer = self._open[output.request_id]
-            answer.take(output)
-            if answer.done:
-                del self._open[answer.id]
-                if output.finish_reason is None:  # a stop string, which the engine knows nothing of
-                    self._engine.abort(answer.id)
-        return sum(len(output.token_ids) for output in outputs)
-
-    def _abort(self, answer: "_Answer") -> None:
-        if answer.done:
-            return
-        self._alone()
-        if self._open.pop(answer.id, None) is not None:
-            self._engine.abort(answer.id)
-            answer.completion.finish_reason = FinishReason.ABORT.value
+        return Question(str(number), tuple(output.prompt_token_ids), params, seed, tuple(self.eos_token_ids))
 
 
 def join(config: EngineConfig) -> Group:
@@ -447,75 +445,213 @@ def join(config: EngineConfig) -> Group:
     return parallel.connect(config.tensor_parallel_size, device, devices.COLLECTIVES[device.type])
 
 
-class _Answer:
-    """One answer on its way from token ids to text."""
+def _unknown(name: str) -> ConfigError:
+    """The error for a parameter that LLM does not have."""
+    names = [field.name for field in fields(EngineConfig)] + ["on_load", "group"]
+    near = difflib.get_close_matches(name, names, 1)
+    return ConfigError(
+        f"LLM has no parameter {name!r}",
+        "one of " + ", ".join(names),
+        f"did you mean {near[0]!r}?" if near else f"leave {name} out",
+    )
+
+
+class _Profile(Profile):
+    """A profile that begins and ends between two steps, whoever else is being answered."""
+
+    def __init__(self, engine: Engine, loop: Loop):
+        super().__init__(engine)
+        self._loop = loop
+
+    def __enter__(self) -> Profile:
+        return self._loop.run(super().__enter__)
+
+    def __exit__(self, *exception: object) -> None:
+        self._loop.run(lambda: super(_Profile, self).__exit__(*exception))
+
+
+Event = int | Delta | BaseException  # a prompt is done; a piece of an answer; nothing more comes
+
+
+def _first(count: int, events: "queue.SimpleQueue[list[Event]]") -> Iterator[Event]:
+    """The next `count` events, as they come."""
+    while count > 0:
+        new = events.get()
+        count -= len(new)
+        yield from new
+
+
+def _piece(event: Event) -> Delta:
+    """The event as a piece of an answer; raises what ended the stream instead."""
+    if isinstance(event, BaseException):
+        raise event
+    assert isinstance(event, Delta)
+    return event
+
+
+class _Reader:
+    """The client of one call: makes answers and pieces of what the engine's thread brings, and wakes whoever waits.
+
+    deliver: gets the events of a step. piecewise: pieces are events; otherwise a prompt, by its number, when all of its
+    answers are done.
+    """
 
     def __init__(
         self,
-        id: str,
+        asked: list[tuple[RequestOutput, SamplingParams]],
+        tokenizer: Tokenizer | None,
+        deliver: Callable[[list[Event]], object],
+        piecewise: bool = False,
+        on_step: Callable[[int], None] | None = None,
+    ):
+        self._deliver, self._piecewise, self._on_step = deliver, piecewise, on_step
+        self._answers = [
+            [_Answer(output, index, params, tokenizer, piecewise) for index in range(params.n)]
+            for output, params in asked
+        ]
+        self._left = [len(answers) for answers in self._answers]
+        self._new: list[Event] = []
+
+    def put(self, prompt: int, answer: int, output: Output) -> bool:
+        """As Client.put."""
+        one = self._answers[prompt][answer]
+        if one.done:
+            return True
+        piece = one.take(output)
+        if self._piecewise and piece is not None:
+            self._new.append(piece)
+        if one.done:
+            self._left[prompt] -= 1
+            if self._left[prompt] == 0 and not self._piecewise:
+                self._new.append(prompt)
+        return one.done
+
+    def after_step(self, new: int) -> None:
+        """As Client.after_step."""
+        if self._on_step is not None:
+            self._on_step(new)
+        if self._new:
+            events, self._new = self._new, []
+            self._deliver(events)
+
+    def end(self, error: BaseException) -> None:
+        """As Client.end."""
+        self._deliver([error])
+
+    def complete(self, prompt: int) -> None:
+        """Make what is still missing of a prompt's output. Called by whoever waited for it: it may take a while."""
+        for answer in self._answers[prompt]:
+            answer.complete()
+
+
+class _Answer:
+    """One answer on its way from token ids to text.
+
+    Text is made at once where it is needed at once: for pieces, and to find stop strings. Otherwise at the end.
+    """
+
+    def __init__(
+        self,
         output: RequestOutput,
-        completion: CompletionOutput,
+        index: int,
         params: SamplingParams,
         tokenizer: Tokenizer | None,
-        deliver: Callable[[Any], None] | None,
+        piecewise: bool,
     ):
-        self.id, self.output, self.completion, self.params, self.tokenizer = id, output, completion, params, tokenizer
-        self.pieces: deque[Delta] = deque()
-        self.awaited = deliver is not None  # by a coroutine
-        self.deliver = deliver or self.pieces.append
-        self.reply = _NoText()
-        if tokenizer is not None:
-            self.reply = IncrementalText(
-                tokenizer, params.stop, params.include_stop_str_in_output, params.skip_special_tokens
-            )
+        self.output, self.params, self.tokenizer = output, params, tokenizer
+        self.completion = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
+        output.outputs.append(self.completion)
+        if index == 0 and params.prompt_logprobs is not None:
+            output.prompt_logprobs = [None]
+        self._at_once = piecewise or bool(params.stop)
+        self._unread: list[int] = []  # ids that are not in the text yet
+        self._text: IncrementalText | _NoText | None = None
 
     @property
     def done(self) -> bool:
         return self.completion.finish_reason is not None
 
-    def take(self, output: Output) -> None:
-        """Add what a step brought; after a stop string the rest is not taken."""
-        completion, finish = self.completion, output.finish_reason
-        completion.token_ids += output.token_ids
-        if completion.logprobs is not None:
-            completion.logprobs += [self._decoded(position) for position in output.logprobs]
+    def take(self, output: Output) -> Delta | None:
+        """Add what a step brought; the piece that it makes, if any. What follows a stop string is not taken."""
+        completion, finish, token_ids = self.completion, output.finish_reason, output.token_ids
         if self.output.prompt_logprobs is not None:
-            self.output.prompt_logprobs += [self._decoded(position) for position in output.prompt_logprobs]
-        shown = output.token_ids
+            self.output.prompt_logprobs += output.prompt_logprobs
+        shown = token_ids
         if finish is FinishReason.STOP:
-            if shown[-1] in self.params.stop_token_ids:
+            if shown[-1] in (self.params.stop_token_ids or ()):
                 completion.stop_reason = shown[-1]
             if not self.params.include_stop_str_in_output:
                 shown = shown[:-1]  # the id that ends an answer is counted, but not shown
-        text = self.reply.push(shown)
-        if finish is not None and self.reply.stopped is None:
-            text += self.reply.finish()
-        if self.reply.stopped is not None:
-            finish, completion.stop_reason = FinishReason.STOP, self.reply.stopped
-        completion.text = self.reply.text
-        completion.finish_reason = None if finish is None else finish.value
+        self._unread += shown
+        text = ""
+        if self._at_once:
+            before = self.text.used
+            text = self._read(final=finish is not None)
+            if self.text.stopped is not None:
+                finish, completion.stop_reason = FinishReason.STOP, self.text.stopped
+                if self.text.used - before < len(shown):
+                    token_ids = token_ids[: self.text.used - before]
+        completion.token_ids += token_ids
+        if completion.logprobs is not None:
+            completion.logprobs += output.logprobs[: len(token_ids)]
         if output.problem is not None:
             self.output.error = EngineError(
-                f"answer {completion.index} stopped after {len(completion.token_ids)} tokens: {output.problem}",
-                "finite logits from finite weights",
-                "check the checkpoint's files (a broken download or quantisation); try --dtype float32",
+                f"answer {completion.index} stopped after {len(completion.token_ids)} tokens: {output.problem.found}",
+                output.problem.expected,
+                output.problem.todo,
             )
-        if output.token_ids or finish is not None:
-            piece = Delta(completion.index, text, output.token_ids, completion.finish_reason, completion.stop_reason)
-            self.deliver(piece)
+        completion.finish_reason = None if finish is None else finish.value
+        if not token_ids and finish is None:
+            return None
+        return Delta(completion.index, text, token_ids, completion.finish_reason, completion.stop_reason)
 
-    def _decoded(self, position: dict[int, Logprob]) -> dict[int, Logprob]:
+    def complete(self) -> None:
+        """Text and log-probabilities of an answer that is done."""
+        completion = self.completion
+        if not self._at_once:
+            self._read(final=True)
+        completion.text = self.text.text
+        if completion.logprobs is not None:
+            completion.logprobs = [self._decoded(place) for place in completion.logprobs]
+        if completion.index == 0 and self.output.prompt_logprobs is not None:
+            self.output.prompt_logprobs = [place and self._decoded(place) for place in self.output.prompt_logprobs]
+
+    @property
+    def text(self) -> "IncrementalText | _NoText":
+        """The text so far. Made when it is first needed: of many answers most have not begun."""
+        if self._text is None:
+            self._text = (
+                _NoText()
+                if self.tokenizer is None
+                else IncrementalText(
+                    self.tokenizer,
+                    self.params.stop,
+                    self.params.include_stop_str_in_output,
+                    self.params.skip_special_tokens,
+                )
+            )
+        return self._text
+
+    def _read(self, final: bool) -> str:
+        """Make text of the ids that are not in it yet."""
+        unread, self._unread = self._unread, []
+        text = self.text.push(unread)
+        if final and self.text.stopped is None:
+            text += self.text.finish()
+        return text
+
+    def _decoded(self, place: dict[int, Logprob]) -> dict[int, Logprob]:
         if self.tokenizer is None:
-            return position
-        known = [id for id in position if id < self.tokenizer.size]  # the vocabulary may be padded beyond
+            return place
+        known = [id for id in place if id < self.tokenizer.size]  # the vocabulary may be padded beyond
         text = {id: self.tokenizer.decode([id], skip_special_tokens=False) for id in known}
-        return {id: replace(found, decoded_token=text.get(id, "")) for id, found in position.items()}
+        return {id: replace(found, decoded_token=text.get(id, "")) for id, found in place.items()}
 
 
 class _NoText:
-    """In place of a IncrementalText where there is no tokenizer: an answer of ids only."""
+    """In place of an IncrementalText where there is no tokenizer: an answer of ids only."""
 
-    text, stopped = "", None
+    text, stopped, used = "", None, 0
 
     def push(self, token_ids: Sequence[int]) -> str:
         return ""

@@ -35,9 +35,9 @@ def llm(checkpoint, engine) -> LLM:
 def nothing_is_left_behind(llm):
     """After every test, whatever it aborted: no request, no answer, every block free, no thread for long."""
     yield
-    if llm._pump is not None:
-        llm._pump.join(10)
-    assert not llm._engine.busy and not llm._open and not llm._inbox and llm._pump is None
+    if (thread := llm._loop._thread) is not None:
+        thread.join(10)
+    assert not llm._engine.busy and llm._loop.idle and not llm._loop._answers and llm._loop._thread is None
     assert llm._engine.scheduler.blocks.free == llm._engine.scheduler.blocks.count
 
 
@@ -588,7 +588,7 @@ def test_leaving_an_async_loop_aborts(llm):
         async for _ in pieces:
             break
         await pieces.aclose()
-        thread = llm._pump
+        thread = llm._loop._thread
         while thread is not None and thread.is_alive():
             await asyncio.sleep(0.01)
         return llm._engine.busy
@@ -660,5 +660,5 @@ def test_coroutines_and_generate_take_turns(llm):
 
 def test_the_thread_ends_when_nobody_waits(llm):
     asyncio.run(collect(llm, "x", greedy(5)))
-    llm._pump and llm._pump.join(10)
+    (thread := llm._loop._thread) and thread.join(10)
     assert "glimmer-engine" not in {thread.name for thread in threading.enumerate()}

@@ -1,0 +1,377 @@
+"""Loop: the one owner of an engine. Its thread steps the engine; any number of threads and coroutines ask it.
+
+    submit, cancel, run --> inbox --> the engine's thread: what begins and ends, one step --> Client.put, after_step
+
+A turn of the thread begins with the inbox. On several ranks rank 0's requests are everybody's: rank 0 then tells the
+other ranks which requests begin and which end (ranks.py), so that all engines take the same steps. Then comes a step,
+and each client gets what became known about its requests.
+
+Failures stay where they belong. A request that fails ends alone, a step that fails ends its own sequences (engine.py).
+A client that fails, or that is cancelled, loses its own requests. Whatever else goes wrong in the thread is the end of
+the engine: every waiting client hears why at once, and so does everyone who asks later.
+
+On one process the thread ends when nothing is left to do, and begins again with the next request. On several ranks it
+begins with the first request and ends with `close`; while rank 0 has nothing to do, it says so every HEARTBEAT seconds.
+Not here: text, and what a client does with tokens (llm.py).
+"""
+
+import atexit
+import itertools
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
+
+from glimmer.engine.engine import Engine
+from glimmer.engine.ranks import Abort, Arrival, Call, Claims, Question, Record, Stop, Unwanted, from_json, to_json
+from glimmer.engine.sequence import FinishReason, Output, failure
+from glimmer.errors import EngineError
+
+log = logging.getLogger("glimmer")
+T = TypeVar("T")
+
+LINGER = 0.05  # seconds that the thread of a single process waits for the next request before it ends
+HEARTBEAT = 0.5  # seconds between two messages of an idle rank 0
+LEAVE = 10.0  # seconds that `close` waits for the thread's last step, and for rank 0's last message
+MESSAGE = 1 << 20  # bytes that rank 0 sends at the head of a step, about; one request may be longer
+
+CLOSED = EngineError("the engine is closed", "requests before close()", "make a new LLM")
+
+
+class Entry:
+    """A question that is being answered, for a call that knows it under `position`. Its answers begin one by one."""
+
+    def __init__(self, question: Question, call: Call, position: int):
+        self.question, self.call, self.position = question, call, position
+        self.begun = 0
+        self.open = question.params.n  # answers that have not ended
+
+
+class Loop:
+    """Submit calls from any thread; their clients are called in the loop's own thread."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self._group = engine, engine.group
+        # What is put into the inbox is called by the loop's thread between two steps. A SimpleQueue may be used by
+        # finalizers, which run in any thread at any moment.
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._records: deque[Record] = deque()  # what begins and ends, in this order
+        self._entries: dict[str, Entry] = {}  # by question id: all that have not ended
+        self._queue: dict[str, Entry] = {}  # those whose answers have not all begun, first come first served
+        self._answers: dict[str, tuple[Entry, int]] = {}  # by request id: what the engine works on
+        self._watching: dict[Call, None] = {}  # calls whose clients want to know of every step
+        self._claims = Claims(self._group.rank)  # of callers on ranks other than 0
+        self._call_numbers, self._ordinals = itertools.count(), itertools.count(1)
+        self._ordering: int | None = None  # the one thread that makes all ordered calls; 0 if there are several
+        self._guard = threading.RLock()  # over the three below
+        self._running = False  # a thread is in _run
+        self._thread: threading.Thread | None = None
+        self._end: EngineError | None = None  # why there is no engine any more
+        self._over = threading.Event()  # set with the end
+
+    # ------------------------------------------------------------------ for any thread
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is being answered, and nobody has asked for anything."""
+        return not (self._entries or self._records or self.engine.busy) and self._inbox.empty()
+
+    def submit(self, call: Call) -> None:
+        """Begin to answer. Raises EngineError if the engine is dead or closed, or within a client's method."""
+        if threading.current_thread() is self._thread:
+            raise EngineError(
+                "a request from within on_step, which the engine's own thread calls",
+                "requests of other threads, or between calls",
+                "ask when generate has returned, in on_finish, or in another thread",
+            )
+        if self._end is not None:
+            raise _copy(self._end)
+        if call.ordered:
+            me, ordinal = threading.get_ident(), next(self._ordinals)
+            self._ordering = me if self._ordering in (None, me) else 0
+            call.ordinal = ordinal if self._ordering else None
+        self._post(lambda: self._open(call))
+
+    def cancel(self, call: Call, wait: bool = True) -> None:
+        """End what is left of a call. When this returns, the engine holds nothing of it (unless wait=False).
+
+        For a call that was never submitted, or has ended, this does nothing. May be called by a finalizer.
+        """
+        if call.ended.is_set():
+            return
+        self._post(lambda: self._close(call))
+        if wait and threading.current_thread() is not self._thread:
+            call.ended.wait()
+
+    def run(self, what: Callable[[], T]) -> T:
+        """Call `what` between two steps, in the loop's thread; return what it returns, or raise what it raises."""
+        if threading.current_thread() is self._thread:
+            return what()
+        results: list[T] = []
+        failures: list[BaseException] = []
+        done = threading.Event()
+
+        def do() -> None:
+            try:
+                results.append(what())
+            except BaseException as error:
+                failures.append(error)
+            done.set()
+
+        self._post(do)
+        done.wait()
+        if failures:
+            raise failures[0]
+        return results[0]
+
+    def follow(self) -> None:
+        """Take part in what rank 0 computes, without callers on this rank, until rank 0 closes.
+
+        On rank 0 this returns at once; from then on rank 0 tells the others that it is there. EngineError if the job
+        fails.
+        """
+        self._post(self._claims.release)
+        if self._group.rank != 0:
+            self._over.wait()
+            if self._end not in (None, CLOSED):
+                raise _copy(self._end)
+
+    def close(self) -> None:
+        """End the thread; whoever still waits hears that the engine is closed. May be called again."""
+        with self._guard:
+            thread = self._thread
+            if not self._running:
+                self._end = self._end or CLOSED
+                self._over.set()
+                self._drain()
+        if thread is None or thread is threading.current_thread():
+            return
+        if self._group.rank == 0:
+            self._post(lambda: self._records.append(Stop()))
+        else:
+            thread.join(LEAVE)  # rank 0 closes as well, and tells all ranks
+            self._post(lambda: self._stop(CLOSED))
+        thread.join(LEAVE)
+
+    def _post(self, do: Callable[[], None]) -> None:
+        """Have the thread call `do`; begin a thread if there is none. After the end, `do` is called here."""
+        self._inbox.put(do)
+        with self._guard:
+            if self._end is not None:
+                return self._drain()
+            begin = not self._running
+        if begin:  # should two threads begin, one of them finds that it is not needed
+            threading.Thread(target=self._run, name="glimmer-engine", daemon=True).start()
+
+    # ------------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        with self._guard:
+            if self._running or self._end is not None:
+                return
+            self._running, self._thread = True, threading.current_thread()
+        atexit.register(self.close)  # before the process groups', which were registered earlier, are destroyed
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:
+            log.debug("the engine has failed", exc_info=error)
+            self._stop(failure("the engine", error))
+            self._group.close()  # the other ranks hear of it
+        finally:
+            atexit.unregister(self.close)
+
+    def _turn(self) -> bool:
+        """The inbox, what begins and ends, one step. False if there shall be no further turn."""
+        if not self._attend():
+            return False
+        for record in self._exchange():
+            self._apply(record)
+        if self._end is not None:
+            return False
+        self._feed()
+        if self.engine.busy:
+            self._deliver(self.engine.step())
+        return True
+
+    def _attend(self) -> bool:
+        """Do what is in the inbox. Rank 0 waits for it if there is nothing else to do. False if the thread ends."""
+        leads, alone = self._group.rank == 0, self._group.size == 1
+        wait = leads and self.idle
+        try:
+            if wait:
+                self._inbox.get(timeout=LINGER if alone else HEARTBEAT)()
+            while True:
+                self._inbox.get_nowait()()
+        except queue.Empty:
+            pass
+        if not leads:
+            self._claims.refuse_overdue()
+        if wait and alone:
+            with self._guard:
+                if self.idle:
+                    self._running, self._thread = False, None
+        return self._running
+
+    def _exchange(self) -> list[Record]:
+        """What begins and ends before this step on all ranks, as rank 0 says."""
+        if self._group.rank != 0:
+            return [from_json(record) for record in self._group.broadcast(None)]
+        records: list[Record] = []
+        size = 0
+        while self._records and size < MESSAGE:
+            record = self._records.popleft()
+            size += 8 * len(record.question.prompt_token_ids) if isinstance(record, Arrival) else 8
+            records.append(record)
+        if self._group.size > 1:
+            self._group.broadcast([to_json(record) for record in records])
+        return records
+
+    def _apply(self, record: Record) -> None:
+        """Begin or end what the record says."""
+        if isinstance(record, Stop):
+            self._stop(CLOSED)
+        elif isinstance(record, Abort):
+            self._abort(record.id)
+        else:
+            call = record.call or self._claims.arrive(record)
+            self._entries[record.question.id] = Entry(record.question, call, record.position)
+            self._queue[record.question.id] = self._entries[record.question.id]
+            if call.watches:
+                self._watching[call] = None
+
+    def _feed(self) -> None:
+        """Begin answers, as long as no more of them wait in the engine than can run at once."""
+        scheduler = self.engine.scheduler
+        while self._queue and len(scheduler.waiting) < scheduler.max_sequences:
+            entry = next(iter(self._queue.values()))
+            question, answer = entry.question, entry.begun
+            entry.begun += 1
+            if entry.begun == question.params.n:
+                del self._queue[question.id]
+            request = question.request(answer)
+            self._answers[request.id] = entry, answer
+            try:
+                self.engine.add(request, question.constraints[answer] if question.constraints else None)
+            except Exception as error:
+                if self._group.size > 1:  # perhaps not on all of them
+                    raise
+                problem = failure("the start of a request", error)
+                self._deliver([Output(request.id, finish_reason=FinishReason.ERROR, problem=problem)])
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        """What a step brought, to those who asked for it."""
+        new = dict.fromkeys(self._watching, 0)
+        for output in outputs:
+            entry, answer = self._answers[output.request_id]
+            new[entry.call] = new.get(entry.call, 0) + len(output.token_ids)
+            self._put(entry, answer, output)
+        for call, count in new.items():
+            try:
+                call.client.after_step(count)
+            except BaseException as error:  # a callback's: its caller shall raise it
+                self._fail(call, error)
+
+    def _put(self, entry: Entry, answer: int, output: Output) -> None:
+        """Hand an output to its client."""
+        try:
+            enough = entry.call.client.put(entry.position, answer, output)
+        except Exception as error:
+            self._fail(entry.call, error)
+            enough = False
+        if output.finish_reason is not None:
+            self._answers.pop(output.request_id, None)
+            entry.open -= 1
+            if entry.open == 0:
+                del self._entries[entry.question.id]
+                entry.call.open -= 1
+                if entry.call.open == 0:
+                    self._watching.pop(entry.call, None)
+                    entry.call.finish()
+        elif enough and self._group.rank == 0:
+            self._records.append(Abort(output.request_id))
+
+    # ------------------------------------------------------------------ what the inbox is asked for
+
+    def _open(self, call: Call) -> None:
+        """A call begins: on rank 0 for everybody; elsewhere it gets the answers of rank 0's equal call."""
+        call.opened = True
+        if self._end is not None:
+            call.client.end(_copy(self._end))
+            call.finish()
+        elif not call.questions:
+            call.finish()
+        elif self._group.rank != 0:
+            self._claims.claim(call)
+        else:
+            number, size = next(self._call_numbers), len(call.questions)
+            digest = call.digest if self._group.size > 1 else ""
+            for position, question in enumerate(call.questions):
+                self._records.append(Arrival(number, size, digest, call.ordinal, position, question, call))
+
+    def _close(self, call: Call) -> None:
+        """A call is cancelled."""
+        if self._end is not None or not call.opened:
+            call.finish()
+        elif self._group.rank != 0:
+            self._claims.withdraw(call)
+        else:
+            self._records.extend(Abort(question.id) for question in call.questions)
+
+    def _fail(self, call: Call, error: BaseException) -> None:
+        """The call's client has failed: it is told so, and its requests end."""
+        client, call.client = call.client, Unwanted()
+        if self._group.rank == 0:
+            self._close(call)
+        try:
+            client.end(error)
+        except Exception as again:
+            log.debug("a client that failed cannot be told", exc_info=again)
+
+    def _abort(self, id: str) -> None:
+        """End a question, or one answer of it (QUESTION.ANSWER), whatever its state."""
+        name, _, which = id.partition(".")
+        entry = self._entries.get(name)
+        if entry is None:
+            return
+        for answer in [int(which)] if which else range(entry.question.params.n):
+            request_id = f"{name}.{answer}"
+            if request_id in self._answers or answer >= entry.begun:
+                self.engine.abort(request_id)
+                self._put(entry, answer, Output(request_id, finish_reason=FinishReason.ABORT))
+        if not which:
+            self._queue.pop(name, None)
+        try:
+            entry.call.client.after_step(0)
+        except BaseException as error:
+            self._fail(entry.call, error)
+
+    def _stop(self, reason: EngineError) -> None:
+        """The end: everyone who waits hears the reason, and so will everyone who asks later."""
+        with self._guard:
+            self._end, self._running, self._thread = reason, False, None
+        arriving = [record.call for record in self._records if isinstance(record, Arrival) and record.call is not None]
+        for call in dict.fromkeys([*(entry.call for entry in self._entries.values()), *arriving]):
+            try:
+                call.client.end(_copy(reason))
+            except Exception as error:
+                log.debug("a client cannot be told of the end", exc_info=error)
+            call.finish()
+        self._claims.end(_copy(reason))
+        for waiting in (self._records, self._entries, self._queue, self._answers, self._watching):
+            waiting.clear()
+        with self._guard:
+            self._drain()
+        self._over.set()
+
+    def _drain(self) -> None:
+        """After the end: answer what is in the inbox."""
+        while not self._inbox.empty():
+            self._inbox.get_nowait()()
+
+
+def _copy(error: EngineError) -> EngineError:
+    """The same error as an exception of its own: several threads may raise it."""
+    return EngineError(error.found, error.expected, error.todo)

@@ -1,0 +1,391 @@
+"""What rank 0 tells the other ranks about requests, and how their own callers find the answers that they ask for.
+
+Rank 0's requests are everybody's. A script that runs on every rank makes the same calls everywhere, but not at the same
+moment, and not always in the same order: sets have no order, and coroutines and threads arrive as they like. So a call
+of another rank is matched by what it asks: it gets the answers to the call of rank 0 that has the same prompts with the
+same parameters. Of equal calls, and of equal prompts in one call, the first gets the first.
+
+    rank 0's call arrives first   its outputs are held until a caller of this rank asks for the same (Claims.claim)
+    this rank's caller is first   it waits until rank 0's call arrives (Claims.arrive)
+
+A call that rank 0 does not make is refused: at once where both ranks make all such calls from one thread, so that calls
+can be counted and compared; otherwise when rank 0 has asked for something else for MISMATCH seconds, or nothing for
+ABSENT seconds. Not here: how the message travels (parallel.py), and when (loop.py).
+"""
+
+import json
+import logging
+import threading
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from hashlib import blake2b
+from typing import Any, Protocol
+
+from glimmer.config import SamplingParams
+from glimmer.engine.sequence import Constraint, Output, Request
+from glimmer.errors import RequestError
+
+log = logging.getLogger("glimmer")
+
+MISMATCH = 30.0  # seconds that a call waits while rank 0 asks for something else
+ABSENT = 1800.0  # seconds that a call waits while rank 0 asks for nothing
+MAX_HELD = 1 << 19  # outputs that a rank holds for callers that have not asked yet
+
+
+class Client(Protocol):
+    """Whoever asked. The engine's thread calls these methods: they must be short. What they raise ends their call."""
+
+    def put(self, prompt: int, answer: int, output: Output) -> bool:
+        """What a step brought to an answer of the prompt with that number. True if no more of it is wanted."""
+
+    def after_step(self, new: int) -> None:
+        """The step that brought `new` tokens to this client is over: wake whoever waits."""
+
+    def end(self, error: BaseException) -> None:
+        """Nothing more will come, for this reason: wake whoever waits."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt with params.n answers. constraints: one for each answer, on rank 0; or none."""
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: str
+    eos_token_ids: tuple[int, ...]
+    constraints: tuple[Constraint, ...] = ()
+
+    def request(self, answer: int) -> Request:
+        """The request for one answer; only the first reports the prompt's log-probabilities."""
+        params = self.params
+        if answer > 0 and params.prompt_logprobs is not None:
+            params = replace(params, prompt_logprobs=None)
+        return Request(
+            f"{self.id}.{answer}", self.prompt_token_ids, params, f"{self.seed}.{answer}", self.eos_token_ids
+        )
+
+    @cached_property
+    def content(self) -> str:
+        """Digest of what is asked: prompt and parameters."""
+        return _digest([self.prompt_token_ids, _params_to_json(self.params)])
+
+
+class Call:
+    """Questions that one caller asks together, and whom the answers go to.
+
+    ordered  the caller makes such calls one after another: calls of two ranks can be compared by their numbers
+    watches  the client wants after_step of every step, also of those that bring it nothing
+    ended    nothing more will come, and the engine holds nothing of it
+    opened   the engine's thread knows of it
+    """
+
+    def __init__(self, questions: Sequence[Question], client: Client, ordered: bool = False, watches: bool = False):
+        self.questions, self.client, self.ordered, self.watches = list(questions), client, ordered, watches
+        self.open = len(self.questions)  # questions that have not been answered; changed by the engine's thread
+        self.ended, self.opened = threading.Event(), False
+        self.ordinal: int | None = None  # among the ordered calls of this rank, where these can be counted
+        self.since = time.monotonic()
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of what is asked, in whatever order."""
+        return _digest(sorted(question.content for question in self.questions))
+
+    def finish(self) -> None:
+        """Nothing more will come."""
+        self.ended.set()
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A question of rank 0 begins.
+
+    number, size, digest, ordinal: of its call; position: its number in the call; call: the call itself, on rank 0.
+    """
+
+    number: int
+    size: int
+    digest: str
+    ordinal: int | None
+    position: int
+    question: Question
+    call: Call | None = None
+
+
+@dataclass(frozen=True)
+class Abort:
+    """A question, or one answer (QUESTION.ANSWER), ends for everybody."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Rank 0 closes."""
+
+
+Record = Arrival | Abort | Stop
+
+
+def to_json(record: Record) -> list[Any]:
+    """The record as JSON's types."""
+    if isinstance(record, Abort):
+        return ["abort", record.id]
+    if isinstance(record, Stop):
+        return ["stop"]
+    q = record.question
+    question = [q.id, q.prompt_token_ids, _params_to_json(q.params), q.seed, q.eos_token_ids]
+    return ["arrival", record.number, record.size, record.digest, record.ordinal, record.position, question]
+
+
+def from_json(record: list[Any]) -> Record:
+    """What to_json was given, without constraints."""
+    kind, *fields = record
+    if kind == "abort":
+        return Abort(*fields)
+    if kind == "stop":
+        return Stop()
+    *fields, (id, tokens, params, seed, eos) = fields
+    return Arrival(*fields, Question(id, tuple(tokens), _params_from_json(params), seed, tuple(eos)))
+
+
+def _params_to_json(params: SamplingParams) -> dict[str, Any]:
+    return asdict(params) | {"logit_bias": sorted((params.logit_bias or {}).items())}  # JSON has no such keys
+
+
+def _params_from_json(params: dict[str, Any]) -> SamplingParams:
+    return SamplingParams(**params | {"logit_bias": dict(params["logit_bias"])})
+
+
+def _digest(value: Any) -> str:
+    return blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+class Claims:
+    """Calls of rank 0 as another rank sees them, and that rank's own calls. The engine's thread alone uses it.
+
+    hold: whether outputs that nobody has asked for are kept; not where this rank has no callers of its own.
+    """
+
+    def __init__(self, rank: int):
+        self.rank, self.hold = rank, True
+        self.num_held = 0
+        self._arriving: dict[int, ToldCall] = {}  # by number: calls of which more questions may come
+        self._unclaimed: list[ToldCall] = []
+        self._waiting: list[Call] = []
+
+    def arrive(self, arrival: Arrival) -> "ToldCall":
+        """The call that gets the outputs of this question of rank 0."""
+        told = self._arriving.get(arrival.number)
+        if told is None:
+            told = self._arriving[arrival.number] = ToldCall(arrival, self)
+            self._unclaimed.append(told)
+            call = next((call for call in self._waiting if call.digest == told.digest), None)
+            if call is not None:
+                self._waiting.remove(call)
+                self._bind(told, call)
+        told.add(arrival)
+        if len(told.questions) == arrival.size:
+            del self._arriving[arrival.number]
+        for call in [call for call in self._waiting if told.ordinal is not None and call.ordinal == told.ordinal]:
+            self._compare(call, told)
+        return told
+
+    def claim(self, call: Call) -> None:
+        """A caller of this rank asks: it gets the answers that rank 0 has asked for, or waits for them."""
+        for told in self._unclaimed:
+            if told.digest == call.digest:
+                return self._bind(told, call)
+        self._waiting.append(call)
+        for told in [told for told in self._unclaimed if told.ordinal is not None and told.ordinal == call.ordinal]:
+            self._compare(call, told)
+
+    def withdraw(self, call: Call) -> None:
+        """The caller does not want its answers any more. They are computed all the same, while rank 0 wants them."""
+        if call in self._waiting:
+            self._waiting.remove(call)
+        call.client = Unwanted()
+        call.ended.set()
+
+    def refuse_overdue(self) -> None:
+        """Refuse the calls that rank 0 does not seem to make."""
+        now = time.monotonic()
+        for call in list(self._waiting):
+            others = [told for told in self._unclaimed if now - max(call.since, told.since) > MISMATCH]
+            if others:
+                self._refuse(call, f"rank 0 asks for something else: {_shown(others[0].questions[0])}")
+            elif now - call.since > ABSENT:
+                self._refuse(call, f"rank 0 has not asked for it for {ABSENT:g} s")
+
+    def end(self, error: BaseException) -> None:
+        """No call that waits will be answered."""
+        for call in self._waiting:
+            call.client.end(error)
+            call.ended.set()
+        self._waiting.clear()
+
+    def release(self) -> None:
+        """This rank has no callers: hold nothing for them."""
+        self.hold = False
+        while self._unclaimed:
+            self.forget_oldest()
+
+    def forget_oldest(self) -> None:
+        """Let go of the outputs that have been held for longest."""
+        self._unclaimed.pop(0).drop()
+
+    def _bind(self, told: "ToldCall", call: Call) -> None:
+        if told in self._unclaimed:
+            self._unclaimed.remove(told)
+        told.bind(call)
+
+    def _compare(self, call: Call, told: "ToldCall") -> None:
+        """Refuse a call whose number among the ordered calls is `told`'s, if they are known to differ."""
+        if len(call.questions) != told.size:
+            return self._refuse(call, f"it has {len(call.questions)} prompts here, {told.size} on rank 0")
+        mine = Counter(question.content for question in call.questions)
+        for position, question in enumerate(told.questions):
+            if not mine[question.content]:
+                return self._refuse(call, f"prompt {position} of rank 0 is {_difference(question, call.questions)}")
+            mine[question.content] -= 1
+
+    def _refuse(self, call: Call, difference: str) -> None:
+        self._waiting.remove(call)
+        which = "a call" if call.ordinal is None else f"call {call.ordinal} of generate and chat"
+        call.client.end(
+            RequestError(
+                "prompt",
+                f"{which} on rank {self.rank} that rank 0 does not make: {difference}",
+                "the same prompts with the same parameters on every rank, in whatever order",
+                "make the same calls on every rank, or ask on rank 0 only and call follow() on the others",
+            )
+        )
+        call.ended.set()
+
+
+class ToldCall(Call):
+    """A call of rank 0 on another rank. Its client is Held until a call of this rank is bound to it."""
+
+    def __init__(self, arrival: Arrival, claims: Claims):
+        super().__init__([], Held(claims) if claims.hold else Unwanted())
+        self.size, self.open, self.ordinal = arrival.size, arrival.size, arrival.ordinal
+        self._digest, self._claims = arrival.digest, claims
+        self._bound: Call | None = None
+        self._free: dict[str, deque[int]] = defaultdict(deque)  # by content: positions in the bound call, not yet taken
+        self.positions: dict[int, int] = {}  # by rank 0's position: the position in the bound call
+
+    @property
+    def digest(self) -> str:  # type: ignore[override]
+        return self._digest
+
+    def add(self, arrival: Arrival) -> None:
+        """One more question; they arrive in rank 0's order."""
+        self.questions.append(arrival.question)
+        if self._bound is not None:
+            self.positions[arrival.position] = self._free[arrival.question.content].popleft()
+
+    def bind(self, call: Call) -> None:
+        """Whoever made `call` gets the outputs: those that were held now, later ones as they come."""
+        self._bound = call
+        for position, question in enumerate(call.questions):
+            self._free[question.content].append(position)
+        for position, question in enumerate(self.questions):
+            self.positions[position] = self._free[question.content].popleft()
+        held, self.client, self.watches = self.client, Renumbered(self, call), call.watches
+        if isinstance(held, Held):
+            self._claims.num_held -= len(held.outputs)
+            held.replay(self.client)
+        if self.ended.is_set():
+            call.ended.set()
+
+    def drop(self) -> None:
+        """Nobody will ask for it."""
+        if isinstance(self.client, Held):
+            self._claims.num_held -= len(self.client.outputs)
+        self.client = Unwanted()
+
+    def finish(self) -> None:
+        """Nothing more will come."""
+        self.ended.set()
+        if self._bound is not None:
+            self._bound.ended.set()
+
+
+class Renumbered:
+    """Client of a call of rank 0 that a call of this rank is bound to."""
+
+    def __init__(self, told: ToldCall, call: Call):
+        self._told, self._call = told, call
+
+    def put(self, prompt: int, answer: int, output: Output) -> bool:
+        return self._call.client.put(self._told.positions[prompt], answer, output)
+
+    def after_step(self, new: int) -> None:
+        self._call.client.after_step(new)
+
+    def end(self, error: BaseException) -> None:
+        self._call.client.end(error)
+
+
+class Held:
+    """Client in place of one that has not asked yet."""
+
+    def __init__(self, claims: Claims):
+        self._claims = claims
+        self.outputs: list[tuple[int, int, Output]] = []
+        self.error: BaseException | None = None
+
+    def put(self, prompt: int, answer: int, output: Output) -> bool:
+        self.outputs.append((prompt, answer, output))
+        self._claims.num_held += 1
+        if self._claims.num_held > MAX_HELD:
+            self._claims.forget_oldest()
+        return False
+
+    def after_step(self, new: int) -> None:
+        pass
+
+    def end(self, error: BaseException) -> None:
+        self.error = error
+
+    def replay(self, client: Client) -> None:
+        """Hand on what was held, as if one step had brought it."""
+        for prompt, answer, output in self.outputs:
+            client.put(prompt, answer, output)
+        if self.error is not None:
+            client.end(self.error)
+        elif self.outputs:
+            client.after_step(sum(len(output.token_ids) for _, _, output in self.outputs))
+
+
+class Unwanted:
+    """Client of a call whose answers nobody wants on this rank."""
+
+    def put(self, prompt: int, answer: int, output: Output) -> bool:
+        return True
+
+    def after_step(self, new: int) -> None:
+        pass
+
+    def end(self, error: BaseException) -> None:
+        pass
+
+
+def _shown(question: Question) -> str:
+    """A prompt, in few words."""
+    ids = ", ".join(map(str, question.prompt_token_ids[:8])) + (", ..." if len(question.prompt_token_ids) > 8 else "")
+    return f"a prompt of {len(question.prompt_token_ids)} tokens ({ids})"
+
+
+def _difference(question: Question, others: Sequence[Question]) -> str:
+    """How rank 0's question differs from all of this rank's."""
+    for other in others:
+        if other.prompt_token_ids == question.prompt_token_ids:
+            theirs, ours = asdict(question.params), asdict(other.params)
+            name = next((name for name in ours if ours[name] != theirs[name]), "n")
+            return f"asked with {name}={theirs[name]!r}, here with {name}={ours[name]!r}"
+    return f"{_shown(question)}, which is not among those here"
