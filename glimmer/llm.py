@@ -27,7 +27,7 @@ from glimmer.engine.ranks import Call, Question
 from glimmer.engine.runner import Runner
 from glimmer.engine.sequence import FinishReason, Logprob, Output
 from glimmer.errors import CheckpointError, ConfigError, EngineError, GlimmerError, RequestError
-from glimmer.parallel import Group
+from glimmer.group import Group
 from glimmer.text.chat import ChatTemplate
 from glimmer.text.incremental import IncrementalText
 from glimmer.text.tokenizer import Tokenizer
@@ -151,6 +151,7 @@ class LLM:
                 "use the tokenizer.json and config.json of one checkpoint",
             )
         self.group = group or join(self.config)
+        assert self.group.device is not None, "join gives every rank a device"
         self._runner = Runner(self.config, self.model_config, self.group, self.group.device, on_load)
         self._engine = Engine(self.config, self._runner, self.group, vocab_size, sampling_vocab_size)
         self._loop = Loop(self._engine)
@@ -245,10 +246,10 @@ class LLM:
 
     def chat(
         self,
-        messages: Sequence[dict] | Sequence[Sequence[dict]],
+        messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        tools: Sequence[dict] | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         errors: str = "raise",
         on_finish: Callable[[int, RequestOutput], None] | None = None,
@@ -312,7 +313,10 @@ class LLM:
         return outputs
 
     def render(
-        self, messages: Sequence[dict], tools: Sequence[dict] | None = None, kwargs: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """A conversation as the prompt {"prompt", "prompt_token_ids"} that `generate` and `stream` take."""
         kwargs = dict(kwargs or {})
@@ -400,7 +404,8 @@ class LLM:
 
     def _checked(self, prompt: Prompt, params: SamplingParams) -> RequestOutput:
         """The prompt as token ids, in an output still empty. RequestError if it cannot be served."""
-        text, ids = prompt, None
+        text: Any = prompt
+        ids: Any = None
         if isinstance(prompt, Mapping):
             text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         if ids is None and not isinstance(text, str):
@@ -515,16 +520,16 @@ class _Reader:
     def put(self, prompt: int, answer: int, output: Output) -> bool:
         """As Client.put."""
         one = self._answers[prompt][answer]
-        if one.done:
+        if one.done():
             return True
         piece = one.take(output)
         if self._piecewise and piece is not None:
             self._new.append(piece)
-        if one.done:
+        if one.done():
             self._left[prompt] -= 1
             if self._left[prompt] == 0 and not self._piecewise:
                 self._new.append(prompt)
-        return one.done
+        return one.done()
 
     def after_step(self, new: int) -> None:
         """As Client.after_step."""
@@ -567,8 +572,8 @@ class _Answer:
         self._unread: list[int] = []  # ids that are not in the text yet
         self._text: IncrementalText | _NoText | None = None
 
-    @property
     def done(self) -> bool:
+        """Nothing more is added to it."""
         return self.completion.finish_reason is not None
 
     def take(self, output: Output) -> Delta | None:
@@ -625,7 +630,7 @@ class _Answer:
                 if self.tokenizer is None
                 else IncrementalText(
                     self.tokenizer,
-                    self.params.stop,
+                    tuple(self.params.stop or ()),
                     self.params.include_stop_str_in_output,
                     self.params.skip_special_tokens,
                 )

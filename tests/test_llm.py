@@ -1,6 +1,8 @@
 """LLM from the outside: every form of prompt, every way to end an answer; all at once, in pieces, side by side."""
 
 import asyncio
+import dataclasses
+import inspect
 import json
 import math
 import shutil
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glimmer import LLM, SamplingParams
+from glimmer.config import EngineConfig
 from glimmer.errors import CheckpointError, ConfigError, EngineError, RequestError
 
 EOS, USER = 256, 263  # <|endoftext|>, <|user|>
@@ -163,6 +166,39 @@ def test_defaults_come_from_the_checkpoint(checkpoint, tmp_path):
     assert llm.eos_token_ids == (EOS, USER, 265) and llm.max_model_len == 64
     assert (llm.rank, llm.size) == (0, 1) and llm.peak_memory() > 1 << 20
     assert len(llm.generate("a")[0].outputs[0].token_ids) <= 16
+    llm.close()
+
+
+def test_parameters_are_the_engine_s_fields_and_defaults():
+    parameters = dict(inspect.signature(LLM).parameters)
+    for name in ("on_load", "group", "unknown"):
+        del parameters[name]
+    hints = inspect.get_annotations(LLM.__init__)
+    for field in dataclasses.fields(EngineConfig):
+        parameter = parameters.pop(field.name)
+        missing = field.default is dataclasses.MISSING
+        assert parameter.default == (inspect.Parameter.empty if missing else field.default), field.name
+        assert hints[field.name] == field.type, field.name
+    assert not parameters
+
+
+def test_an_unknown_parameter_is_refused_with_a_near_name():
+    for name, near in (("max_model_length", "did you mean 'max_model_len'?"), ("colour", "leave colour out")):
+        with pytest.raises(ConfigError, match=f"no parameter '{name}'") as error:
+            LLM("/nowhere", **{name: 5})
+        assert error.value.todo == near and "max_num_seqs" in error.value.expected
+
+
+def test_a_closed_llm_says_so(checkpoint):
+    with LLM(str(checkpoint()), max_model_len=64, max_num_seqs=2) as llm:
+        assert answer(llm, "x", greedy(3))
+        half_read = llm.stream("x", greedy(50))
+        next(half_read)
+    with pytest.raises(EngineError, match="closed"):
+        list(half_read)
+    for ask in (lambda: llm.generate("x"), lambda: list(llm.stream("x")), lambda: asyncio.run(collect(llm, "x", None))):
+        with pytest.raises(EngineError, match="closed"):
+            ask()
     llm.close()
 
 

@@ -41,8 +41,8 @@ class Blocks:
             return False
         for _ in range(more):
             block, _ = self._free.popitem(last=False)
-            if self._hash_of[block] is not None:
-                del self._block_of[self._hash_of[block]]
+            if (digest := self._hash_of[block]) is not None:
+                del self._block_of[digest]
                 self._hash_of[block] = None
             self._references[block] = 1
             sequence.blocks.append(block)

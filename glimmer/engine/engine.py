@@ -16,7 +16,7 @@ from glimmer.engine.sampler import Sampler
 from glimmer.engine.scheduler import Scheduler
 from glimmer.engine.sequence import Constraint, Logprob, Output, Request, SamplerOutput, Sequence, Step, failure
 from glimmer.errors import EngineError, RequestError
-from glimmer.parallel import Group
+from glimmer.group import Group
 
 log = logging.getLogger("glimmer")
 

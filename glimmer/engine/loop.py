@@ -34,6 +34,7 @@ T = TypeVar("T")
 
 LINGER = 0.05  # seconds that the thread of a single process waits for the next request before it ends
 HEARTBEAT = 0.5  # seconds between two messages of an idle rank 0
+BEGIN = 3600.0  # seconds that a rank waits with its first request until all ranks have one, or follow
 LEAVE = 10.0  # seconds that `close` waits for the thread's last step, and for rank 0's last message
 MESSAGE = 1 << 20  # bytes that rank 0 sends at the head of a step, about; one request may be longer
 
@@ -67,6 +68,7 @@ class Loop:
         self._ordering: int | None = None  # the one thread that makes all ordered calls; 0 if there are several
         self._guard = threading.RLock()  # over the three below
         self._running = False  # a thread is in _run
+        self._together = self._group.size == 1  # all ranks' threads have begun
         self._thread: threading.Thread | None = None
         self._end: EngineError | None = None  # why there is no engine any more
         self._over = threading.Event()  # set with the end
@@ -142,10 +144,8 @@ class Loop:
         """End the thread; whoever still waits hears that the engine is closed. May be called again."""
         with self._guard:
             thread = self._thread
-            if not self._running:
-                self._end = self._end or CLOSED
-                self._over.set()
-                self._drain()
+            if not self._running or not self._together:
+                return self._stop(self._end or CLOSED)
         if thread is None or thread is threading.current_thread():
             return
         if self._group.rank == 0:
@@ -172,8 +172,10 @@ class Loop:
             if self._running or self._end is not None:
                 return
             self._running, self._thread = True, threading.current_thread()
-        atexit.register(self.close)  # before the process groups', which were registered earlier, are destroyed
+        atexit.register(self.close)  # it is called before the process groups are destroyed: they were registered first
         try:
+            self._group.wait_for_all("answers requests", BEGIN)
+            self._together = True
             while self._turn():
                 pass
         except BaseException as error:

@@ -149,8 +149,9 @@ def from_json(record: list[Any]) -> Record:
         return Abort(*fields)
     if kind == "stop":
         return Stop()
-    *fields, (id, tokens, params, seed, eos) = fields
-    return Arrival(*fields, Question(id, tuple(tokens), _params_from_json(params), seed, tuple(eos)))
+    number, size, digest, ordinal, position, (id, tokens, params, seed, eos) = fields
+    question = Question(id, tuple(tokens), _params_from_json(params), seed, tuple(eos))
+    return Arrival(number, size, digest, ordinal, position, question)
 
 
 def _params_to_json(params: SamplingParams) -> dict[str, Any]:
@@ -273,14 +274,11 @@ class ToldCall(Call):
     def __init__(self, arrival: Arrival, claims: Claims):
         super().__init__([], Held(claims) if claims.hold else Unwanted())
         self.size, self.open, self.ordinal = arrival.size, arrival.size, arrival.ordinal
-        self._digest, self._claims = arrival.digest, claims
+        self.__dict__["digest"] = arrival.digest  # of all questions, which are still to come
+        self._claims = claims
         self._bound: Call | None = None
         self._free: dict[str, deque[int]] = defaultdict(deque)  # by content: positions in the bound call, not yet taken
         self.positions: dict[int, int] = {}  # by rank 0's position: the position in the bound call
-
-    @property
-    def digest(self) -> str:  # type: ignore[override]
-        return self._digest
 
     def add(self, arrival: Arrival) -> None:
         """One more question; they arrive in rank 0's order."""

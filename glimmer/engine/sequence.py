@@ -179,7 +179,7 @@ class Output:
     problem: EngineError | None = None
 
 
-def failure(what: str, error: Exception) -> EngineError:
+def failure(what: str, error: BaseException) -> EngineError:
     """An exception as the reason why an answer ends: `what` has failed."""
     if isinstance(error, GlimmerError):
         return EngineError(error.found, error.expected, error.todo)
