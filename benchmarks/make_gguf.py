@@ -1,4 +1,4 @@
-"""Write a glm4_moe checkpoint as GGUF, so that llama.cpp can be timed on the same weights. No vocabulary goes with it.
+"""Write a glm4_moe checkpoint as GGUF, so that llama.cpp can be timed on the same weights. The file has no vocabulary.
 
 usage: make_gguf.py DIRECTORY OUT.gguf          matrices as bfloat16; vectors and the router as float32
        make_gguf.py IN.gguf OUT.gguf TYPE       quantised by llama.cpp itself: Q8_0, Q4_0, Q4_K_M
@@ -42,7 +42,7 @@ LAYER = {
 
 
 def describe(writer: gguf.GGUFWriter, config: dict) -> None:
-    """The configuration in GGUF's words."""
+    """The configuration as GGUF metadata."""
     heads, width = config["num_attention_heads"], config["head_dim"]
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     writer.add_tokenizer_model("no_vocab")
@@ -72,7 +72,7 @@ def describe(writer: gguf.GGUFWriter, config: dict) -> None:
 
 
 def renamed(name: str, layers: int) -> str | None:
-    """GGUF's name of a tensor (all experts of a layer have one), or None where GGUF has no place for it."""
+    """GGUF's name of a tensor (one for all experts of a layer), or None for a tensor that GGUF does not store."""
     found = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
     if found is None:
         stem, _, part = name.rpartition(".")
@@ -119,7 +119,7 @@ def write(directory: Path, out: Path) -> None:
 
 
 def quantize(source: Path, out: Path, kind: str) -> None:
-    """By llama.cpp's own rules for a type."""
+    """Quantise a GGUF file with llama.cpp's own quantiser."""
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     code = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), params)
@@ -128,7 +128,7 @@ def quantize(source: Path, out: Path, kind: str) -> None:
 
 
 source, out = map(Path, sys.argv[1:3])
-part = out.with_suffix(".part")  # a file that is there is whole
+part = out.with_suffix(".part")  # renamed at the end, so that a file under its final name is complete
 if source.is_dir():
     write(source, part)
 else:

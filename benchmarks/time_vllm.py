@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 PROMPT, WARM = 64, 4
-SETTINGS = {  # unless somebody knows better; it reads them when it is imported
+SETTINGS = {  # defaults; vLLM reads them from the environment when it is imported
     "VLLM_CPU_KVCACHE_SPACE": "2",
     "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -75,5 +75,5 @@ def _installed(name: str) -> bool:
         return False
 
 
-if __name__ == "__main__":  # its processes import this file
+if __name__ == "__main__":  # vLLM's worker processes import this file
     main()

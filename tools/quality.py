@@ -97,7 +97,7 @@ def held_out(tokenizer: Tokenizer, seed: int) -> list[tuple[list[int], int]]:
 
 
 def from_file(tokenizer: Tokenizer, path: Path) -> list[tuple[list[int], int]]:
-    """A text in pieces; the first half of each only leads in."""
+    """A text in pieces; the first half of each is context and does not count."""
     ids = tokenizer.encode(path.read_text(encoding="utf-8"), add_special_tokens=False)
     pieces = [ids[i : i + LONGEST] for i in range(0, len(ids), LONGEST // 2)]
     return [(piece, min(len(piece), LONGEST) // 2) for piece in pieces if len(piece) > 8]
