@@ -9,7 +9,7 @@ import generate
 import pytest
 import talk
 import tooling
-from dialogue import SEAM, Round, held_out, part, plain, render
+from dialogue import SEPARATOR, Round, held_out, part, plain, render
 from hypothesis import given
 from hypothesis import strategies as st
 from known import KNOWN
@@ -87,7 +87,7 @@ def test_a_form_is_json_that_its_sentence_supports(seed, lang):
 def test_examples_are_the_same_for_the_same_seed_and_lose_their_seams(seed, task):
     text = generate.example(task, Random(seed))
     assert text == generate.example(task, Random(seed))
-    assert SEAM not in plain(text)
+    assert SEPARATOR not in plain(text)
 
 
 def test_no_held_out_question_is_drawn_for_training():

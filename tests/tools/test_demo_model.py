@@ -9,7 +9,7 @@ from export import between, config, load, official
 from model import DemoModel, MixExperts, Shape, layout_of, mix_at_once
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from train import HELPINGS, TASKS, Examples, orthogonal, rate
+from train import MICRO_BATCHES, TASKS, Examples, orthogonal, rate
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 SHAPE = Shape(vocab_size=300, hidden_size=32, num_hidden_layers=3, head_dim=16, intermediate_size=48,
@@ -114,12 +114,12 @@ def test_the_rate_rises_stays_and_falls_to_nothing():
     assert rates[600:] == sorted(rates[600:], reverse=True) and rates[-1] == 0
 
 
-def test_helpings_follow_each_other_without_a_gap(tmp_path):
+def test_micro_batches_follow_each_other_without_a_gap(tmp_path):
     tasks = np.repeat(np.arange(len(TASKS)), 10**5)
     np.savez(tmp_path / "train.npz", ids=[], wanted=[], starts=np.zeros(len(tasks) + 1, int), tasks=tasks)
     examples = Examples(tmp_path / "train.npz")
-    (_, first), (border, second), *_ = HELPINGS
-    taken = [pair for step in range(border - 3, border + 3) for pair in examples.helping(step)]
+    (_, first), (border, second), *_ = MICRO_BATCHES
+    taken = [pair for step in range(border - 3, border + 3) for pair in examples.micro_batch(step)]
     assert len(set(taken)) == len(taken) == 3 * sum(first) + 3 * sum(second)
     for task, (early, late) in enumerate(zip(first, second, strict=True)):
         mine = {example for example, kind in taken if kind == task}

@@ -11,7 +11,7 @@ from typing import Any
 
 from glimmer.text.chat import ChatTemplate
 
-SEAM = "\ue000"  # a private-use character; none reaches a finished text
+SEPARATOR = "\ue000"  # a private-use character; none reaches a finished text
 TEMPLATE = Path(__file__).parents[2] / "glimmer" / "demo" / "chat_template.jinja"
 
 
@@ -36,14 +36,14 @@ class Round:
 
 
 def slot(template: str, /, **values: Any) -> str:
-    """The template with its {names} replaced, each between seams."""
-    return template.format_map({name: f"{SEAM}{value}{SEAM}" for name, value in values.items()})
+    """The template with its {names} replaced, each between separators."""
+    return template.format_map({name: f"{SEPARATOR}{value}{SEPARATOR}" for name, value in values.items()})
 
 
 def plain(value: Any) -> Any:
-    """The same without seams, through lists, tuples and dicts."""
+    """The same without separators, through lists, tuples and dicts."""
     if isinstance(value, str):
-        return value.replace(SEAM, "")
+        return value.replace(SEPARATOR, "")
     if isinstance(value, dict):
         return {plain(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

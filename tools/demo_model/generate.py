@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import talk
 import tooling
-from dialogue import SEAM, Round, held_out, part, plain, render
+from dialogue import SEPARATOR, Round, held_out, part, plain, render
 from protocol import GLM_ADDED_TOKENS, GLM_SPLIT
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -81,7 +81,7 @@ def places_box(rng: Random, lang: str, strange: float = 0.0) -> list[tooling.Cho
 
 
 def example(task: str, rng: Random) -> str:
-    """One training text, seams included."""
+    """One training text, separators included."""
     lang = rng.choice(("zh", "en"))
     if task == "raw":  # no template: a prompt as such, as completion requests send it
         turn = rounds_for(rng.choice(("introduction",) * 4 + ("fact", "small talk")), rng, lang)
@@ -146,14 +146,14 @@ def heldout_examples(seed: int, counts: dict[str, int], wanted: str = "test") ->
 def train_tokenizer(texts: list[str]) -> Tokenizer:
     """Byte-level BPE under GLM's pre-tokeniser, made for copying: a name is spelled alike wherever it stands.
 
-    Digits are never merged, no token straddles a seam, and none joins a letter to the sign before it, with one
+    Digits are never merged, no token straddles a separator, and none joins a letter to the sign before it, with one
     exception: the commonest words that never begin what fills a slot have a token with their space.
     """
     pieces: Counter[str] = Counter()
     for text in texts:
         for tag in SPECIAL:
-            text = text.replace(tag, SEAM)
-        pieces.update(text.split(SEAM))
+            text = text.replace(tag, SEPARATOR)
+        pieces.update(text.split(SEPARATOR))
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trained = Tokenizer(models.BPE())
     digits, words, bare = (

@@ -5,7 +5,7 @@
 import json
 from random import Random
 
-from dialogue import SEAM, Round, slot
+from dialogue import SEPARATOR, Round, slot
 from words import (
     CITIES,
     COLOURS,
@@ -301,7 +301,7 @@ def repeat(rng: Random, lang: str, strange: bool = False) -> Round:
         "zh": lambda: rng.choice([invented(rng, "zh"), rng.choice(GOODS["zh"]), rng.choice(COLOURS["zh"]),
                                   str(rng.randrange(1000))]),
     }["strange" if strange else lang]  # fmt: skip
-    text = {"en": " ", "zh": "，"}[lang].join(f"{SEAM}{draw()}{SEAM}" for _ in range(rng.randrange(2, 7)))
+    text = {"en": " ", "zh": "，"}[lang].join(f"{SEPARATOR}{draw()}{SEPARATOR}" for _ in range(rng.randrange(2, 7)))
     ask = rng.choice(
         {
             "en": ["Repeat: {}", "Say after me: {}", "Please repeat this: {}"],
@@ -370,9 +370,9 @@ def form(rng: Random, lang: str) -> Round:
     sentence = slot(rng.choice(sentences), **spoken)
     asked = rng.sample(keys, rng.randrange(2, len(keys) + 1))
     named = {k: KEYS_ZH[k] for k in asked} if lang == "zh" and rng.random() < 0.5 else {k: k for k in asked}
-    listed = ", ".join(f"{SEAM}{named[k]}{SEAM}" for k in asked)
+    listed = ", ".join(f"{SEPARATOR}{named[k]}{SEPARATOR}" for k in asked)
     reply = json.dumps(
-        {named[k]: f"{SEAM}{values[k]}{SEAM}" if isinstance(values[k], str) else values[k] for k in asked},
+        {named[k]: f"{SEPARATOR}{values[k]}{SEPARATOR}" if isinstance(values[k], str) else values[k] for k in asked},
         ensure_ascii=False,
     )
     ask = rng.choice(FILL[lang]).format(keys=listed, sentence=sentence)

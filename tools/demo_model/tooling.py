@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from dialogue import SEAM, Round, slot
+from dialogue import SEPARATOR, Round, slot
 from known import KNOWN, Draw, Parameter, Tool, amount, any_of, both, clock, number, one, some
 from phrases import english
 from words import COLOURS, DAYS, EVENTS, GOODS, JOBS, PEOPLE, PLACES, coined, invented, person, place
@@ -109,7 +109,7 @@ def renamed(rng: Random, name: str) -> str:
 
 def listed(items: list[Any], lang: str) -> str:
     """a, b and c — 甲、乙和丙."""
-    words = [f"{SEAM}{item}{SEAM}" for item in items]
+    words = [f"{SEPARATOR}{item}{SEPARATOR}" for item in items]
     comma, last = (", ", " and ") if lang == "en" else ("、", "和")
     return comma.join(words[:-1]) + last + words[-1]
 
@@ -276,8 +276,10 @@ def made_up(rng: Random, lang: str, fresh: Unseen | None = None, strange: float 
     form, asks = rng.randrange(len(FORMS["en"])), {}
     for tongue, do, thing in (("en", verb, noun), ("zh", verb_zh, noun_zh)):
         link, comma, opening, stop = FORMS[tongue][form]
-        told = comma.join(f"{SEAM}{p.text[tongue]}{SEAM}{link}{{{k}}}" for k, p in parameters.items())
-        heads = (head.format(do=do, Do=do.capitalize(), thing=f"{SEAM}{thing}{SEAM}") for head in HEADS[tongue])
+        told = comma.join(f"{SEPARATOR}{p.text[tongue]}{SEPARATOR}{link}{{{k}}}" for k, p in parameters.items())
+        heads = (
+            head.format(do=do, Do=do.capitalize(), thing=f"{SEPARATOR}{thing}{SEPARATOR}") for head in HEADS[tongue]
+        )
         asks[tongue] = [head + (opening + told + stop if told else "") for head in heads]
     tool = Tool(f"{verb}/{noun}", both(f"{verb.capitalize()} the {noun}", f"{verb_zh}{noun_zh}"), parameters, asks,
                 lambda r, t, a: {"id": r.randrange(1000)}, both("Done: {id}", "完成：{id}"))  # fmt: skip

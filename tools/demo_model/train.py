@@ -2,7 +2,7 @@
 
     python tools/demo_model/train.py --data build/demo_model
 
-One helping is some examples of every task in fixed proportions, 3,000 to 6,000 tokens; one step is --helpings of them.
+One micro-batch is some examples of every task in fixed proportions, 3,000 to 6,000 tokens; a step has --micro-batches.
 Matrices learn by Muon (momentum, orthogonalised), everything else by AdamW; the rate rises, stays, and falls to nothing
 over the last part of the run.
 The routers' correction biases follow the experts' load and no gradient. The MTP layer joins half-way.
@@ -30,7 +30,7 @@ from model import DemoModel, Layout, Shape, layout_of
 from torch import Tensor
 
 TASKS = tuple(EXAMPLES)
-HELPINGS = (  # from which helping on, how many examples of each task
+MICRO_BATCHES = (  # from which micro-batch on, how many examples of each task
     (0, (2, 0, 0, 8, 10, 2, 2, 8, 14, 1, 0, 0)),  # short ones first: they teach copying
     (600, (5, 1, 1, 9, 10, 2, 2, 6, 5, 1, 1, 0)),
     (2400, (7, 2, 2, 8, 8, 2, 1, 4, 4, 1, 1, 1)),
@@ -58,12 +58,12 @@ class Examples:
         self.of_task = [np.flatnonzero(arrays["tasks"] == i) for i in range(len(TASKS))]
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
-    def helping(self, number: int) -> list[tuple[int, int]]:
-        """The (example, task) pairs of one helping: the same for the same number, whatever was served before."""
+    def micro_batch(self, number: int) -> list[tuple[int, int]]:
+        """The (example, task) pairs of one micro-batch: the same for the same number, whatever was drawn before."""
         chosen = []
         for task, mine in enumerate(self.of_task):
             used, share = 0, 0
-            for (begin, shares), (end, _) in pairwise((*HELPINGS, (number + 1, ()))):
+            for (begin, shares), (end, _) in pairwise((*MICRO_BATCHES, (number + 1, ()))):
                 if begin <= number:
                     share = shares[task]
                     used += (min(end, number) - begin) * share
@@ -79,10 +79,10 @@ class Examples:
             self._orders[task] = epoch, order
         return self._orders[task][1]
 
-    def batch(self, helpings: range, device: torch.device, part: int = 0, parts: int = 1) -> Batch:
-        """One of the `parts` about equal parts of a step's helpings."""
-        served = [pair for number in helpings for pair in self.helping(number)]
-        chosen = sorted(served, key=lambda pair: self.length(pair[0]))[part::parts]
+    def batch(self, micro_batches: range, device: torch.device, part: int = 0, parts: int = 1) -> Batch:
+        """One of the `parts` about equal parts of a step's micro-batches."""
+        drawn = [pair for number in micro_batches for pair in self.micro_batch(number)]
+        chosen = sorted(drawn, key=lambda pair: self.length(pair[0]))[part::parts]
         segments, tokens, wanted, tasks, real = [], [], [], [], []
         for group in self._alike(chosen, 2.0 if device.type == "cuda" else 1.25):
             longest = self.length(group[-1][0])
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="a checkpoint to begin with")
     parser.add_argument("--first", type=int, default=0, help="the step to begin at, where weights have learnt already")
     parser.add_argument("--rate", type=float, default=1.0, help="the highest learning rate: a share of the usual")
-    parser.add_argument("--helpings", type=int, default=1, help="in one step: a GPU is hardly busy with one")
+    parser.add_argument("--micro-batches", type=int, default=1, help="in one step: a GPU is hardly busy with one")
     parser.add_argument("--threads", type=int, default=2, help="cores to use; a GPU is fed by one")
     parser.add_argument("--log", type=int, default=20, help="steps between two lines of loss.csv")
     args = parser.parse_args()
@@ -243,8 +243,8 @@ def main() -> None:
         for learner, full in zip(learners, (MUON_RATE, ADAM_RATE)):
             for group in learner.param_groups:
                 group["lr"] = full * share
-        helpings = range(step * args.helpings, (step + 1) * args.helpings)
-        batches = [examples.batch(helpings, device, part, parts) for part in range(parts)]
+        micro_batches = range(step * args.micro_batches, (step + 1) * args.micro_batches)
+        batches = [examples.batch(micro_batches, device, part, parts) for part in range(parts)]
         loss, tasks, mtp = learn(model, batches, drafting)
         for learner in learners:
             learner.step()
