@@ -3,16 +3,16 @@
 import sys
 from pathlib import Path
 
-try:
-    from glimmer.predict import main
-except ModuleNotFoundError as missing:
-    sys.exit(
-        f"run_mindformer.py: {missing} for {sys.executable}\n"
-        "  expected: the Python in which glimmer is installed\n"
-        "  to do:    run `make demo` once, then .venv/bin/python run_mindformer.py ..."
-    )
-except KeyboardInterrupt:  # importing torch takes seconds
-    sys.exit(130)
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], home=Path(__file__).resolve().parent))
+    try:
+        from glimmer.cli.predict import main
+
+        sys.exit(main(sys.argv[1:], home=Path(__file__).resolve().parent))
+    except ModuleNotFoundError as missing:
+        sys.exit(
+            f"run_mindformer.py: {missing} for {sys.executable}\n"
+            "  expected: the Python in which glimmer is installed\n"
+            "  to do:    run `make demo` once, then .venv/bin/python run_mindformer.py ..."
+        )
+    except KeyboardInterrupt:  # importing torch takes seconds
+        sys.exit(130)

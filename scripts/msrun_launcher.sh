@@ -17,4 +17,4 @@ fi
 PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # no warnings about names that are not in the DNS
 export PYTHONPATH TORCH_CPP_LOG_LEVEL
-exec "$PYTHON" -m glimmer.launch "$@"
+exec "$PYTHON" -m glimmer.mindformers.launch "$@"

@@ -39,7 +39,7 @@ MACHINES = r"""bash scripts/msrun_launcher.sh "run_mindformer.py \
 """
 
 
-def build_house(directory: Path) -> Path:
+def build_checkout(directory: Path) -> Path:
     """Make `directory` look like this checkout to the guide's commands; it will get their logs and results."""
     for name in ("scripts", "configs", "run_mindformer.py", "glimmer"):
         (directory / name).symlink_to(ROOT / name)
@@ -51,23 +51,23 @@ def launcher(*words: str) -> str:
     return "bash scripts/msrun_launcher.sh " + " ".join(f"'{word}'" for word in words)
 
 
-def script(house: Path, body: str) -> None:
+def script(checkout: Path, body: str) -> None:
     """Write worker.py, a worker without a model, which starts in no time."""
-    (house / "worker.py").write_text("import os, sys, time\nrank = int(os.environ['RANK'])\n" + body)
+    (checkout / "worker.py").write_text("import os, sys, time\nrank = int(os.environ['RANK'])\n" + body)
 
 
 class Jobs:
-    """Shell commands running in `house`, each in front of `prefix`; `kill` ends whatever is left of them."""
+    """Shell commands running in `checkout`, each in front of `prefix`; `kill` ends whatever is left of them."""
 
-    def __init__(self, house: Path):
-        self.house = house
+    def __init__(self, checkout: Path):
+        self.checkout = checkout
         self.running: list[subprocess.Popen] = []
 
     def start(self, command: str, prefix: Sequence[str] = (), before: str = "", **variables: str) -> subprocess.Popen:
         """Run `before` and then the command, which takes the shell's place."""
         env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | variables
         words = [*prefix, "bash", "-c", f"{before}exec {command}"]
-        self.running.append(subprocess.Popen(words, cwd=self.house, env=env, stdout=-1, stderr=-1, text=True))
+        self.running.append(subprocess.Popen(words, cwd=self.checkout, env=env, stdout=-1, stderr=-1, text=True))
         return self.running[-1]
 
     def kill(self) -> None:

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from glimmer import LLM, SamplingParams
-from glimmer.__main__ import main
 from glimmer.checkpoint.files import INDEX
+from glimmer.cli.main import main
 from glimmer.errors import EngineError
 
 SMALL = ("--max-model-len", "64", "--max-num-seqs", "4", "--max-tokens", "4", "--temperature", "0")
@@ -35,7 +35,7 @@ def directory(checkpoint, tmp_path) -> Path:
 
 @pytest.fixture
 def refused(capsys, monkeypatch, tmp_path) -> Callable[..., str]:
-    """refused(*argv) -> the message of `glimmer predict` with these arguments, which must be as the house promises."""
+    """refused(*argv) -> the message of `glimmer predict` with these arguments, in three parts."""
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glimmer import LLM, SamplingParams
-from glimmer.showcase import TOOL
+from glimmer.cli.demo import TOOL
 
 GREEDY = SamplingParams(temperature=0, max_tokens=200)
 

@@ -1,21 +1,34 @@
 """`glimmer doctor`: what this machine has, which libraries, and which operations will serve on each device."""
 
-import argparse
 import importlib.metadata
 import platform
+from typing import TYPE_CHECKING
 
-from glimmer import __version__, backends
-from glimmer import device as devices
+from glimmer import __version__
+from glimmer.cli.lazy import lazy
+from glimmer.cli.options import ENGINE, Command, pick
+
+if TYPE_CHECKING:
+    from glimmer import backends
+    from glimmer import device as devices
+else:
+    backends, devices = lazy("glimmer.backends"), lazy("glimmer.device")
 
 LIBRARIES = ("torch", "tokenizers", "safetensors", "jinja2", "omegaconf", "torch-npu")
+
+COMMAND = Command(
+    "doctor",
+    "What this machine has, which libraries, and which operations will serve on a device.",
+    "[options]",
+    {"engine": pick(ENGINE, "device")},
+)
 
 
 def main(argv: list[str]) -> int:
     """Print the findings; 0 always, for a finding is not a failure."""
-    parser = argparse.ArgumentParser("glimmer doctor", description=__doc__)
-    parser.add_argument("--device", default="auto", help="whose operations to list: auto, cpu, cuda or npu")
-    args = parser.parse_args(argv)
-    device = devices.resolve(args.device, 0)
+    if COMMAND.asks_for_help(argv):
+        return 0
+    device = devices.resolve(COMMAND.read(argv).take("device", "auto"), 0)
     kind, threads = device.type, devices.share_cores(device, 1)
     ops = backends.choose(kind, threads)
     rows = [

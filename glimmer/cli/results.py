@@ -9,11 +9,13 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from glimmer.cli.options import locate
 from glimmer.errors import ConfigError, GlimmerError
-from glimmer.llm import RequestOutput
-from glimmer.predict.options import locate
+
+if TYPE_CHECKING:
+    from glimmer.llm import RequestOutput
 
 
 def read_prompts(data: list[str], prompts: list[str], home: Path | None) -> list[str]:
@@ -63,7 +65,7 @@ def _lines(file: Path) -> list[str]:
     return lines
 
 
-def row(index: int, prompt: str, output: RequestOutput | None, error: GlimmerError | None) -> dict[str, Any]:
+def row(index: int, prompt: str, output: "RequestOutput | None", error: GlimmerError | None) -> dict[str, Any]:
     """What is kept of one prompt."""
     answer = output.outputs[0] if output is not None and output.outputs else None
     return {
@@ -77,14 +79,15 @@ def row(index: int, prompt: str, output: RequestOutput | None, error: GlimmerErr
     }
 
 
-class Rows:
+class Results:
     """The answers so far, {index: row}, and the file that keeps them, if there is one.
 
     Raises ConfigError where the file holds other rows than these prompts', or cannot be written.
     """
 
     def __init__(self, prompts: list[str], path: Path | None, resume: bool):
-        self.prompts, self.path, self.file = prompts, path, None
+        self.prompts, self.path = prompts, path
+        self.file: BinaryIO | None = None
         self.rows: dict[int, dict[str, Any]] = {}
         if path is None:
             return
@@ -94,7 +97,7 @@ class Rows:
             )
         try:
             self.file = path.open("a+b")
-            self._load()
+            self._load(self.file)
         except OSError as error:
             raise ConfigError(f"--output {path}: {error.strerror}", "a file to write to", "check the path") from None
 
@@ -119,10 +122,10 @@ class Rows:
                 "make room; the same command with --resume answers the rest",
             ) from None
 
-    def _load(self) -> None:
+    def _load(self, file: BinaryIO) -> None:
         """Take what an interrupted run has left; a last line that it did not finish is cut off."""
-        self.file.seek(0)
-        *lines, last = self.file.read().split(b"\n")
+        file.seek(0)
+        *lines, last = file.read().split(b"\n")
         for n, line in enumerate(lines, 1):
             if not self._take(line, n):
                 raise ConfigError(
@@ -131,10 +134,10 @@ class Rows:
                     "correct the line, or choose another file",
                 )
         if last and self._take(last, len(lines) + 1):
-            self.file.write(b"\n")
-            self.file.flush()
+            file.write(b"\n")
+            file.flush()
         elif last:
-            self.file.truncate(self.file.tell() - len(last))
+            file.truncate(file.tell() - len(last))
 
     def _take(self, line: bytes, n: int) -> bool:
         """Keep the row in line n; False if it is none. ConfigError if it belongs to another prompt."""

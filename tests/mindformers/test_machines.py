@@ -5,19 +5,15 @@ where they may not be made (they need root and iproute2).
 """
 
 import ast
-import importlib.util
 import os
 import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
+import jobs
 import pytest
 
-spec = importlib.util.spec_from_file_location("jobs", Path(__file__).with_name("jobs.py"))
-jobs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(jobs)
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 
@@ -48,15 +44,15 @@ def cable():
 
 
 @pytest.fixture
-def house(tmp_path):
+def checkout(tmp_path):
     """The directory in which commands run, on both machines."""
-    return jobs.build_house(tmp_path)
+    return jobs.build_checkout(tmp_path)
 
 
 @pytest.fixture
-def start(cable, house):
+def start(cable, checkout):
     """start(node, shell command, **variables) -> a running Popen on that machine, whose name is node0 or node1."""
-    running = jobs.Jobs(house)
+    running = jobs.Jobs(checkout)
 
     def begin(node: int, command: str, **variables: str) -> subprocess.Popen:
         machine = ["ip", "netns", "exec", cable[node], "unshare", "--uts"]
@@ -66,7 +62,7 @@ def start(cable, house):
     running.kill()
 
 
-def test_the_command_of_the_guide_on_two_machines(house, start, checkpoint):
+def test_the_command_of_the_guide_on_two_machines(checkout, start, checkpoint):
     command = jobs.MACHINES.replace("/path/hf_dir", str(checkpoint(dtype="float32")))
     command = command.replace("model_parallel 8", "model_parallel 2")
     command = command.replace('北京"', '北京 --temperature 0 --max_new_tokens 8"')
@@ -74,15 +70,17 @@ def test_the_command_of_the_guide_on_two_machines(house, start, checkpoint):
     both = [start(node, command, **variables, node_rank=str(node)) for node in (1, 0)]
     (code1, out1, err1), (code0, out0, err0) = (jobs.ended(job) for job in both)
     assert (code0, code1) == (0, 0), out0 + err0 + out1 + err1
-    [result] = ast.literal_eval((house / "text_generation_result.txt").read_text("utf-8"))
+    [result] = ast.literal_eval((checkout / "text_generation_result.txt").read_text("utf-8"))
     assert f"'text_generation_text': {result['text_generation_text']}" in out0 and out1 == ""
     assert result["text_generation_text"][0].startswith("请介绍一下北京")
-    assert (house / "output/msrun_log/worker_0.log").is_file() and (house / "output/msrun_log/worker_1.log").is_file()
+    assert (checkout / "output/msrun_log/worker_0.log").is_file() and (
+        checkout / "output/msrun_log/worker_1.log"
+    ).is_file()
 
 
-def test_a_rank_that_dies_on_one_machine_ends_the_job_on_the_other(house, start):
+def test_a_rank_that_dies_on_one_machine_ends_the_job_on_the_other(checkout, start):
     """One process on the first machine, two on the second: the machines need not be alike."""
-    jobs.script(house, "print('up', os.environ['GLOO_SOCKET_IFNAME'], flush=True)\ntime.sleep(100)\n")
+    jobs.script(checkout, "print('up', os.environ['GLOO_SOCKET_IFNAME'], flush=True)\ntime.sleep(100)\n")
     arguments = lambda node, local: (
         "worker.py",
         "3",
@@ -95,12 +93,12 @@ def test_a_rank_that_dies_on_one_machine_ends_the_job_on_the_other(house, start)
         "60",
     )
     both = [start(0, jobs.launcher(*arguments("0", "1"))), start(1, jobs.launcher(*arguments("1", "2")))]
-    logs = [house / f"output/msrun_log/worker_{rank}.log" for rank in range(3)]
+    logs = [checkout / f"output/msrun_log/worker_{rank}.log" for rank in range(3)]
     jobs.until(lambda: all(log.exists() and log.read_text().endswith("\n") for log in logs))
     assert [log.read_text() for log in logs] == ["up wire0\n", "up wire1\n", "up wire1\n"]
-    os.kill(jobs.rank_in(house, 2), signal.SIGKILL)
+    os.kill(jobs.rank_in(checkout, 2), signal.SIGKILL)
     begin = time.monotonic()
     for code, _, err in (jobs.ended(job, timeout=20) for job in both):
         assert code == 1
         assert "rank 2 on node1 was killed by signal 9 (SIGKILL); log output/msrun_log/worker_2.log" in err
-    assert time.monotonic() - begin < 10 and jobs.processes_in(house) == []
+    assert time.monotonic() - begin < 10 and jobs.processes_in(checkout) == []

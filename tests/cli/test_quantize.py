@@ -13,9 +13,10 @@ import torch
 from checkpoints import TINY, empty_checkpoint
 from safetensors.torch import load_file
 
-from glimmer import LLM, SamplingParams, quantize
-from glimmer.__main__ import main
+from glimmer import LLM, SamplingParams
 from glimmer.checkpoint.files import INDEX, Checkpoint
+from glimmer.cli import quantize
+from glimmer.cli.main import main
 from glimmer.config import EngineConfig, ModelConfig
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.model.load import WeightLoader
@@ -187,7 +188,7 @@ def test_somebody_elses_directory_is_left_alone(checkpoint, tmp_path, monkeypatc
 CHILD = """
 import sys
 from pathlib import Path
-from glimmer import quantize
+from glimmer.cli import quantize
 
 def kib(key):
     return next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key))

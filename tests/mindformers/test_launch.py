@@ -5,7 +5,6 @@ Failures that need no model run a script of a few lines instead. Several machine
 """
 
 import ast
-import importlib.util
 import json
 import os
 import signal
@@ -15,34 +14,25 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jobs
 import pytest
+from jobs import ROOT, ended, launcher, processes_in, script, until
 
-from glimmer import launch, predict
+from glimmer.cli import predict
 from glimmer.errors import ConfigError, EngineError, GlimmerError
-
-spec = importlib.util.spec_from_file_location("jobs", Path(__file__).with_name("jobs.py"))
-jobs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(jobs)
-ROOT, launcher, script, ended, until, processes_in = (
-    jobs.ROOT,
-    jobs.launcher,
-    jobs.script,
-    jobs.ended,
-    jobs.until,
-    jobs.processes_in,
-)
+from glimmer.mindformers import launch
 
 
 @pytest.fixture
-def house(tmp_path):
+def checkout(tmp_path):
     """The directory in which commands run."""
-    return jobs.build_house(tmp_path)
+    return jobs.build_checkout(tmp_path)
 
 
 @pytest.fixture
-def start(house):
+def start(checkout):
     """start(shell command, **variables) -> a running Popen."""
-    running = jobs.Jobs(house)
+    running = jobs.Jobs(checkout)
     yield running.start
     running.kill()
 
@@ -56,29 +46,29 @@ def test_the_commands_are_those_of_the_page():
         assert all(command in text for command in (jobs.ONE, jobs.BATCH, jobs.MACHINES))
 
 
-def test_one_prompt_on_several_processes(house, start, checkpoint):
+def test_one_prompt_on_several_processes(checkout, start, checkpoint):
     command = jobs.ONE.replace("/path/hf_dir", str(checkpoint(dtype="float32"))).replace(" 8", " 2")
     code, out, err = ended(start(command))
     assert code == 0, out + err
-    [result] = ast.literal_eval((house / "text_generation_result.txt").read_text("utf-8"))
+    [result] = ast.literal_eval((checkout / "text_generation_result.txt").read_text("utf-8"))
     [answer] = result["text_generation_text"]
     assert answer.startswith("请介绍一下北京") and f"'text_generation_text': [{answer!r}]" in out
-    logs = house / "output/msrun_log"
+    logs = checkout / "output/msrun_log"
     spoken = (logs / "worker_0.log").read_text("utf-8")
     assert f"{answer!r}" in spoken and spoken.count("glimmer predict: operations: ") == 1, "rank 0 speaks"
     assert (logs / "worker_1.log").read_text("utf-8") == "", "and rank 1 does not"
 
 
-def test_a_batch_file(house, start, checkpoint):
-    (house / "path/to").mkdir(parents=True)
-    (house / "path/to/input_predict_data.txt").write_text("请介绍一下北京\n" * 4, encoding="utf-8")
+def test_a_batch_file(checkout, start, checkpoint):
+    (checkout / "path/to").mkdir(parents=True)
+    (checkout / "path/to/input_predict_data.txt").write_text("请介绍一下北京\n" * 4, encoding="utf-8")
     command = jobs.BATCH.replace("/path/hf_dir", str(checkpoint(dtype="float32"))).replace(" 8", " 2")
     command = command.replace('data.txt"', 'data.txt --temperature 0 --max_new_tokens 8 --output rows.jsonl"')
     code, out, err = ended(start(command))
     assert code == 0, out + err
-    rows = [json.loads(line) for line in (house / "rows.jsonl").read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in (checkout / "rows.jsonl").read_text("utf-8").splitlines()]
     assert len(rows) == 4 and len({row["text"] for row in rows}) == 1, "equal prompts, greedy: equal answers"
-    [result] = ast.literal_eval((house / "text_generation_result.txt").read_text("utf-8"))
+    [result] = ast.literal_eval((checkout / "text_generation_result.txt").read_text("utf-8"))
     assert result["text_generation_text"] == ["请介绍一下北京" + row["text"] for row in rows]
 
 
@@ -93,25 +83,25 @@ def test_nine_arguments_on_one_machine(start, checkpoint):
 # ---------------------------------------------------------------------- failures
 
 
-def test_a_killed_rank_ends_the_job_and_is_named(house, start, checkpoint):
-    log = house / "output/msrun_log/worker_0.log"
+def test_a_killed_rank_ends_the_job_and_is_named(checkout, start, checkpoint):
+    log = checkout / "output/msrun_log/worker_0.log"
     job = start(
         launcher(
             f"run_mindformer.py --model {checkpoint(dtype='float32')} --max_new_tokens 4000 --ignore-eos hello", "2"
         )
     )
     until(lambda: log.exists() and "loaded" in log.read_text())
-    os.kill(jobs.rank_in(house, 1), signal.SIGKILL)
+    os.kill(jobs.rank_in(checkout, 1), signal.SIGKILL)
     begin = time.monotonic()
     code, _, err = ended(job, timeout=30)
     assert time.monotonic() - begin < 10
     assert code == 1 and "rank 1 on " in err and "signal 9 (SIGKILL)" in err and "worker_1.log" in err
-    assert processes_in(house) == []
+    assert processes_in(checkout) == []
 
 
-def test_when_a_rank_is_lost_rank_0_says_what_is_kept(house, start, checkpoint):
-    (house / "prompts.txt").write_text("hello\n" * 40)
-    rows, log = house / "rows.jsonl", house / "output/msrun_log/worker_0.log"
+def test_when_a_rank_is_lost_rank_0_says_what_is_kept(checkout, start, checkpoint):
+    (checkout / "prompts.txt").write_text("hello\n" * 40)
+    rows, log = checkout / "rows.jsonl", checkout / "output/msrun_log/worker_0.log"
     job = start(
         launcher(
             f"run_mindformer.py --model {checkpoint(dtype='float32')} --predict_data prompts.txt --output rows.jsonl"
@@ -120,7 +110,7 @@ def test_when_a_rank_is_lost_rank_0_says_what_is_kept(house, start, checkpoint):
         )
     )
     until(lambda: rows.exists() and rows.read_bytes().count(b"\n") >= 2)
-    os.kill(jobs.rank_in(house, 1), signal.SIGKILL)
+    os.kill(jobs.rank_in(checkout, 1), signal.SIGKILL)
     code, _, err = ended(job, timeout=30)
     kept = rows.read_bytes().count(b"\n")
     assert code == 1 and "rank 1 on " in err and "signal 9 (SIGKILL)" in err
@@ -128,41 +118,41 @@ def test_when_a_rank_is_lost_rank_0_says_what_is_kept(house, start, checkpoint):
     assert f"stopped; {kept} of 40 rows are in rows.jsonl; the same command with --resume" in log.read_text()
 
 
-def test_resume_with_nothing_left_loads_no_model(house, start, checkpoint):
+def test_resume_with_nothing_left_loads_no_model(checkout, start, checkpoint):
     command = (
         f"run_mindformer.py --model {checkpoint(dtype='float32')} --predict_data hello --max_new_tokens 2"
         " --output rows.jsonl --resume"
     )
-    log, said = house / "output/msrun_log/worker_0.log", []
+    log, said = checkout / "output/msrun_log/worker_0.log", []
     for _ in range(2):
         code, out, err = ended(start(launcher(command, "2")))
         assert code == 0, out + err
-        said.append((log.read_text(), (house / "text_generation_result.txt").read_text()))
+        said.append((log.read_text(), (checkout / "text_generation_result.txt").read_text()))
     (first, answer), (second, again) = said
     assert "weights loaded" in first and "weights loaded" not in second and "1 of 1 rows are in rows.jsonl" in second
     assert again == answer
 
 
-def test_two_jobs_at_once_and_the_end_of_both(house, start):
+def test_two_jobs_at_once_and_the_end_of_both(checkout, start):
     """They take different ports and log directories; Ctrl-C and SIGTERM leave no process behind. nohup works."""
-    script(house, "print(os.environ['MASTER_PORT'], flush=True)\ntime.sleep(100)\n")
+    script(checkout, "print(os.environ['MASTER_PORT'], flush=True)\ntime.sleep(100)\n")
     both = [start(launcher("worker.py", "2"), before='trap "" HUP; ') for _ in range(2)]
-    logs = [house / f"output/{name}/worker_{rank}.log" for name in ("msrun_log", "msrun_log_2") for rank in (0, 1)]
+    logs = [checkout / f"output/{name}/worker_{rank}.log" for name in ("msrun_log", "msrun_log_2") for rank in (0, 1)]
     until(lambda: all(log.exists() and log.read_text().endswith("\n") for log in logs))
     ports = [log.read_text() for log in logs]
     assert ports[0] == ports[1] != ports[2] == ports[3]
     for job in both:
         job.send_signal(signal.SIGHUP)
     for job, number, code in zip(both, (signal.SIGINT, signal.SIGTERM), (130, 143)):
-        assert len(processes_in(house)) >= 3
+        assert len(processes_in(checkout)) >= 3
         job.send_signal(number)
         _, err = job.communicate(timeout=20)
         assert job.returncode == code and number.name in err and "Traceback" not in err
-    assert processes_in(house) == []
+    assert processes_in(checkout) == []
 
 
-def test_ctrl_c_keeps_rows_and_resume_goes_on(house, start, checkpoint, monkeypatch, capsys):
-    rows = house / "rows.jsonl"
+def test_ctrl_c_keeps_rows_and_resume_goes_on(checkout, start, checkpoint, monkeypatch, capsys):
+    rows = checkout / "rows.jsonl"
     argv = ["--model", str(checkpoint(dtype="float32")), "--output", "rows.jsonl", "--predict_batch_size", "1"]
     argv += ["--ignore-eos", "--max_new_tokens", "10", *"abcdefghijkl"]
     job = start(launcher("run_mindformer.py " + " ".join(argv), "2"))
@@ -171,15 +161,15 @@ def test_ctrl_c_keeps_rows_and_resume_goes_on(house, start, checkpoint, monkeypa
     code, out, _ = ended(job, timeout=40)
     kept = rows.read_bytes().count(b"\n")
     assert code == 130 and 2 <= kept < 12 and f"{kept} of 12 rows are in rows.jsonl" in out and "--resume" in out
-    monkeypatch.chdir(house)
+    monkeypatch.chdir(checkout)
     assert predict.main([*argv, "--resume"]) == 0, capsys.readouterr().err  # one process may go on where two began
     found = [json.loads(line) for line in rows.read_text("utf-8").splitlines()]
     assert sorted(row["index"] for row in found) == list(range(12)) and all(row["error"] is None for row in found)
 
 
-def test_failures_are_told_in_words(house, start):
+def test_failures_are_told_in_words(checkout, start):
     script(
-        house,
+        checkout,
         "print('last words of', rank, sys.argv[2], flush=True)\n"
         "if rank == 1: sys.exit(int(sys.argv[1]))\ntime.sleep(60)\n",
     )
@@ -196,29 +186,31 @@ def test_failures_are_told_in_words(house, start):
         assert lines[4] == f"    | last words of 1 {said}"
 
 
-def test_what_rank_0_has_said_is_not_said_again(house, start):
-    script(house, "print(f'bad input (rank {rank} on here)', flush=True)\nif rank == 0: time.sleep(1)\nsys.exit(2)\n")
+def test_what_rank_0_has_said_is_not_said_again(checkout, start):
+    script(
+        checkout, "print(f'bad input (rank {rank} on here)', flush=True)\nif rank == 0: time.sleep(1)\nsys.exit(2)\n"
+    )
     code, out, err = ended(start(launcher("worker.py", "2")))
     assert code == 2 and out == "bad input (rank 0 on here)\n"
     assert "rank 1 on " in err and "see what rank 0 said above: it is the same" in err and "    | " not in err
 
 
 @pytest.mark.parametrize("node", [0, 1])
-def test_ctrl_c_on_one_machine_is_heard_on_the_other(node, house, start):
+def test_ctrl_c_on_one_machine_is_heard_on_the_other(node, checkout, start):
     """Both are this machine; each has a log directory of its own."""
-    script(house, "print('up', flush=True)\ntry: time.sleep(100)\nexcept KeyboardInterrupt: sys.exit(130)\n")
+    script(checkout, "print('up', flush=True)\ntry: time.sleep(100)\nexcept KeyboardInterrupt: sys.exit(130)\n")
     with socket.create_server(("127.0.0.1", 0)) as op:
         port = str(op.getsockname()[1])
     rest = lambda n: ("2", "1", "127.0.0.1", port, str(n), f"logs{n}", "False", "60")
     both = [start(launcher("worker.py", *rest(n))) for n in (0, 1)]
-    logs = [house / f"logs{n}/worker_{n}.log" for n in (0, 1)]
+    logs = [checkout / f"logs{n}/worker_{n}.log" for n in (0, 1)]
     until(lambda: all(log.exists() and log.read_text() == "up\n" for log in logs))
     both[node].send_signal(signal.SIGINT)
     results = [ended(job, timeout=20) for job in both]
     assert results[node][0] == 130 and "ended by SIGINT; no process is left" in results[node][2]
     code, _, err = results[1 - node]
     assert code == 1 and f"the launcher on {socket.gethostname()} was ended by SIGINT" in err
-    assert processes_in(house) == []
+    assert processes_in(checkout) == []
 
 
 def test_a_busy_port_is_reported_at_once(start):
@@ -228,12 +220,12 @@ def test_a_busy_port_is_reported_at_once(start):
     assert code == 2 and f"port {port}" in err and "Address already in use" in err
 
 
-def test_join_shows_every_rank(house, start):
-    script(house, "print('hello from', rank, flush=True)\nprint('and', rank, file=sys.stderr, flush=True)\n")
+def test_join_shows_every_rank(checkout, start):
+    script(checkout, "print('hello from', rank, flush=True)\nprint('and', rank, file=sys.stderr, flush=True)\n")
     code, out, _ = ended(start(launcher("worker.py", "2", "0", "output/logs", "True", "9"), MF_LOG_SUFFIX="x"))
     assert code == 0
     assert sorted(out.splitlines()) == ["[rank 1] and 1", "[rank 1] hello from 1", "and 0", "hello from 0"]
-    assert (house / "output/logs_x/worker_1.log").read_text() == "hello from 1\nand 1\n"
+    assert (checkout / "output/logs_x/worker_1.log").read_text() == "hello from 1\nand 1\n"
 
 
 # ---------------------------------------------------------------------- meeting

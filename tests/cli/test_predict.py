@@ -1,4 +1,4 @@
-"""`glimmer predict`: keys, prompts, rows, and whole runs in this process. Several processes: test_launch.py."""
+"""`glimmer predict`: keys, prompts, rows, and whole runs in this process. Several: mindformers/test_launch.py."""
 
 import ast
 import fcntl
@@ -18,23 +18,27 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from glimmer import launch, predict
+from glimmer import LLM
+from glimmer.cli import options, predict
+from glimmer.cli.predict import COMMAND
+from glimmer.cli.results import Results, read_prompts, row, save
 from glimmer.config import EngineConfig, SamplingParams
 from glimmer.errors import ConfigError, EngineError, GlimmerError
-from glimmer.predict import options
-from glimmer.predict.results import Rows, read_prompts, row, save
+from glimmer.mindformers import launch
+from glimmer.mindformers import options as mindformers
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 YAML = ROOT / "configs/glm4_moe/predict_glm4_moe.yaml"
 
 
-def plan(*argv: str, running: int = 1, home: Path | None = ROOT) -> options.Plan:
-    return options.plan(list(argv), running, lambda: Path("/demo"), home)
+def ask(*argv: str, running: int = 1, home: Path | None = ROOT) -> predict.Job:
+    settings = COMMAND.read(list(argv), home)
+    return predict.read_job(settings, list(argv), running, lambda: Path("/demo"), home)
 
 
-def refusal(*argv: str, **options) -> str:
+def refusal(*argv: str, **how) -> str:
     with pytest.raises(ConfigError) as caught:
-        plan(*argv, **options)
+        ask(*argv, **how)
     return str(caught.value)
 
 
@@ -42,61 +46,67 @@ def refusal(*argv: str, **options) -> str:
 
 
 def test_every_setting_exists_in_the_engine():
-    assert set(options.ENGINE) <= {field.name for field in fields(EngineConfig)}
-    assert set(options.SAMPLING) <= {field.name for field in fields(SamplingParams)}
+    assert set(predict.ENGINE_OPTIONS) <= {field.name for field in fields(EngineConfig)}
+    assert set(predict.ANSWERS) <= {field.name for field in fields(SamplingParams)}
     special = {"weights", "use_parallel", "prompts", "do_sample", "max_length"}
-    assert {row.setting for row in options.TRANSLATED.values()} <= set(options.OPTIONS) | special
+    assert {row.setting for row in mindformers.TRANSLATED.values()} <= set(COMMAND.own) | special
 
 
 def test_no_key_is_in_two_tables():
-    for key in [*options.OPTIONS, *options.TRANSLATED, *options.REFUSED]:
-        tables = [key in options.OPTIONS, key in options.TRANSLATED, key in options.REFUSED, options.is_ignored(key)]
+    for key in [*COMMAND.own, *mindformers.TRANSLATED, *mindformers.REFUSED]:
+        foreign = COMMAND.foreign
+        tables = [key in COMMAND.own, key in foreign.translated, key in foreign.refused, foreign.is_ignored(key)]
         assert sum(tables) == 1, f"{key} is in {sum(tables)} tables"
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs/glm4_moe").glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_files_hold_only_keys_that_mean_something(file):
     running = yaml.safe_load(file.read_text()).get("parallel_config", {}).get("model_parallel", 1)
-    asked = plan("--config", str(file), "hello", running=running)
+    asked = ask("--config", str(file), "hello", running=running)
     assert asked.ignored == [] and asked.engine["model"] == "/path/hf_dir"
 
 
 def test_commented_keys_of_the_shipped_file_are_known():
     commented = re.findall(r"^# (\w+):", YAML.read_text(), re.MULTILINE)
-    assert len(commented) >= 5 and all(options.kind_of(key) for key in commented)
+    assert len(commented) >= 5 and all(COMMAND.find(f"--{key}") for key in commented)
 
 
 def test_command_line_over_file_over_defaults(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("pretrained_model_dir: /from/file\nseed: 3\nmax_new_tokens: 7\nmodel: {model_config: {top_k: 5}}\n")
-    asked = plan("--config", str(file), "--seed", "4", "--model.model_config.temperature=0.5")
+    asked = ask("--config", str(file), "--seed", "4", "--model.model_config.temperature=0.5")
     assert asked.engine == {"model": "/from/file", "seed": 4, "tensor_parallel_size": 1}
     assert asked.sampling == {"max_tokens": 7, "top_k": 5, "temperature": 0.5}
-    assert plan("--config", str(file), "--model", "/typed").engine["model"] == "/typed"
-    bare = plan("hello")
+    assert ask("--config", str(file), "--model", "/typed").engine["model"] == "/typed"
+    bare = ask("hello")
     assert bare.engine == {"model": "/demo", "tensor_parallel_size": 1}
-    assert bare.sampling == {"max_tokens": options.MAX_TOKENS} and bare.prompts == ["hello"]
+    assert bare.sampling == {"max_tokens": predict.MAX_TOKENS} and bare.prompts == ["hello"]
 
 
 def test_references_in_the_file_see_the_command_line(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("max_num_seqs: ${parallel_config.model_parallel}\nparallel_config:\n  model_parallel: 2\n")
     command = ["--config", str(file), "--parallel_config.model_parallel", "3"]
-    assert plan(*command, running=3).engine["max_num_seqs"] == 3
+    assert ask(*command, running=3).engine["max_num_seqs"] == 3
 
 
-@given(st.text().filter(lambda t: not t.startswith("--")))
+@given(st.text(min_size=1))
 def test_a_text_arrives_as_it_is(text):
-    given_, prompts = options.read_command_line(["--predict_data", text, "--stop=" + text, "--", text])
-    assert given_ == {"predict_data": [text], "stop": text} and prompts == [text]
+    given_, prompts, literal = COMMAND.read_command_line(["--predict_data=" + text, "--stop=" + text, "--", text])
+    assert given_ == {"predict_data": [text], "stop": [text]} and prompts == [] and literal == [text]
+    if not text.startswith("-"):
+        given_, prompts, _ = COMMAND.read_command_line([text, "--predict_data", text, "--stop", text])
+        assert given_ == {"predict_data": [text], "stop": [text]} and prompts == [text]
 
 
-def test_words_with_one_dash_are_prompts_unless_they_look_like_an_option():
-    assert options.read_command_line(["-x", "-1", "-", "--", "-model"]) == ({}, ["-x", "-1", "-", "-model"])
+@pytest.mark.parametrize("word", ["-x", "-1", "-model", "--fly"])
+def test_a_prompt_that_begins_with_a_dash_follows_a_lone_double_dash(word):
+    assert COMMAND.read_command_line(["-", "--", word]) == ({}, ["-"], [word])
+    assert "after a lone --" in refusal(word, "5")
 
 
 def test_texts_with_equals_and_braces_pass_a_file_unchanged():
-    asked = plan("--config", str(YAML), "--predict_data=${a.b} = $c", "x=1", "--system=--${d}", "--chat", running=8)
+    asked = ask("--config", str(YAML), "--predict_data=${a.b} = $c", "x=1", "--system=--${d}", "--chat", running=8)
     assert asked.data == ["${a.b} = $c"] and asked.prompts == ["x=1"] and asked.system == "--${d}"
 
 
@@ -143,7 +153,7 @@ def test_a_broken_file_is_refused(tmp_path, content):
 
 def test_impossible_sampling_is_refused_before_loading():
     with pytest.raises(GlimmerError, match="top_p=3"):
-        plan("--top-p", "3")
+        ask("--top-p", "3")
 
 
 def test_keys_that_mean_nothing_are_named_once(tmp_path):
@@ -153,7 +163,7 @@ def test_keys_that_mean_nothing_are_named_once(tmp_path):
         "context:\n  mode: 0\n  ascend_config:\n    precision_mode: p\nparallel:\n  parallel_mode: M\n"
         "model:\n  model_config:\n    rotary_dtype: bfloat16\nparallel_config:\nprocessor: {}\n"
     )
-    assert plan("--config", str(file), "--context.mode", "1").ignored == [
+    assert ask("--config", str(file), "--context.mode", "1").ignored == [
         "context.ascend_config.precision_mode",
         "context.mode",
         "model.model_config.rotary_dtype",
@@ -180,7 +190,7 @@ def test_keys_that_mean_nothing_are_named_once(tmp_path):
     ],
 )
 def test_processes(argv, running, result):
-    assert plan(*argv, running=running).engine["tensor_parallel_size"] == result
+    assert ask(*argv, running=running).engine["tensor_parallel_size"] == result
 
 
 @pytest.mark.parametrize(
@@ -231,25 +241,25 @@ def test_the_command_in_a_refusal_survives_the_shell(text):
 )
 def test_do_sample(tmp_path, argv, temperature, do_sample):
     (tmp_path / "c.yaml").write_text("do_sample: False\ntemperature: 1.0\n")
-    asked = plan(*(str(tmp_path / "c.yaml") if word == "FILE" else word for word in argv))
+    asked = ask(*(str(tmp_path / "c.yaml") if word == "FILE" else word for word in argv))
     assert asked.sampling.get("temperature") == temperature and asked.do_sample is do_sample
 
 
 def test_memory(tmp_path):
     (tmp_path / "c.yaml").write_text('context:\n  mode: 0\n  max_device_memory: "59GB"\n')
-    asked = plan("--config", str(tmp_path / "c.yaml"))
+    asked = ask("--config", str(tmp_path / "c.yaml"))
     assert asked.engine["max_memory_bytes"] == 59 * 2**30 and asked.ignored == ["context.mode"]
-    assert plan("--max-memory-bytes", "4GB").engine["max_memory_bytes"] == 2**32
+    assert ask("--max-memory-bytes", "4GB").engine["max_memory_bytes"] == 2**32
 
 
 def test_lengths(tmp_path):
     (tmp_path / "c.yaml").write_text("max_length: 100\n")
     file = ["--config", str(tmp_path / "c.yaml")]
-    asked = plan(*file)
+    asked = ask(*file)
     assert asked.engine["max_model_len"] == 100 and asked.sampling["max_tokens"] is None
-    both = plan(*file, "--max_new_tokens", "30")
+    both = ask(*file, "--max_new_tokens", "30")
     assert "max_model_len" not in both.engine and both.sampling["max_tokens"] == 30
-    assert plan(*file, "--max-model-len", "50").engine["max_model_len"] == 50
+    assert ask(*file, "--max-model-len", "50").engine["max_model_len"] == 50
 
 
 @pytest.mark.parametrize(
@@ -302,7 +312,7 @@ LINES = b"".join(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in ANS
 def test_a_run_cut_off_anywhere_can_be_resumed(tmp_path, cut):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(LINES[:cut])
-    rows = Rows(PROMPTS, file, resume=True)
+    rows = Results(PROMPTS, file, resume=True)
     complete = LINES[:cut].count(b"\n") + (cut > 0 and LINES[cut : cut + 1] == b"\n")
     assert list(rows.rows) == list(range(complete))
     for i in rows.todo:
@@ -319,13 +329,13 @@ def test_rows_of_others_are_never_touched(tmp_path):
         (PROMPTS[:2], True, "line 3 answers prompt 2.*None"),
     ):
         with pytest.raises(ConfigError, match=words):
-            Rows(prompts, file, resume)
+            Results(prompts, file, resume)
         assert file.read_bytes() == LINES
     file.write_bytes(b"notes\n" + LINES)
     with pytest.raises(ConfigError, match="line 1 is no row"):
-        Rows(PROMPTS, file, resume=True)
+        Results(PROMPTS, file, resume=True)
     with pytest.raises(ConfigError, match="No such file"):
-        Rows(PROMPTS, tmp_path / "nowhere/rows.jsonl", resume=True)
+        Results(PROMPTS, tmp_path / "nowhere/rows.jsonl", resume=True)
 
 
 def test_save_is_all_or_nothing(tmp_path):
@@ -345,7 +355,8 @@ def run(tmp_path, monkeypatch, capsys, checkpoint):
     small = ["--model", str(checkpoint(dtype="float32")), "--max-model-len", "256", "--max-tokens", "6"]
 
     def command(*argv: str) -> tuple[int, str, str]:
-        code = predict.main([*small, *argv], home=ROOT)
+        kept = [word for pair in zip(small[::2], small[1::2]) if pair[0] not in argv for word in pair]
+        code = predict.main([*kept, *argv], home=ROOT)
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -391,8 +402,8 @@ def test_rows_resume_and_errors_in_rows(run, tmp_path):
 
 def test_chat_uses_the_template_and_does_not_echo(run, tmp_path, monkeypatch):
     seen = []
-    chat = predict.LLM.chat
-    monkeypatch.setattr(predict.LLM, "chat", lambda *a, **k: seen.append(chat(*a, **k)) or seen[-1])
+    chat = LLM.chat
+    monkeypatch.setattr(LLM, "chat", lambda *a, **k: seen.append(chat(*a, **k)) or seen[-1])
     code, _, _ = run("--chat", "--no-think", "--system", "Be brief.", "why?")
     [[output]] = seen
     assert code == 0 and saved(tmp_path) == [output.outputs[0].text]
@@ -408,8 +419,8 @@ def test_defaults_of_the_checkpoint_are_weaker_than_keys(run, tmp_path, monkeypa
     (model / "generation_config.json").unlink()
     (model / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.6, "top_p": 0.9}')
     seen = []
-    generate = predict.LLM.generate
-    monkeypatch.setattr(predict.LLM, "generate", lambda *a, **k: seen.append(a[2]) or generate(*a, **k))
+    generate = LLM.generate
+    monkeypatch.setattr(LLM, "generate", lambda *a, **k: seen.append(a[2]) or generate(*a, **k))
     common = ["hi", "--model", str(model)]
     for argv, temperature, top_p in (([], 0.6, 0.9), (["--top_p=0.5"], 0.6, 0.5), (["--do_sample=False"], 0.0, 0.9)):
         code, _, _ = run(*common, *argv)
@@ -448,13 +459,13 @@ def test_ranks_that_were_asked_for_different_things(run, monkeypatch):
 
 
 def test_interruption_keeps_rows_and_says_how_to_go_on(run, tmp_path, monkeypatch):
-    add = Rows.add
+    add = Results.add
 
     def add_then_interrupt(self, row):
         add(self, row)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Rows, "add", add_then_interrupt)
+    monkeypatch.setattr(Results, "add", add_then_interrupt)
     code, out, err = run("one", "two", "--output", "rows.jsonl")
     assert code == 130 and out == "" and "1 of 2 rows are in rows.jsonl" in err and "--resume" in err
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
@@ -464,9 +475,9 @@ def test_interruption_keeps_rows_and_says_how_to_go_on(run, tmp_path, monkeypatc
 def test_sampling_parameters_reach_other_ranks_unchanged(run, monkeypatch):
     """The task goes through JSON, as it does between processes."""
     sent = SamplingParams(logit_bias={5: -1.5, 7: 2.0}, stop=["x"], stop_token_ids=[9], temperature=0.3, max_tokens=2)
-    seen, generate = [], predict.LLM.generate
-    monkeypatch.setattr(predict.LLM, "default_sampling_params", lambda self: sent)
-    monkeypatch.setattr(predict.LLM, "generate", lambda *a, **k: seen.extend(a[2]) or generate(*a, **k))
+    seen, generate = [], LLM.generate
+    monkeypatch.setattr(LLM, "default_sampling_params", lambda self: sent)
+    monkeypatch.setattr(LLM, "generate", lambda *a, **k: seen.extend(a[2]) or generate(*a, **k))
     monkeypatch.setattr("glimmer.parallel.Group.broadcast", lambda self, task: json.loads(json.dumps(task)))
     code, _, err = run("hi", "--max-tokens", "2", "--seed", "3")
     assert code == 0, err
@@ -477,10 +488,10 @@ def test_sampling_parameters_reach_other_ranks_unchanged(run, monkeypatch):
 @pytest.mark.parametrize("reason", [KeyboardInterrupt(), EngineError("a rank is lost", "all", "start again")])
 @pytest.mark.parametrize("kept", [[], ["--output", "rows.jsonl"]])
 def test_only_an_interrupted_generation_says_what_is_kept(run, monkeypatch, begun, reason, kept):
-    def fail(*args, **options):
+    def fail(*args, **how):
         raise reason
 
-    monkeypatch.setattr(predict.LLM, "generate" if begun else "__init__", fail)
+    monkeypatch.setattr(LLM, "generate" if begun else "__init__", fail)
     code, out, err = run("one", *kept)
     interrupted = isinstance(reason, KeyboardInterrupt)
     assert code == (130 if interrupted else 1) and out == ""
@@ -514,7 +525,7 @@ def test_ctrl_c_while_a_command_is_loading_is_one_line(tmp_path, command):
 def test_help_tells_of_every_name(capsys):
     assert predict.main(["--help"]) == 0
     out = capsys.readouterr().out
-    for name in options.OPTIONS:
+    for name in COMMAND.own:
         assert f"--{name.replace('_', '-')} " in out
     for name in (
         "config",
@@ -525,7 +536,7 @@ def test_help_tells_of_every_name(capsys):
         "pretrained_model_dir",
         "parallel_config.data_parallel",
         "parallel_config.model_parallel",
-        *options.GENERATION,
+        *mindformers.GENERATION,
     ):
         assert f"--{name}" in out
     assert max(map(len, out.splitlines())) <= 120
@@ -555,8 +566,8 @@ def test_the_pages_list_what_the_tables_hold(page):
     text = (ROOT / "docs" / page).read_text("utf-8")
     listed = dict(re.findall(r"^<!-- (\w+) -->\n\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL))
     rows = {name: re.findall(r"^\| `([^`]+)`", body, re.MULTILINE) for name, body in listed.items()}
-    assert sorted(rows["translated"]) == sorted(options.TRANSLATED)
-    assert sorted(rows["refused"]) == sorted(options.REFUSED)
-    assert sorted(re.findall(r"`([^`]+)`", listed["ignored"])) == sorted(options.IGNORED)
+    assert sorted(rows["translated"]) == sorted(mindformers.TRANSLATED)
+    assert sorted(rows["refused"]) == sorted(mindformers.REFUSED)
+    assert sorted(re.findall(r"`([^`]+)`", listed["ignored"])) == sorted(mindformers.IGNORED)
     for option in re.findall(r"`--([a-z-]+)", listed["translated"]):
-        assert option.replace("-", "_") in options.OPTIONS
+        assert option.replace("-", "_") in COMMAND.own

@@ -2,14 +2,14 @@
 
 import re
 
-from glimmer import showcase
-from glimmer.__main__ import main
+from glimmer.cli import demo
+from glimmer.cli.main import main
 
 
 def test_three_answers_and_their_speed(capsys):
     assert main(["demo"]) == 0
     city, total, call = capsys.readouterr().out.split("## ")[1:]
-    assert showcase.CITY in city and "中国的首都" in city
+    assert demo.CITY in city and "中国的首都" in city
     assert re.search(r"<think>.*7\+6=13.*</think>\n.*933", total)
     assert "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>巴黎</arg_value>\n</tool_call>" in call
     for part in (city, total, call):
@@ -28,7 +28,7 @@ def test_a_missing_checkpoint_is_an_error_in_words(tmp_path, capsys):
 
 
 def test_an_installation_without_the_demo_model_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(showcase, "MODEL", tmp_path / "demo")
+    monkeypatch.setattr(demo, "MODEL", tmp_path / "demo")
     monkeypatch.chdir(tmp_path)
     for command in (["demo"], ["bench"], ["predict", "hi"]):
         assert main(command) == 2

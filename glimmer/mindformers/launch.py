@@ -12,6 +12,7 @@ foreground. Not here: what the processes do, and how they talk to each other (pa
 """
 
 import fcntl
+import io
 import json
 import logging
 import os
@@ -28,7 +29,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch exports them without saying so
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
@@ -61,7 +62,7 @@ example
     --use_parallel True --parallel_config.model_parallel 2 --pretrained_model_dir DIR --predict_data 'Hello'" 2
 """
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SELF = 5.0  # seconds that node 0 tries to reach itself at the address that it has been given
 FAREWELL = 2.0  # seconds that node 0 stays after a failure, so that the other machines hear of it
 LOST = 30  # seconds without an answer from node 0 after which it counts as lost
@@ -215,18 +216,18 @@ class Rendezvous(RendezvousHandler):
         job = self.job
         try:
             if job.alone:  # nobody else has business there
-                door = socket.create_server((job.master_addr, job.master_port))
+                listener = socket.create_server((job.master_addr, job.master_port))
             elif socket.has_dualstack_ipv6():
-                door = socket.create_server(("", job.master_port), family=socket.AF_INET6, dualstack_ipv6=True)
+                listener = socket.create_server(("", job.master_port), family=socket.AF_INET6, dualstack_ipv6=True)
             else:
-                door = socket.create_server(("", job.master_port))
+                listener = socket.create_server(("", job.master_port))
         except OSError as error:
             raise ConfigError(
-                f"port {job.master_port} of {self.host} cannot be opened: {os.strerror(error.errno)}",
+                f"port {job.master_port} of {self.host} cannot be opened: {os.strerror(error.errno or 0)}",
                 "a free port" + (" (0 finds one)" if job.alone else ""),
                 f"choose another from 50000 to 65535, or see who has it: ss -ltnp 'sport = :{job.master_port}'",
             ) from None
-        port = door.getsockname()[1]
+        port = listener.getsockname()[1]
         if not job.alone:
             self._say(
                 f"node 0 with {job.local_worker} of {job.worker_num} processes waits at"
@@ -247,7 +248,7 @@ class Rendezvous(RendezvousHandler):
             is_master=True,
             wait_for_workers=False,
             timeout=timedelta(seconds=job.timeout),
-            master_listen_fd=door.detach(),
+            master_listen_fd=listener.detach(),
         )
 
     def _visit(self, deadline: float) -> TCPStore:
@@ -269,7 +270,7 @@ class Rendezvous(RendezvousHandler):
         return TCPStore(job.master_addr, job.master_port, is_master=False, timeout=timedelta(seconds=LOST))
 
     def _reach(self, port: int, deadline: float, otherwise: GlimmerError) -> None:
-        """Knock at MASTER_ADDR until somebody answers. Not left to the store, whose attempts Ctrl-C does not end."""
+        """Connect to MASTER_ADDR until something listens there. (Ctrl-C would not end the store's own attempts.)"""
         while True:
             try:
                 return socket.create_connection((self.job.master_addr, port), timeout=2).close()
@@ -285,13 +286,14 @@ class Rendezvous(RendezvousHandler):
                     raise otherwise from None
                 time.sleep(0.2)
 
-    def _gather(self, deadline: float) -> dict[int, dict]:
+    def _gather(self, deadline: float) -> dict[int, dict[str, Any]]:
         """All nodes, by number."""
-        job, nodes = self.job, {}
+        job = self.job
+        nodes: dict[int, dict[str, Any]] = {}
         while True:
             for rank in range(job.worker_num):
                 if rank not in nodes and self._has(f"node/{rank}"):
-                    nodes[rank] = json.loads(self.store.get(f"node/{rank}"))
+                    nodes[rank] = json.loads(self._joined.get(f"node/{rank}"))
             here = sum(node["workers"] for node in nodes.values())
             came = ", ".join(f"node {r} ({n['host']}) with {n['workers']}" for r, n in sorted(nodes.items()))
             if here > job.worker_num or len({node["worker_num"] for node in nodes.values()}) > 1:
@@ -317,12 +319,17 @@ class Rendezvous(RendezvousHandler):
     def num_nodes_waiting(self) -> int:
         """The agent asks this ten times a second: the moment to hear of a failure elsewhere, as an EngineError."""
         if self.nodes > 1 and self._has("failed"):
-            raise EngineError(*json.loads(self.store.get("failed")))
+            raise EngineError(*json.loads(self._joined.get("failed")))
         return 0
+
+    @property
+    def _joined(self) -> TCPStore:
+        assert self.store is not None, "the store is opened by next_rendezvous"
+        return self.store
 
     def _has(self, key: str) -> bool:
         try:
-            return self.store.check([key])
+            return bool(self._joined.check([key]))
         except RuntimeError as error:
             raise EngineError(
                 f"node 0 ({self.job.master_addr}) is lost: {str(error).splitlines()[0][:160]}",
@@ -349,7 +356,7 @@ class Rendezvous(RendezvousHandler):
         return "glimmer"
 
     def get_run_id(self) -> str:
-        """One job, one meeting: no name is needed."""
+        """One job, one rendezvous: no name is needed."""
         return "msrun"
 
     def is_closed(self) -> bool:
@@ -394,7 +401,9 @@ class WorkerLogs(LogsSpecs):
 
     def __init__(self, job: Job):
         super().__init__()
-        self.job, self.tail, self.ranks = job, None, {}
+        self.job = job
+        self.tail: TailLog | None = None
+        self.ranks: dict[int, int] = {}
         for n in range(1, 1000):
             self.directory = job.log_dir if n == 1 else job.log_dir.with_name(f"{job.log_dir.name}_{n}")
             try:
@@ -452,7 +461,7 @@ class WorkerLogs(LogsSpecs):
 
 def run(job: Job) -> int:
     """Run this machine's part of the job; returns the exit code. GlimmerError names the process or machine at fault."""
-    logs, meeting = WorkerLogs(job), Rendezvous(job)
+    logs, rendezvous = WorkerLogs(job), Rendezvous(job)
     interface = interface_towards(job.master_addr)
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -462,7 +471,7 @@ def run(job: Job) -> int:
         os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     logging.disable(logging.CRITICAL)  # what the agent would say is said here, in other words
     print(
-        f"msrun_launcher: {job.local_worker} process{'es' * (job.local_worker > 1)} on {meeting.host},"
+        f"msrun_launcher: {job.local_worker} process{'es' * (job.local_worker > 1)} on {rendezvous.host},"
         f" logs in {logs.directory}/worker_N.log",
         file=sys.stderr,
         flush=True,
@@ -473,19 +482,19 @@ def run(job: Job) -> int:
         entrypoint="/bin/sh",
         # The agent opens one file for each stream; the shell joins them. The agent also substitutes $names: doubled.
         args=("-c", 'exec "$$@" 2>&1', "worker", *(word.replace("$", "$$") for word in job.command)),
-        rdzv_handler=meeting,
+        rdzv_handler=rendezvous,
         max_restarts=0,
         monitor_interval=0.1,
     )
     try:
         result = LocalElasticAgent(spec, logs, exit_barrier_timeout=60).run()
         if result.is_failed():
-            raise failure(result.failures, logs, meeting.host)
+            raise failure(result.failures, logs, rendezvous.host)
     except SignalException as caught:
         name = signal.Signals(caught.sigval).name
-        meeting.tell(
+        rendezvous.tell(
             EngineError(
-                f"the launcher on {meeting.host} was ended by {name}",
+                f"the launcher on {rendezvous.host} was ended by {name}",
                 "every machine to stay until the job is done",
                 "start the job again on all of them",
             )
@@ -494,7 +503,7 @@ def run(job: Job) -> int:
         print(f"msrun_launcher: ended by {name}; no process is left", file=sys.stderr)
         return 128 + caught.sigval
     except GlimmerError as error:
-        meeting.tell(error)
+        rendezvous.tell(error)
         raise
     finally:
         logs.close()
@@ -527,7 +536,8 @@ def main(argv: list[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if argv else 2
     try:
-        sys.stdout.reconfigure(line_buffering=True)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True)
         return run(parse(argv))
     except GlimmerError as error:
         print(f"msrun_launcher: {error}", file=sys.stderr)

@@ -7,44 +7,74 @@ Not here: how codes are chosen (weight.py), which matrix becomes what (model/loa
 (checkpoint/formats).
 """
 
-import argparse
 import json
 import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from glimmer.checkpoint import formats
-from glimmer.checkpoint.files import DTYPES, INDEX, Checkpoint
+from glimmer.cli.lazy import lazy
+from glimmer.cli.options import ENGINE, Command, Option, path, pick
 from glimmer.config import ModelConfig, check_quantization, read_json
 from glimmer.errors import CheckpointError, ConfigError
-from glimmer.model.load import WeightLoader
-from glimmer.model.names import mtp_prefix
-from glimmer.parallel import Group
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from glimmer import group
+    from glimmer.checkpoint import files, formats
+    from glimmer.model import load, names
+else:
+    torch, group = lazy("torch"), lazy("glimmer.group")
+    files, formats = lazy("glimmer.checkpoint.files"), lazy("glimmer.checkpoint.formats")
+    load, names = lazy("glimmer.model.load"), lazy("glimmer.model.names")
 
 SHARD = 4 << 30  # bytes of tensors in a file
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")  # not copied
 SLACK = 64 << 20  # bytes of disk for everything but weights
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+COMMAND = Command(
+    "quantize",
+    "Writes a checkpoint with int8 or int4 matrices, made once: OUT is a Hugging Face directory in the vocabulary of\n"
+    "compressed-tensors, from which glimmer loads what --quantization would have made of MODEL.",
+    "MODEL OUT --quantization int8 | int4 [--group-size N]",
+    {
+        "directories": {
+            "model": replace(ENGINE["model"], help="a Hugging Face directory in bf16, fp16, fp32 or FP8", default=""),
+            "out": Option(path, "DIR", "the directory to make; there must be none of that name"),
+        },
+        "matrices": {
+            "quantization": replace(ENGINE["quantization"], help="int8 or int4", default=""),
+            **pick(ENGINE, "group_size"),
+        },
+    },
+    positional=("model", "out"),
+)
 
 
 def main(argv: list[str]) -> int:
     """Write OUT; 0 when it is there."""
-    parser = argparse.ArgumentParser("glimmer quantize", description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", help="a Hugging Face directory in bf16, fp16, fp32 or FP8")
-    parser.add_argument("out", help="the directory to make; there must be none of that name")
-    parser.add_argument("--quantization", required=True, choices=("int8", "int4"))
-    parser.add_argument("--group-size", type=int, help="with int4: inputs that share a scale (32)")
-    args = parser.parse_args(argv)
-    check_quantization(args.quantization, args.group_size)
-    nbytes = quantize(Path(args.model), Path(args.out), args.quantization, args.group_size)
-    print(f"{args.out}: {tqdm.format_sizeof(nbytes, 'B')} of weights in {args.quantization}")
+    if COMMAND.asks_for_help(argv):
+        return 0
+    settings = COMMAND.read(argv)
+    for name in ("model", "out", "quantization"):
+        if name not in settings.given:
+            raise ConfigError(
+                f"no {name} is named",
+                "a model, a directory to make, and int8 or int4",
+                "e.g. glimmer quantize MODEL OUT --quantization int8",
+            )
+    model, out, quantization = (settings.take(name) for name in ("model", "out", "quantization"))
+    group_size = settings.take("group_size")
+    check_quantization(quantization, group_size)
+    nbytes = quantize(Path(model), Path(out), quantization, group_size)
+    print(f"{out}: {tqdm.format_sizeof(nbytes, 'B')} of weights in {quantization}")
     return 0
 
 
@@ -58,9 +88,9 @@ def quantize(model: Path, out: Path, quantization: str, group_size: int | None) 
         raise ConfigError(f"{out} exists", "a directory that is yet to be made", "choose another name, or remove it")
     partial = out.absolute().parent / f".{out.name}.{os.getpid()}.partial"
     formats.check(config.quantization_config)
-    with Checkpoint(model) as checkpoint:
-        mtp = formats.holds(checkpoint, f"{mtp_prefix(config)}eh_proj")
-        loader = WeightLoader(config, checkpoint, Group(), torch.bfloat16, mtp, quantization, group_size)
+    with files.Checkpoint(model) as checkpoint:
+        mtp = formats.holds(checkpoint, f"{names.mtp_prefix(config)}eh_proj")
+        loader = load.WeightLoader(config, checkpoint, group.Group(), torch.bfloat16, mtp, quantization, group_size)
         try:
             partial.mkdir()
             try:
@@ -88,12 +118,12 @@ def _check_space(directory: Path, nbytes: int) -> None:
         )
 
 
-def _write(loader: WeightLoader, model: Path, directory: Path) -> int:
+def _write(loader: "load.WeightLoader", model: Path, directory: Path) -> int:
     """Everything into `directory`; returns the bytes of the tensors. config.json, a checkpoint's mark, comes last."""
     shards = _divide(loader.outline())
     nbytes = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     _check_space(directory, nbytes)
-    files = {}
+    weight_map: dict[str, str] = {}
     with (
         tqdm(total=loader.nbytes, unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False) as bar,
         closing(loader.tensors(bar.update)) as tensors,
@@ -101,21 +131,22 @@ def _write(loader: WeightLoader, model: Path, directory: Path) -> int:
         for i, shard in enumerate(shards, start=1):
             name = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
             _write_shard(directory / name, shard, tensors)
-            files |= dict.fromkeys(shard, name)
+            weight_map |= dict.fromkeys(shard, name)
     if len(shards) > 1:
-        _write_json(directory / INDEX, {"metadata": {"total_size": nbytes}, "weight_map": files})
-    for path in sorted(model.iterdir()):
-        ours = path.name in ("config.json", INDEX) or path.suffix in WEIGHTS
-        if path.is_file() and not ours and not path.name.startswith("."):
-            shutil.copyfile(path, directory / path.name)
+        _write_json(directory / files.INDEX, {"metadata": {"total_size": nbytes}, "weight_map": weight_map})
+    for file in sorted(model.iterdir()):
+        ours = file.name in ("config.json", files.INDEX) or file.suffix in WEIGHTS
+        if file.is_file() and not ours and not file.name.startswith("."):
+            shutil.copyfile(file, directory / file.name)
     config = read_json(model / "config.json", "the model's configuration")
     _write_json(directory / "config.json", config | {"quantization_config": formats.describe(loader.kinds())})
     return nbytes
 
 
-def _divide(tensors: Iterable[tuple[str, Tensor]]) -> list[dict[str, Tensor]]:
+def _divide(tensors: "Iterable[tuple[str, Tensor]]") -> "list[dict[str, Tensor]]":
     """Into files of at most SHARD bytes, or of one tensor."""
-    shards, left = [], 0
+    shards: list[dict[str, Tensor]] = []
+    left = 0
     for name, tensor in tensors:
         if not shards or tensor.nbytes > left:
             shards.append({})
@@ -125,12 +156,14 @@ def _divide(tensors: Iterable[tuple[str, Tensor]]) -> list[dict[str, Tensor]]:
     return shards
 
 
-def _write_shard(path: Path, shard: dict[str, Tensor], tensors: Iterator[tuple[str, Tensor]]) -> None:
+def _write_shard(path: Path, shard: "dict[str, Tensor]", tensors: "Iterator[tuple[str, Tensor]]") -> None:
     """One safetensors file with the next of `tensors`, which `shard` announces."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    codes = {dtype: code for code, dtype in files.DTYPES.items()}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, tensor in shard.items():
         begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
@@ -138,7 +171,7 @@ def _write_shard(path: Path, shard: dict[str, Tensor], tensors: Iterator[tuple[s
         for name, like in shard.items():
             found, tensor = next(tensors)
             assert (found, tensor.dtype, tensor.shape) == (name, like.dtype, like.shape), f"{found} in place of {name}"
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy())
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 

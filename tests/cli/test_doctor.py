@@ -2,8 +2,8 @@
 
 import pytest
 
-from glimmer import doctor
 from glimmer.backends import choose
+from glimmer.cli import doctor
 
 
 @pytest.mark.parametrize("only", ["", "reference"])

@@ -8,7 +8,6 @@ allow. Figures of different machines, or of different hours on a shared one, are
 one run.
 """
 
-import argparse
 import json
 import random
 import statistics
@@ -16,18 +15,50 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from glimmer.config import SamplingParams
+from glimmer.cli import demo
+from glimmer.cli.lazy import lazy
+from glimmer.cli.options import ENGINE, Command, Option, count, counts, truth, without
+from glimmer.config import EngineConfig, SamplingParams
 from glimmer.errors import ConfigError
-from glimmer.llm import LLM, Profile
-from glimmer.showcase import default_model
+
+if TYPE_CHECKING:
+    from glimmer import llm, parallel
+    from glimmer.engine.profile import Profile
+    from glimmer.llm import LLM
+else:
+    llm, parallel = lazy("glimmer.llm"), lazy("glimmer.parallel")
 
 PREFILL = (512, 2048)
 DECODE = (1, 8, 32)
 CONTEXT = 64  # tokens before decoding
 WARM, STEPS, COUNTED = 4, 32, 8  # decode steps that pass by, are timed, and are profiled after that
 CHUNK = 2048  # tokens of prompts computed in one step
+REPEAT = 2  # prefills of each length
 BAR, LEAST = 40, 0.005  # characters of the longest bar; the share of a step below which a part has no line of its own
+
+
+ENGINE_OPTIONS = without(
+    ENGINE, "skip_tokenizer_init", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching"
+)
+COMMAND = Command(
+    "bench",
+    "Loading, prefill and decode on this machine, as a table and as one JSON line.",
+    "[MODEL] [options]",
+    {
+        "what is measured": {
+            "prefill": Option(counts, "N ...", "prompt lengths", " ".join(map(str, PREFILL)), several=True),
+            "decode": Option(counts, "B ...", "batch sizes", " ".join(map(str, DECODE)), several=True),
+            "context": Option(count, "N", "tokens before decoding", str(CONTEXT)),
+            "steps": Option(count, "N", "decode steps to time", str(STEPS)),
+            "repeat": Option(count, "N", "prefills of each length; the best counts", str(REPEAT)),
+            "profile": Option(truth, "", "show where the time of each figure's steps goes"),
+        },
+        "engine": ENGINE_OPTIONS,
+    },
+    positional=("model",),
+)
 
 
 @dataclass
@@ -39,7 +70,7 @@ class Figure:
     tokens: int
     seconds: float
     seen: int
-    profile: Profile | None
+    profile: "Profile | None"
     limits: dict[str, float] | None = None
 
     @property
@@ -57,82 +88,63 @@ class Figure:
 
 def main(argv: list[str]) -> int:
     """Measure and print; rank 0 speaks."""
-    parser = argparse.ArgumentParser("glimmer bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", nargs="?", help="a Hugging Face directory (the demo model)")
-    parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
-    parser.add_argument("--quantization", choices=("int8", "int4"), help="quantise while loading (as stored)")
-    parser.add_argument("--group-size", type=int, help="with int4: inputs that share a scale (32)")
-    parser.add_argument("--kv-cache-dtype", default="auto", help="auto (the model's dtype) or int8")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or npu")
-    parser.add_argument("--threads", type=_count, help="CPU threads of each process (its part of the CPUs)")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="processes that torchrun started")
-    parser.add_argument("--prefill", type=_count, nargs="*", default=PREFILL, metavar="N", help="prompt lengths")
-    parser.add_argument("--decode", type=_count, nargs="*", default=DECODE, metavar="B", help="batch sizes")
-    parser.add_argument("--context", type=_count, default=CONTEXT, metavar="N", help="tokens before decoding (64)")
-    parser.add_argument("--steps", type=_count, default=STEPS, help="decode steps to time")
-    parser.add_argument("--repeat", type=_count, default=2, help="prefills of each length; the best counts")
-    parser.add_argument("--profile", action="store_true", help="show where the time of each figure's steps goes")
-    args = parser.parse_args(argv)
-    lengths = [args.context + _answer(batch, args.context, args.steps) for batch in args.decode]
+    if COMMAND.asks_for_help(argv):
+        return 0
+    settings = COMMAND.read(argv)
+    prefill, decode = settings.take("prefill", list(PREFILL)), settings.take("decode", list(DECODE))
+    context, steps = settings.take("context", CONTEXT), settings.take("steps", STEPS)
+    repeat, watch = settings.take("repeat", REPEAT), settings.take("profile", False)
+    lengths = [context + _answer(batch, context, steps) for batch in decode]
+    engine: dict[str, Any] = {
+        "tensor_parallel_size": parallel.world()[1],
+        "max_model_len": max([*prefill, *lengths, 16]) + 1,
+        "max_num_batched_tokens": CHUNK,
+        "max_num_seqs": max([*decode, 1]),
+        "enable_prefix_caching": False,
+        "skip_tokenizer_init": True,
+    }
+    engine |= settings.fields(ENGINE_OPTIONS)
+    if "model" not in engine:
+        engine["model"] = str(demo.default_model(COMMAND.name))
+    settings.check(EngineConfig, engine)
     begin = time.perf_counter()
-    llm = LLM(
-        args.model or str(default_model()),
-        dtype=args.dtype,
-        quantization=args.quantization,
-        group_size=args.group_size,
-        kv_cache_dtype=args.kv_cache_dtype,
-        device=args.device,
-        threads=args.threads,
-        tensor_parallel_size=args.tensor_parallel_size,
-        max_model_len=max([*args.prefill, *lengths, 16]) + 1,
-        max_num_batched_tokens=CHUNK,
-        max_num_seqs=max([*args.decode, 1]),
-        enable_prefix_caching=False,
-        skip_tokenizer_init=True,
-    )
-    load, load_peak = time.perf_counter() - begin, llm.peak_memory()
+    model = llm.LLM(**engine)
+    load, load_peak = time.perf_counter() - begin, model.peak_memory()
     prompts = random.Random(1)
-    _prefill(llm, prompts, 16)
-    watched = args.profile or llm.limits() is not None
+    _prefill(model, prompts, 16)
+    watched = watch or model.limits() is not None
     figures = []
-    for length in args.prefill:
-        figures.append(_best_prefill(llm, prompts, length, args.repeat, watched))
-        figures[-1].limits = llm.limits()
-    for batch in args.decode:
-        figures.append(_decode(llm, prompts, batch, args.context, args.steps, watched))
-        figures[-1].limits = llm.limits()
-    memory = {"load_s": load, "load_peak_memory_gib": load_peak / 2**30, "peak_memory_gib": llm.peak_memory() / 2**30}
-    if llm.rank == 0:
-        _print(llm, figures, memory, args.profile)
-    llm.close()
+    for length in prefill:
+        figures.append(_best_prefill(model, prompts, length, repeat, watched))
+        figures[-1].limits = model.limits()
+    for batch in decode:
+        figures.append(_decode(model, prompts, batch, context, steps, watched))
+        figures[-1].limits = model.limits()
+    memory = {"load_s": load, "load_peak_memory_gib": load_peak / 2**30, "peak_memory_gib": model.peak_memory() / 2**30}
+    if model.rank == 0:
+        _print(model, figures, memory, watch)
+    model.close()
     return 0
 
 
-def _count(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, where a whole number from 1 on is expected")
-    return int(text)
+def _prompt(model: "LLM", source: random.Random, length: int) -> dict[str, list[int]]:
+    return {"prompt_token_ids": [source.randrange(3, model.model_config.vocab_size) for _ in range(length)]}
 
 
-def _prompt(llm: LLM, source: random.Random, length: int) -> dict:
-    return {"prompt_token_ids": [source.randrange(3, llm.model_config.vocab_size) for _ in range(length)]}
-
-
-def _prefill(llm: LLM, source: random.Random, length: int) -> float:
+def _prefill(model: "LLM", source: random.Random, length: int) -> float:
     """Seconds from one prompt to its first token."""
-    prompt = _prompt(llm, source, length)
+    prompt = _prompt(model, source, length)
     begin = time.perf_counter()
-    llm.generate(prompt, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+    model.generate(prompt, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
     return time.perf_counter() - begin
 
 
-def _best_prefill(llm: LLM, source: random.Random, length: int, repeat: int, watched: bool) -> Figure:
+def _best_prefill(model: "LLM", source: random.Random, length: int, repeat: int, watched: bool) -> Figure:
     """The best of `repeat`, the first of which is profiled."""
     with ExitStack() as open_:
-        profile = open_.enter_context(llm.profile()) if watched else None
-        seconds = [_prefill(llm, source, length)]
-    seconds += [_prefill(llm, source, length) for _ in range(repeat - 1)]
+        profile = open_.enter_context(model.profile()) if watched else None
+        seconds = [_prefill(model, source, length)]
+    seconds += [_prefill(model, source, length) for _ in range(repeat - 1)]
     return Figure(f"prefill_{length}", f"prefill of {length:,} tokens", length, min(seconds), 1, profile)
 
 
@@ -141,22 +153,22 @@ def _answer(batch: int, context: int, steps: int) -> int:
     return 1 + batch * context // CHUNK + WARM + steps + COUNTED
 
 
-def _decode(llm: LLM, source: random.Random, batch: int, context: int, steps: int, watched: bool) -> Figure:
+def _decode(model: "LLM", source: random.Random, batch: int, context: int, steps: int, watched: bool) -> Figure:
     """Steps in which all `batch` sequences decode; `steps` are timed, COUNTED more are profiled."""
     marks: list[float] = []  # the ends of steps that brought a token to every sequence
-    profile = llm.profile() if watched else None
+    profile = model.profile() if watched else None
     with ExitStack() as open_:
 
         def mark(new: int) -> None:
             if new == batch:
                 marks.append(time.perf_counter())
-            if watched and len(marks) == 1 + WARM + steps:
+            if profile is not None and len(marks) == 1 + WARM + steps:
                 open_.enter_context(profile)
             elif len(marks) == 1 + WARM + steps + COUNTED:
                 open_.close()
 
-        llm.generate(
-            [_prompt(llm, source, context) for _ in range(batch)],
+        model.generate(
+            [_prompt(model, source, context) for _ in range(batch)],
             SamplingParams(temperature=0, max_tokens=_answer(batch, context, steps), ignore_eos=True),
             on_step=mark,
         )
@@ -171,9 +183,10 @@ def _decode(llm: LLM, source: random.Random, batch: int, context: int, steps: in
     return Figure(key, what, batch, (marks[WARM + steps] - marks[WARM]) / steps, COUNTED, profile)
 
 
-def _print(llm: LLM, figures: list[Figure], memory: dict[str, float], profile: bool) -> None:
-    on = f"{llm.group.device}, {llm.size} process{'es' * (llm.size > 1)}" + (f", {llm.kernels}" if llm.kernels else "")
-    print(f"{llm.config.model} on {on}")
+def _print(model: "LLM", figures: list[Figure], memory: dict[str, float], profile: bool) -> None:
+    on = f"{model.group.device}, {model.size} process{'es' * (model.size > 1)}"
+    on += f", {model.kernels}" if model.kernels else ""
+    print(f"{model.config.model} on {on}")
     print(f"  {'load':<34}{memory['load_s']:>12,.2f} s")
     for figure in figures:
         shares = "".join(f"{value:>9.1f} % of {name}" for name, value in figure.percent.items())
@@ -181,7 +194,7 @@ def _print(llm: LLM, figures: list[Figure], memory: dict[str, float], profile: b
     print(f"  {'peak memory of a process':<34}{memory['peak_memory_gib']:>12,.2f} GiB")
     if all(figure.limits for figure in figures):
         for name, unit in (("read", "GB/s"), ("bfloat16", "G operations/s"), ("int8", "G operations/s")):
-            found = sorted(figure.limits[name] / 1e9 for figure in figures)
+            found = sorted(figure.limits[name] / 1e9 for figure in figures if figure.limits)
             if found:
                 between = f"{statistics.median(found):>12,.1f} {unit} ({found[0]:,.1f} to {found[-1]:,.1f})"
                 print(f"  {'limit beside them: ' + name:<34}{between}")
@@ -189,26 +202,29 @@ def _print(llm: LLM, figures: list[Figure], memory: dict[str, float], profile: b
         print("  no percentages: this machine's limits are measured by the CPU kernels, which do not serve here")
     if profile:
         for figure in figures:
-            _picture(figure)
+            if figure.profile is not None:
+                _picture(figure, figure.profile)
     sys.stdout.flush()
-    line = {"engine": "glimmer", "model": llm.config.model, "quantization": llm.config.quantization}
-    line |= {"kv_cache_dtype": llm.config.kv_cache_dtype}
-    line |= {"processes": llm.size} | {name: round(value, 2) for name, value in memory.items()}
+    line: dict[str, Any] = {"engine": "glimmer", "model": model.config.model, "quantization": model.config.quantization}
+    line |= {"kv_cache_dtype": model.config.kv_cache_dtype}
+    line |= {"processes": model.size} | {name: round(value, 2) for name, value in memory.items()}
     line |= {figure.key: round(figure.rate, 2) for figure in figures}
     line["percent"] = {figure.key: figure.percent for figure in figures if figure.percent}
     line["limits"] = {figure.key: figure.limits for figure in figures if figure.limits}
     if profile:
-        milliseconds = lambda figure, part: round(part.seconds / figure.seen * 1e3, 3)
         line["profile_ms"] = {
-            figure.key: {name: milliseconds(figure, part) for name, part in figure.profile.parts.items()}
+            figure.key: {
+                name: round(part.seconds / figure.seen * 1e3, 3) for name, part in figure.profile.parts.items()
+            }
             for figure in figures
+            if figure.profile is not None
         }
     print(json.dumps(line))
 
 
-def _picture(figure: Figure) -> None:
+def _picture(figure: Figure, profile: "Profile") -> None:
     """Where the time goes, as bars; beside them, how near each part is to whichever limit holds it back."""
-    parts, whole = figure.profile.parts, figure.profile.seconds
+    parts, whole = profile.parts, profile.seconds
     milliseconds = whole / figure.seen * 1e3
     print(f"\n{figure.what}: {figure.seconds * 1e3:,.2f} ms; operation by operation {milliseconds:,.2f} ms:")
     longest = max(part.seconds for part in parts.values())

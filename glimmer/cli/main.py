@@ -1,0 +1,73 @@
+"""The command line: `glimmer COMMAND`. Each command has a file of its own here; this one finds it and runs it.
+
+A command NAME is the file NAME.py with `COMMAND`, the options that it takes (options.py), and `main(argv)`, which
+returns the exit code; its line in COMMANDS below is all that it needs besides. Nothing here imports torch.
+"""
+
+import importlib
+import os
+import sys
+
+from glimmer import __version__
+from glimmer.cli import exits
+from glimmer.errors import ConfigError
+
+COMMANDS = {
+    "predict": "answer one prompt, several, or a file of them",
+    "demo": "a city, a sum and a tool call, with their speed",
+    "bench": "measure loading, prefill and decode on this machine",
+    "quantize": "write a checkpoint with int8 or int4 matrices",
+    "doctor": "what this machine has, and which operations will serve",
+}
+
+HELP = """\
+usage: glimmer COMMAND [options]
+
+Runs the GLM-4.5 family (GLM-4.5, 4.5-Air, 4.6, 4.7) from a Hugging Face directory, in one process or many.
+
+commands
+{commands}
+
+options
+  -h, --help       this page
+  -V, --version    the version
+
+examples
+  glimmer predict "请介绍一下北京"                           the demo model that comes with glimmer
+  glimmer predict --model DIR --chat "Why is the sky blue?"
+  torchrun --nproc-per-node 8 -m glimmer predict --model DIR --tensor-parallel-size 8 "请介绍一下北京"
+  glimmer bench DIR
+
+Each command has its own --help. Settings of the engine and of sampling may also stand in the environment, as
+GLIMMER_<NAME> (GLIMMER_MAX_MODEL_LEN=4096), and in a YAML file that --config names; the command line is the strongest.
+To complete commands, options and their values in bash or zsh: eval "$(register-python-argcomplete glimmer)"
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code, as exits.py lists them."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what may come next
+        importlib.import_module("glimmer.cli.completion").complete()
+    name = argv[0] if argv else "--help"
+    try:
+        return exits.run(name, lambda: command(name, argv[1:]))
+    except KeyboardInterrupt:
+        print(f"\nglimmer {name}: interrupted", file=sys.stderr)
+        return exits.INTERRUPTED
+
+
+def command(name: str, argv: list[str]) -> int:
+    """Find the command and run it."""
+    if name in ("-h", "--help", "help"):
+        print(HELP.format(commands="\n".join(f"  {name:10}{what}" for name, what in COMMANDS.items())), end="")
+        return 0
+    if name in ("-V", "--version"):
+        print(f"glimmer {__version__}")
+        return 0
+    if name not in COMMANDS:
+        refusal = ConfigError(f"no command {name!r}", " or ".join(COMMANDS), "see glimmer --help")
+        print(f"glimmer: {refusal}", file=sys.stderr)
+        return refusal.exit_code
+    code: int = importlib.import_module(f"glimmer.cli.{name}").main(argv)
+    return code

@@ -1,0 +1,1 @@
+"""What users of MindSpore Transformers (MindFormers) find again: its keys, and its launcher."""

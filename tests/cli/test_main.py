@@ -1,0 +1,103 @@
+"""`glimmer` itself: its help and version without torch, commands found by name, and how commands end."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from glimmer import __version__
+from glimmer.cli import exits
+from glimmer.cli.main import COMMANDS, main
+from glimmer.errors import ConfigError, EngineError
+
+ROOT = Path(__file__).resolve().parents[2]
+LIGHT = """
+import sys
+from glimmer.cli.main import main
+code = main(sys.argv[1:])
+heavy = sorted({"torch", "transformers", "tokenizers", "numpy", "omegaconf"} & set(sys.modules))
+sys.exit(f"imported {heavy}" if heavy else code)
+"""
+
+
+def process(*argv: str, **options) -> subprocess.CompletedProcess:
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("env", {})
+    return subprocess.run([sys.executable, *argv], env=env, capture_output=True, text=True, timeout=60, **options)
+
+
+def closed_pipe() -> int:
+    """The end to write to of a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-V"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_help_and_version_import_nothing_heavy(argv):
+    done = process("-c", LIGHT, *argv)
+    assert done.returncode == 0 and done.stdout and done.stderr == "", done.stderr
+
+
+@pytest.mark.parametrize("argv", [["--fly"], ["predict", "--fly"], ["bench", "-x"], ["quantize"]], ids=" ".join)
+def test_a_refusal_of_the_command_line_imports_nothing_heavy(argv):
+    done = process("-c", LIGHT, *argv)
+    assert done.returncode == 2 and "expected: " in done.stderr, done.stderr
+
+
+def test_version(capsys):
+    for word in ("--version", "-V"):
+        assert main([word]) == 0
+        assert capsys.readouterr().out == f"glimmer {__version__}\n"
+    assert process("-m", "glimmer", "--version").stdout == f"glimmer {__version__}\n"
+
+
+def test_every_command_has_its_file_and_says_its_name(capsys):
+    files = {path.stem for path in (ROOT / "glimmer/cli").glob("*.py")}
+    for name in COMMANDS:
+        assert name in files and importlib.import_module(f"glimmer.cli.{name}").COMMAND.name == name
+    main(["--help"])
+    out = capsys.readouterr().out
+    assert all(f"  {name:10}{about}\n" in out for name, about in COMMANDS.items())
+    assert "register-python-argcomplete glimmer" in out
+
+
+def test_how_commands_end(capsys):
+    def fail(error: BaseException):
+        raise error
+
+    assert exits.run("x", lambda: 0) == 0
+    assert exits.run("x", lambda: fail(ConfigError("a", "b", "c"))) == 2
+    assert capsys.readouterr().err == "glimmer x: a\n  expected: b\n  to do:    c\n"
+    assert exits.run("x", lambda: fail(EngineError("a", "b", "c"))) == 1
+    with pytest.raises(KeyboardInterrupt):
+        exits.run("x", lambda: fail(KeyboardInterrupt()))
+
+
+@pytest.mark.parametrize("argv", ["doctor --device cpu", "--help", "predict --help"])
+def test_a_closed_pipe_is_no_traceback(argv):
+    with os.fdopen(closed_pipe(), "w") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "glimmer", *argv.split()], env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=100,
+        )  # fmt: skip
+    assert done.returncode == exits.CLOSED_PIPE and "Error" not in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("lost", ["a closed pipe", "/dev/full"])
+def test_answers_are_saved_even_if_nobody_can_read_them(lost, checkpoint, tmp_path):
+    command = [sys.executable, "-m", "glimmer", "predict", "--model", str(checkpoint(dtype="float32"))]
+    command += ["--max-model-len", "64", "--max-tokens", "3", "hello"]
+    with os.fdopen(os.open(lost, os.O_WRONLY) if lost == "/dev/full" else closed_pipe(), "w") as out:
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=env, cwd=tmp_path, stdout=out, stderr=-1, text=True, timeout=100)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
+    assert "hello" in (tmp_path / "text_generation_result.txt").read_text()
+    assert ("cannot be printed" in done.stderr) == (lost == "/dev/full")
+
+
+def test_the_demo_model_is_never_silent(tmp_path):
+    done = process("-m", "glimmer", "predict", "--max-tokens", "2", "hi", cwd=tmp_path)
+    assert done.returncode == 0 and "the small demo model answers" in done.stderr
