@@ -37,6 +37,7 @@ format: .venv/ready
 # The types of the native extension, for mypy and editors; to be made anew after a change of csrc/bindings.cpp.
 stub: .venv/ready
 	$(BIN)/python -m nanobind.stubgen -q -m glimmer._native -o glimmer/_native.pyi
+	$(BIN)/ruff format --quiet glimmer/_native.pyi
 
 docs: .venv/ready
 	$(BIN)/python docs/api.py build/docs
