@@ -22,7 +22,8 @@ import stat
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -126,7 +127,9 @@ class World:
         self._handles: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._connections: dict[int, tuple[int, int]] = {}  # file descriptor -> device and inode of its socket
         self._running: Any = None  # the collective that has been started and has not returned
-        self._lock, self._closed, self._pid = threading.Lock(), False, os.getpid()
+        self._closed, self._pid = False, os.getpid()
+        self._inside: set[int] = set()  # the threads that wait for other ranks
+        self._changed = threading.Condition()  # guards the three
         atexit.register(self.close)
 
     def add(self, ranks: tuple[int, ...]) -> None:
@@ -175,17 +178,20 @@ class World:
         """Return when every member has made this call; EngineError after `timeout` seconds names who has not."""
         missing = list(members)
         deadline = time.monotonic() + timeout
-        try:
-            self.store.set(f"{what}/{self.rank}", "1")
-            while True:
-                missing = [r for r in missing if not self.store.check([f"{what}/{r}"])]
-                if not missing:
-                    return
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(0.05)
-        except RuntimeError as error:
-            raise _lost_store(self.rank, error) from None
+        with self._waits():
+            try:
+                self.store.set(f"{what}/{self.rank}", "1")
+                while True:
+                    missing = [r for r in missing if not self.store.check([f"{what}/{r}"])]
+                    if not missing:
+                        return
+                    if self._closed:
+                        raise self._left(members)
+                    if time.monotonic() > deadline:
+                        break
+                    time.sleep(0.05)
+            except RuntimeError as error:
+                raise _lost_store(self.rank, error) from None
         raise EngineError(
             f"{', '.join(f'rank {r}' for r in missing)} did not come within {timeout:g} s to where every rank {what}",
             f"all {len(members)} ranks to go on together",
@@ -194,26 +200,42 @@ class World:
 
     def _run(self, members: Sequence[int], collective: Callable[..., Any], *args: Any, **options: Any) -> None:
         """Run a collective of torch.distributed; if it fails, raise the EngineError that names the lost rank."""
-        handle = self._handle(tuple(members))
-        try:
-            self._wait(collective(*args, **options, group=handle, async_op=True))
-        except RuntimeError as error:
-            self.abort()
-            raise lost_peer(self.rank, members, self.store, str(error)) from None
-        except BaseException:  # an interrupt: the others must not wait for a rank that has left the collective
-            self.abort()
-            raise
+        with self._waits():
+            handle = self._handles.get(tuple(members))
+            if handle is None:
+                raise self._left(members)
+            try:
+                self._wait(collective(*args, **options, group=handle, async_op=True))
+            except RuntimeError as error:
+                if self._closed:
+                    raise self._left(members) from None
+                self.abort()
+                raise lost_peer(self.rank, members, self.store, str(error)) from None
+            except BaseException:  # an interrupt: the others must not wait for a rank that has left the collective
+                self.abort()
+                raise
+            finally:
+                del handle  # nothing but this object may keep a process group alive
 
-    def _handle(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
-        """The process group of these ranks; EngineError after `close`."""
+    @contextmanager
+    def _waits(self) -> Iterator[None]:
+        """While this thread waits for other ranks: `close` lets it come out first."""
+        thread = threading.get_ident()
+        with self._changed:
+            self._inside.add(thread)
         try:
-            return self._handles[ranks]
-        except KeyError:
-            raise EngineError(
-                f"rank {self.rank} has left the group of ranks {', '.join(map(str, ranks))}",
-                "no collectives after close",
-                "close the LLM when nothing is computed any more",
-            ) from None
+            yield
+        finally:
+            with self._changed:
+                self._inside.discard(thread)
+                self._changed.notify_all()
+
+    def _left(self, members: Sequence[int]) -> EngineError:
+        return EngineError(
+            f"rank {self.rank} has left the group of ranks {', '.join(map(str, members))}",
+            "no collectives after close",
+            "close the LLM when nothing is computed any more",
+        )
 
     def _wait(self, work: Any) -> None:
         """Wait for a started collective; RuntimeError if it fails or takes longer than the timeout.
@@ -253,14 +275,18 @@ class World:
                         continue
 
     def close(self) -> None:
-        """Destroy the process groups, without waiting for a collective that still runs."""
-        with self._lock:
-            if self._closed or os.getpid() != self._pid:  # a forked child does not own the connections
+        """Destroy the process groups. A collective that still runs fails, in whatever thread waits for it."""
+        if os.getpid() != self._pid:  # a forked child does not own the connections
+            return
+        with self._changed:
+            if self._closed:
                 return
             self._closed = True
         atexit.unregister(self.close)
         if self._running is not None and not self._running.is_completed():
             self.abort()
+        with self._changed:  # a thread that is inside torch when the interpreter is finalised would abort the process
+            self._changed.wait_for(lambda: self._inside <= {threading.get_ident()}, GRACE)
         self._running = None
         self._handles.clear()
         if dist.is_initialized():

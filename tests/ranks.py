@@ -1,12 +1,14 @@
 """One rank of a job without a model, run by test_mesh.py: does what its first argument says and prints what it found.
 
-usage: ranks.py mesh TP EP DP | equal | stopped | interrupted | exit CODE
+usage: ranks.py mesh TP EP DP | equal | stopped | interrupted | late | thread store|collective | exit CODE
 """
 
+import contextlib
 import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -68,6 +70,19 @@ def main(what: str, *words: str) -> int:
         if group.rank == 1:
             sys.stdin.readline()
         group.all_reduce(torch.ones(4))
+    elif what == "thread":
+        waits = {
+            "store": lambda: group.wait_for_all("comes", 60),
+            "collective": lambda: group.all_reduce(torch.ones(4)),
+        }
+
+        def wait() -> None:
+            with contextlib.suppress(GlimmerError):
+                waits[words[0]]()
+
+        if group.rank == 0:
+            threading.Thread(target=wait, daemon=True).start()
+        time.sleep(1)
     elif what == "exit":
         for _ in range(5):
             group.all_reduce(torch.ones(64, 1024))

@@ -125,6 +125,14 @@ def test_an_interrupt_ends_a_rank_that_waits_and_the_others_learn_it(ranks):
     assert other.returncode == 1 and "rank 1 on" in err and "lost" in err
 
 
+@pytest.mark.parametrize("where", ["store", "collective"])
+def test_a_rank_that_exits_while_a_thread_waits(ranks, where):
+    """The thread comes out of its wait before the interpreter is finalised."""
+    begin = time.monotonic()
+    assert ended(ranks(2, "thread", where)) == [("", "")] * 2
+    assert time.monotonic() - begin < 40
+
+
 @pytest.mark.parametrize("code", [0, 2])
 def test_a_rank_that_never_closes_ends_with_its_own_exit_code(ranks, code):
     """A thread of gloo that frees a tensor while the interpreter is finalised would abort the process."""
