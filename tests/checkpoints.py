@@ -169,7 +169,7 @@ def empty_checkpoint(
     fp8: bool = False,
     mtp: str | None = "full",
 ) -> Path:
-    """Write a checkpoint of any size that takes no room: true headers, sparse files of about 5 GB, all values 0.
+    """Write a checkpoint of any size that takes no disk space: true headers, sparse files of about 5 GB, all values 0.
 
     `config` becomes config.json and decides names and shapes; the other parameters are those of `tiny_checkpoint`
     (config must agree with `mtp`). There is no tokenizer.

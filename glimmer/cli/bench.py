@@ -87,7 +87,7 @@ class Figure:
 
 
 def main(argv: list[str]) -> int:
-    """Measure and print; rank 0 speaks."""
+    """Measure; rank 0 prints."""
     if COMMAND.asks_for_help(argv):
         return 0
     settings = COMMAND.read(argv)
@@ -175,7 +175,7 @@ def _decode(model: "LLM", source: random.Random, batch: int, context: int, steps
     if len(marks) < 1 + WARM + steps + COUNTED:
         raise ConfigError(
             f"{batch} sequences of {context} tokens and more do not decode together: the KV cache is too small",
-            "room for all of them",
+            "a cache that holds all of them",
             "ask for a smaller --context, or for a smaller batch with --decode",
         )
     key = f"decode_b{batch}" + (f"_after_{context}" if context != CONTEXT else "")

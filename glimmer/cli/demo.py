@@ -70,7 +70,7 @@ def default_model(command: str) -> Path:
 
 
 def main(argv: list[str]) -> int:
-    """Ask and show; rank 0 speaks."""
+    """Ask the three questions; rank 0 prints."""
     if COMMAND.asks_for_help(argv):
         return 0
     settings = COMMAND.read(argv)

@@ -4,7 +4,7 @@
     1    the engine failed           130  Ctrl-C
     141  whoever read the output has closed it (128 + SIGPIPE, as with other programs)
 
-Not here: what a command does.
+A lost stderr changes none of these codes. Not here: what a command does.
 """
 
 import io
@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 from glimmer.errors import GlimmerError
 
@@ -26,15 +27,27 @@ def place() -> str:
     return f" (rank {os.environ.get('RANK')} on {socket.gethostname()})"
 
 
+def tell(text: str) -> None:
+    """A text on stderr. Where stderr is closed or full, it is lost."""
+    if sys.stderr is None:  # as Python starts with a closed file descriptor 2
+        return
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        discard(sys.stderr)
+
+
 def say(command: str, line: str) -> None:
     """A line on stderr, from rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"glimmer {command}: {line}", file=sys.stderr, flush=True)
+        tell(f"glimmer {command}: {line}")
 
 
-def discard_output() -> None:
-    """Send what is still buffered for stdout nowhere, so that the interpreter's end does not fail on it."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def discard(stream: TextIO) -> None:
+    """Send what a stream still buffers, and all that follows, nowhere: else the interpreter's end fails on it."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def run(command: str, work: Callable[[], int]) -> int:
@@ -47,8 +60,8 @@ def run(command: str, work: Callable[[], int]) -> int:
         sys.stdout.flush()
         return code
     except GlimmerError as error:
-        print(f"glimmer {command}{place()}: {error}", file=sys.stderr, flush=True)
+        tell(f"glimmer {command}{place()}: {error}")
         return error.exit_code
     except BrokenPipeError:
-        discard_output()
+        discard(sys.stdout)
         return CLOSED_PIPE

@@ -2,7 +2,7 @@
 
 The command line says what is asked for (`read_job`), results.py reads prompts and keeps answers, and here both meet the
 model: load, answer, report. Answers go to --output as each one is done, and at the end to text_generation_result.txt
-and the terminal. Under torchrun every rank runs this program; rank 0 alone reads prompts, speaks and writes.
+and the terminal. Under torchrun every rank runs this program; rank 0 alone reads prompts, prints and writes files.
 Not here: how processes are started (mindformers/launch.py, torchrun).
 """
 
@@ -103,7 +103,7 @@ def main(argv: list[str], home: Path | None = None) -> int:
         return 0
     try:
         return exits.run(COMMAND.name, lambda: predict(argv, home))
-    except Terminated:  # so it was, and whoever started this process shall see it
+    except Terminated:  # the process that started this one shall see that SIGTERM ended it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
         raise
@@ -185,7 +185,7 @@ def read_job(
 
 
 class Terminated(BaseException):
-    """SIGTERM has come: another rank was lost, or somebody wants the job to end."""
+    """SIGTERM has come: the launcher ends the job, because another rank was lost or because it was told to."""
 
 
 def _terminate(*_: object) -> None:
@@ -195,7 +195,7 @@ def _terminate(*_: object) -> None:
 def predict(argv: list[str], home: Path | None) -> int:
     """Read, load, answer, report; returns the exit code.
 
-    Raises GlimmerError and, among several ranks, Terminated; after a word about the answers so far.
+    Raises GlimmerError and, among several ranks, Terminated, after it has said which answers are kept.
     """
     settings = COMMAND.read(argv, home)
     rank, size = parallel.world()
@@ -316,27 +316,27 @@ def report(job: Job, results: Results, progress: "Progress") -> int:
     try:
         print(f"'text_generation_text': {answers}", flush=True)
     except OSError as error:
-        exits.discard_output()
+        exits.discard(sys.stdout)
         if not isinstance(error, BrokenPipeError):  # whoever closes a pipe has seen enough
             progress.say(f"the answers cannot be printed ({error.strerror}); they are in {RESULT}")
     return ConfigError.exit_code if failed else 0
 
 
 class Progress:
-    """How far it is: bars on a terminal, single lines in a log, nothing on ranks other than 0."""
+    """Progress on stderr: bars on a terminal, single lines in a log, nothing on ranks other than 0."""
 
     def __init__(self, shown: bool):
         self.shown = shown
         self.bar = tqdm(disable=True)
         self.begun = False  # answering; before that there is only loading
         self.done = self.total = self.tokens = 0
-        self.begin = self.spoken = time.monotonic()
+        self.begin = self.reported = time.monotonic()
 
     def say(self, line: str) -> None:
         """One line, above the bar if there is one."""
         if self.shown:
-            tqdm.write(f"glimmer predict: {line}", file=sys.stderr)
-            sys.stderr.flush()
+            with tqdm.external_write_mode(file=sys.stderr):
+                exits.tell(f"glimmer predict: {line}")
 
     def loading(self, done: int, total: int) -> None:
         """As LLM's on_load: bytes."""
@@ -353,7 +353,7 @@ class Progress:
 
     def generating(self, total: int) -> "tqdm[Any]":
         """A bar of `total` prompts, to be used in a `with`."""
-        self.begun, self.total, self.begin, self.spoken = True, total, time.monotonic(), time.monotonic()
+        self.begun, self.total, self.begin, self.reported = True, total, time.monotonic(), time.monotonic()
         layout = "{desc}: {n_fmt}/{total_fmt} prompts |{bar:20}| {elapsed}{postfix}"
         self.bar = self._bar(total=total, desc="generating", bar_format=layout)
         return self.bar
@@ -362,8 +362,8 @@ class Progress:
         """As LLM's on_step: tokens."""
         self.tokens += new
         now = time.monotonic()
-        if now - self.spoken > (EVERY if self.bar.disable else 0.2):
-            self.spoken = now
+        if now - self.reported > (EVERY if self.bar.disable else 0.2):
+            self.reported = now
             self.bar.set_postfix_str(self.speed)
             if self.bar.disable:
                 self.say(f"{self.done} of {self.total} prompts, {self.speed}")

@@ -1,4 +1,4 @@
-"""Rows: prompts as files hold them, and answers as files shall hold them.
+"""Prompts as they are read from files, and results as they are written to files.
 
 One prompt is one row: index, prompt, text, prompt_tokens, completion_tokens, finish_reason, error (None, or why there
 is no answer). Prompts come from texts and .txt files; rows go to a .jsonl file, each safe on disk before the next is
@@ -118,8 +118,8 @@ class Results:
         except OSError as error:
             raise ConfigError(
                 f"--output {self.path}: {error.strerror}",
-                "room for a row",
-                "make room; the same command with --resume answers the rest",
+                "space on the disk for a row",
+                "free some space; the same command with --resume answers the rest",
             ) from None
 
     def _load(self, file: BinaryIO) -> None:

@@ -6,9 +6,9 @@
     COMMAND WORKER_NUM LOCAL_WORKER MASTER_ADDR MASTER_PORT NODE_RANK [LOG_DIR JOIN CLUSTER_TIME_OUT]
                                                                   this machine's part of a job on several
 
-The agent starts the processes, watches them and ends them all when one fails. This file tells it where the machines
-meet (Rendezvous) and where each process logs (WorkerLogs), and puts into words what went wrong. It stays in the
-foreground. Not here: what the processes do, and how they talk to each other (parallel.py).
+The agent starts the processes, watches them and ends them all when one fails. This file tells it how the machines
+find each other (Rendezvous) and where each process logs (WorkerLogs), and explains what went wrong. The launcher stays
+in the foreground. Not here: what the processes do, and how they exchange tensors (parallel.py).
 """
 
 import fcntl
@@ -178,7 +178,7 @@ def split_command(text: str) -> tuple[str, ...]:
     return tuple(words)
 
 
-# ---------------------------------------------------------------------- where machines meet
+# ---------------------------------------------------------------------- rendezvous
 
 
 class Rendezvous(RendezvousHandler):
@@ -450,7 +450,7 @@ class WorkerLogs(LogsSpecs):
         return own != "" and own in shown
 
     def close(self) -> None:
-        """Show what is left, and let go of the directory."""
+        """Show what is left, and unlock the directory."""
         if self.tail is not None:
             self.tail.stop()
         self.lock.close()

@@ -19,7 +19,7 @@ def test_findings(capsys, monkeypatch, only):
         assert used == could.rstrip(")").split(", ")[-1], "the best that this processor can"
 
 
-def test_every_door_is_listed(capsys):
+def test_every_op_is_listed(capsys):
     doctor.main(["--device", "cpu"])
     out = capsys.readouterr().out
     assert [line.split() for line in out.splitlines() if line.startswith("op ")] == [

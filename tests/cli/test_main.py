@@ -76,6 +76,7 @@ def test_how_commands_end(capsys):
         exits.run("x", lambda: fail(KeyboardInterrupt()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv", ["doctor --device cpu", "--help", "predict --help"])
 def test_a_closed_pipe_is_no_traceback(argv):
     with os.fdopen(closed_pipe(), "w") as pipe:
@@ -86,6 +87,7 @@ def test_a_closed_pipe_is_no_traceback(argv):
     assert done.returncode == exits.CLOSED_PIPE and "Error" not in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["a closed pipe", "/dev/full"])
 def test_answers_are_saved_even_if_nobody_can_read_them(lost, checkpoint, tmp_path):
     command = [sys.executable, "-m", "glimmer", "predict", "--model", str(checkpoint(dtype="float32"))]
@@ -98,6 +100,20 @@ def test_answers_are_saved_even_if_nobody_can_read_them(lost, checkpoint, tmp_pa
     assert ("cannot be printed" in done.stderr) == (lost == "/dev/full")
 
 
+@pytest.mark.slow
 def test_the_demo_model_is_never_silent(tmp_path):
     done = process("-m", "glimmer", "predict", "--max-tokens", "2", "hi", cwd=tmp_path)
     assert done.returncode == 0 and "the small demo model answers" in done.stderr
+
+
+def test_a_lost_stderr_decides_nothing():
+    for lost in ("2>&-", "2>/dev/full"):
+        command = f'"{sys.executable}" -m glimmer doctor --fly {lost}; echo $?'
+        done = subprocess.run(
+            ["sh", "-c", command],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (done.stdout, done.stderr) == ("2\n", "")

@@ -22,6 +22,8 @@ from glimmer.cli import predict
 from glimmer.errors import ConfigError, EngineError, GlimmerError
 from glimmer.mindformers import launch
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def checkout(tmp_path):
@@ -228,50 +230,50 @@ def test_join_shows_every_rank(checkout, start):
     assert (checkout / "output/logs_x/worker_1.log").read_text() == "hello from 1\nand 1\n"
 
 
-# ---------------------------------------------------------------------- meeting
+# ---------------------------------------------------------------------- rendezvous
 
 
-def meet(*machines: tuple[int, int, int], timeout: float = 20) -> list:
+def rendezvous(*machines: tuple[int, int, int], timeout: float = 20) -> list:
     """What comes of (NODE_RANK, LOCAL_WORKER, WORKER_NUM) on each machine, all of them here: ranks and errors."""
     with socket.create_server(("", 0)) as op:
         port = op.getsockname()[1]
     command = (sys.executable,)
     parts = [launch.Job(command, all, local, "127.0.0.1", port, node, timeout=timeout) for node, local, all in machines]
-    meetings = [launch.Rendezvous(part) for part in parts]  # kept until all are done: the store of node 0 is in there
+    handlers = [launch.Rendezvous(part) for part in parts]  # kept until all are done: the store of node 0 is in there
 
-    def come(meeting: launch.Rendezvous):
+    def join(handler: launch.Rendezvous):
         try:
-            found = meeting.next_rendezvous()
+            found = handler.next_rendezvous()
             return found.rank, found.world_size
         except GlimmerError as error:
             return error
 
-    with ThreadPoolExecutor(len(meetings)) as threads:
-        return list(threads.map(come, meetings))
+    with ThreadPoolExecutor(len(handlers)) as threads:
+        return list(threads.map(join, handlers))
 
 
-def test_machines_meet_in_any_order_and_number():
-    assert meet((2, 1, 6), (0, 2, 6), (1, 3, 6)) == [(2, 3), (0, 3), (1, 3)]
+def test_machines_find_each_other_in_any_order_and_number():
+    assert rendezvous((2, 1, 6), (0, 2, 6), (1, 3, 6)) == [(2, 3), (0, 3), (1, 3)]
 
 
 def test_who_is_missing_is_named():
     host = socket.gethostname()
-    [first] = meet((0, 2, 4), timeout=1)
+    [first] = rendezvous((0, 2, 4), timeout=1)
     assert isinstance(first, EngineError)
     assert first.found == f"node 1 did not come within 1 s: 2 of 4 processes are here, node 0 ({host}) with 2"
-    [second] = meet((1, 2, 4), timeout=1)
+    [second] = rendezvous((1, 2, 4), timeout=1)
     assert isinstance(second, EngineError) and second.found.startswith("node 0 did not come within 1 s: 127.0.0.1:")
     assert f"does not answer node 1, {host} (Connection refused)" in second.found
-    for error in meet((0, 1, 4), (2, 1, 4), timeout=2):
+    for error in rendezvous((0, 1, 4), (2, 1, 4), timeout=2):
         assert "node 1 did not come within 2 s: 2 of 4" in error.found or "node 0 (127.0.0.1) is lost" in error.found
 
 
 def test_machines_that_contradict_each_other_are_told():
-    for error in meet((0, 2, 3), (1, 2, 3)):
+    for error in rendezvous((0, 2, 3), (1, 2, 3)):
         assert isinstance(error, ConfigError) and "4 processes for WORKER_NUM=3" in error.found
-    for error in meet((0, 1, 2), (1, 1, 3)):
+    for error in rendezvous((0, 1, 2), (1, 1, 3)):
         assert isinstance(error, ConfigError) and "WORKER_NUM=2 or 3" in error.found
-    results = meet((0, 1, 3), (1, 1, 3), (1, 2, 3), timeout=3)
+    results = rendezvous((0, 1, 3), (1, 1, 3), (1, 2, 3), timeout=3)
     assert sum("NODE_RANK=1" in str(error) and "has that number already" in str(error) for error in results) == 1
 
 

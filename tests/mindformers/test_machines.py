@@ -14,6 +14,7 @@ import time
 import jobs
 import pytest
 
+pytestmark = pytest.mark.slow
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 
