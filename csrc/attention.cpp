@@ -86,17 +86,17 @@ struct Task {
 }  // namespace
 
 void attention(Values q, long stride, int heads, const Paged& cache, const int64_t* block_tables, long columns,
-               const std::vector<long>& query_start_loc, const std::vector<long>& seq_lens, float scale, Values y) {
+               const int64_t* query_start_loc, const int64_t* seq_lens, long sequences, float scale, Values y) {
     check(cache);
     const int D = cache.width, size = cache.block_size;
     if (!(scale > 0)) throw std::invalid_argument("a scale that is not positive");
-    if (heads < 1 || heads % cache.heads || query_start_loc.size() != seq_lens.size() + 1 || query_start_loc[0] != 0)
+    if (heads < 1 || heads % cache.heads || query_start_loc[0] != 0)
         throw std::invalid_argument("heads or sequences that do not fit together");
     const int q_per_kv = heads / cache.heads;  // query heads per key head
     const int max_positions = q_per_kv < MAX_ROWS ? MAX_ROWS / q_per_kv : 1, M = max_positions * q_per_kv;
     std::vector<Task> tasks;
     long longest = 0;
-    for (size_t s = 0; s < seq_lens.size(); s++) {
+    for (long s = 0; s < sequences; s++) {
         const long n = query_start_loc[s + 1] - query_start_loc[s], length = seq_lens[s], past = length - n;
         if (n < 1 || past < 0 || length > columns * size)
             throw std::invalid_argument("rows that have no place in their sequence");
@@ -158,7 +158,6 @@ void attention(Values q, long stride, int heads, const Paged& cache, const int64
     std::vector<std::pair<int, int>> parts;
     for (size_t i = 0; i < tasks.size(); i++)
         for (int split = 0; split < tasks[i].splits; split++) parts.push_back({(int)i, split});
-    PoolLock lock;
     float* states = (float*)scratch(0, parts.size() * state * 4);
     parallel((long)parts.size(), [&](long i) {
         const auto [task, split] = parts[i];

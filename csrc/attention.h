@@ -78,9 +78,9 @@ struct AttentionLoops {
 void store_kv(Values k, long k_stride, Values v, long v_stride, const int64_t* slot_mapping, long rows, const Paged& cache);
 
 // y (rows, heads * D) of q (rows, heads, D), rows a stride apart. The rows of sequence s are query_start_loc[s] to
-// query_start_loc[s + 1], the last ones of its seq_lens[s] positions; its blocks are row s of block_tables (sequences,
-// columns). Head i reads key head i / (heads / g). Throws std::invalid_argument if these do not fit together.
+// query_start_loc[s + 1] (sequences + 1 numbers), the last ones of its seq_lens[s] positions; its blocks are row s of
+// block_tables (sequences, columns). Head i reads key head i / (heads / g). Throws std::invalid_argument if these do not fit together.
 void attention(Values q, long stride, int heads, const Paged& cache, const int64_t* block_tables, long columns,
-               const std::vector<long>& query_start_loc, const std::vector<long>& seq_lens, float scale, Values y);
+               const int64_t* query_start_loc, const int64_t* seq_lens, long sequences, float scale, Values y);
 
 }  // namespace glimmer

@@ -4,7 +4,6 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
 
 #include <chrono>
 #include <cstring>
@@ -56,7 +55,14 @@ struct CallList { std::vector<std::function<void()>> calls; };
 template <class F, class... A, class... N>
 void define(nb::module_& m, const char* name, const char* doc, F f, void (F::*)(A...) const, N... names) {
     static_assert(sizeof...(A) == sizeof...(N), "one name for each argument");
-    m.def(name, f, nb::arg(names)..., nb::call_guard<nb::gil_scoped_release>(), doc);
+    m.def(
+        name,
+        [f](Pool& pool, A... arguments) {
+            nb::gil_scoped_release release;
+            PoolScope scope(pool);
+            f(arguments...);
+        },
+        nb::arg("pool"), nb::arg(names)..., doc);
     m.def((std::string("queue_") + name).c_str(),
           [f](CallList& list, A... arguments) {
               list.calls.push_back([f, given = std::tuple<A...>(arguments...)] { std::apply(f, given); });
@@ -71,7 +77,8 @@ template <class F, class... N> void op(nb::module_& m, const char* name, const c
 double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Memory bandwidth of all threads together, in bytes per second: the best of five reads of `bytes` bytes.
-double read_bandwidth(size_t bytes) {
+double read_bandwidth(Pool& pool, size_t bytes) {
+    PoolScope scope(pool);
     constexpr size_t BLOCK = 1 << 17;
     Packed buffer(Kind::fp8, 1, (int)(bytes / BLOCK), (int)BLOCK, 1, 32, false);
     const uint8_t* data = buffer.panel(0, 0);
@@ -91,7 +98,8 @@ double read_bandwidth(size_t bytes) {
 
 // Peak arithmetic throughput of all threads together, in multiplications and additions per second, measured with dot products
 // of registers. kind: "bfloat16" or "int8".
-double arithmetic(const std::string& kind) {
+double arithmetic(Pool& pool, const std::string& kind) {
+    PoolScope scope(pool);
     auto peak_flops = kind_named(kind) == Kind::bf16 ? kernels().peak_flops_bf16 : kernels().peak_flops_int8;
     double best = 0, work = 0;
     for (int round = 0; round < 5; round++) {
@@ -112,14 +120,15 @@ NB_MODULE(_native, m) {
     m.doc() = "CPU kernels of glimmer. Pointers are passed as integers, sizes are in elements unless documented as bytes.";
     nb::set_leak_warnings(false);  // an engine that a thread or a traceback still holds at exit is no leak
     using ReleaseGil = nb::call_guard<nb::gil_scoped_release>;
-    m.def("set_threads", &set_threads, "n"_a, ReleaseGil(), "Set the number of threads that compute, the caller included.");
-    m.def("threads", &threads, "The number of threads that compute, the caller included.");
+    nb::class_<Pool>(m, "Pool", "Threads that compute together; operations that are given the same pool run one at a time.")
+        .def(nb::init<int>(), "threads"_a, "A pool of so many threads, the caller included. Raises ValueError below 1.")
+        .def_ro("threads", &Pool::threads, "The number of threads that compute, the caller included.");
     m.def("available", &available,
           "The instruction sets that this build and this CPU support, best last, separated by spaces.");
     m.def("isa", [] { return kernels().name; }, "The instruction set in use.");
-    m.def("read_bandwidth", &read_bandwidth, "nbytes"_a, ReleaseGil(),
+    m.def("read_bandwidth", &read_bandwidth, "pool"_a, "nbytes"_a, ReleaseGil(),
           "Measure the memory bandwidth of all threads, in bytes per second, over a buffer of nbytes.");
-    m.def("arithmetic", &arithmetic, "kind"_a, ReleaseGil(),
+    m.def("arithmetic", &arithmetic, "pool"_a, "kind"_a, ReleaseGil(),
           "Measure the peak arithmetic throughput of all threads for \"bfloat16\" or \"int8\", in operations per second.");
     m.def(
         "select", [](const std::string& name) { select(name.c_str()); }, "name"_a,
@@ -141,10 +150,12 @@ NB_MODULE(_native, m) {
     nb::class_<Packed>(m, "Packed", "Weight matrices of one shape, stored in the layout that the kernels read.")
         .def(
             "__init__",
-            [](Packed* self, const std::string& kind, long count, int n, int k, int parts, int group_size, bool wide_scales) {
+            [](Packed* self, Pool& pool, const std::string& kind, long count, int n, int k, int parts, int group_size,
+               bool wide_scales) {
+                PoolScope scope(pool);
                 new (self) Packed(kind_named(kind), count, n, k, parts, group_size, wide_scales);
             },
-            "kind"_a, "count"_a, "n"_a, "k"_a, "parts"_a, "group_size"_a, "wide_scales"_a,
+            "pool"_a, "kind"_a, "count"_a, "n"_a, "k"_a, "parts"_a, "group_size"_a, "wide_scales"_a,
             "Allocate `count` matrices (n, k) of zeros, each of `parts` equal parts; fill them with fill().")
         .def_prop_ro(
             "kind",
@@ -161,21 +172,23 @@ NB_MODULE(_native, m) {
         .def_prop_ro("nbytes", &Packed::bytes, "Bytes of memory in use.")
         .def(
             "fill",
-            [](Packed& p, long e, int first, int rows, uintptr_t codes, size_t stride, uintptr_t scales,
+            [](Packed& p, Pool& pool, long e, int first, int rows, uintptr_t codes, size_t stride, uintptr_t scales,
                uintptr_t zero_points) {
+                PoolScope scope(pool);
                 p.fill(e, first, rows, at<void>(codes), stride, at<float>(scales), at<uint8_t>(zero_points));
             },
-            "e"_a, "first"_a, "rows"_a, "codes"_a, "stride"_a, "scales"_a, "zero_points"_a, ReleaseGil(),
+            "pool"_a, "e"_a, "first"_a, "rows"_a, "codes"_a, "stride"_a, "scales"_a, "zero_points"_a, ReleaseGil(),
             "Pack rows first..first+rows of matrix e. stride: bytes from one row of codes to the next.");
 
     nb::class_<CallList>(m, "CallList", "A list of calls of ops, which runs any number of times without Python.")
         .def(nb::init<>(), "An empty list.")
         .def(
             "__call__",
-            [](const CallList& list) {
+            [](const CallList& list, Pool& pool) {
+                PoolScope scope(pool);
                 for (auto& call : list.calls) call();
             },
-            ReleaseGil(), "Run the calls in order.");
+            "pool"_a, ReleaseGil(), "Run the calls in order.");
 
     op(
         m, "linear", "y = x @ w.T + bias; bias may be 0.",
@@ -240,15 +253,14 @@ NB_MODULE(_native, m) {
                   at<int64_t>(ids), at<float>(scores));
         },
         "logits", "bias", "rows", "experts", "top_k", "n_group", "topk_group", "normed", "factor", "ids", "scores");
-    m.def(
-        "quantize",
+    op(
+        m, "quantize", "Quantise x (rows, inner) to int4 codes with a scale and a zero point for each group.",
         [](uintptr_t x, bool is_bf16, long stride, long rows, long inner, long group_size, uintptr_t codes, uintptr_t scales,
            uintptr_t zero_points) {
             quantize({at<void>(x), is_bf16}, stride, rows, inner, group_size, at<uint8_t>(codes), at<float>(scales),
                      at<uint8_t>(zero_points));
         },
-        "x"_a, "is_bf16"_a, "stride"_a, "rows"_a, "inner"_a, "group_size"_a, "codes"_a, "scales"_a, "zero_points"_a,
-        ReleaseGil(), "Quantise x (rows, inner) to int4 codes with a scale and a zero point for each group.");
+        "x", "is_bf16", "stride", "rows", "inner", "group_size", "codes", "scales", "zero_points");
     op(
         m, "store_kv", "Write keys and values of new tokens into their slots of the paged cache.",
         [](uintptr_t k, long k_stride, uintptr_t v, long v_stride, bool is_bf16, long rows, uintptr_t slot_mapping,
@@ -258,16 +270,16 @@ NB_MODULE(_native, m) {
         },
         "k", "k_stride", "v", "v_stride", "is_bf16", "rows", "slot_mapping", "keys", "values", "codes", "blocks", "block_size",
         "heads", "width");
-    m.def(
-        "attention",
+    op(
+        m, "attention", "y = causal attention of the rows of q over the keys and values of their sequences in the paged cache.",
         [](uintptr_t q, long stride, int q_heads, bool is_bf16, uintptr_t keys, uintptr_t values, bool codes, long blocks,
-           int block_size, int heads, int width, uintptr_t block_tables, long columns, const std::vector<long>& query_start_loc,
-           const std::vector<long>& seq_lens, float scale, uintptr_t y) {
+           int block_size, int heads, int width, uintptr_t block_tables, long columns, uintptr_t query_start_loc,
+           uintptr_t seq_lens, long sequences, float scale, uintptr_t y) {
             attention({at<void>(q), is_bf16}, stride, q_heads,
                       {at<char>(keys), at<char>(values), is_bf16, codes, blocks, block_size, heads, width},
-                      at<int64_t>(block_tables), columns, query_start_loc, seq_lens, scale, {at<void>(y), is_bf16});
+                      at<int64_t>(block_tables), columns, at<int64_t>(query_start_loc), at<int64_t>(seq_lens), sequences, scale,
+                      {at<void>(y), is_bf16});
         },
-        "q"_a, "stride"_a, "q_heads"_a, "is_bf16"_a, "keys"_a, "values"_a, "codes"_a, "blocks"_a, "block_size"_a, "heads"_a,
-        "width"_a, "block_tables"_a, "columns"_a, "query_start_loc"_a, "seq_lens"_a, "scale"_a, "y"_a, ReleaseGil(),
-        "y = causal attention of the rows of q over the keys and values of their sequences in the paged cache.");
+        "q", "stride", "q_heads", "is_bf16", "keys", "values", "codes", "blocks", "block_size", "heads", "width",
+        "block_tables", "columns", "query_start_loc", "seq_lens", "sequences", "scale", "y");
 }

@@ -54,7 +54,6 @@ int panels_per_task(long tasks, int max_panels) {
 
 void linear(Values x, long rows, const Packed& w, const float* bias, Values y) {
     if (w.count != 1 || w.parts != 1) throw std::invalid_argument("linear wants one matrix in one part");
-    PoolLock lock;
     Rows a(w, rows, scratch(0, Rows::bytes(w, rows)));
     fill_rows(a, w, x, rows);
     const int block = block_rows(a.stride), per_task = panels_per_task(w.panels(), 8);
@@ -122,7 +121,6 @@ void experts(Values x, long rows, const int64_t* ids, const float* scores, int t
             score[at] = scores[i];
         }
     }
-    PoolLock lock;
     const bool quantised = !is_plain(gate_up.kind);  // quantise once per token, not once per pair
     const long tokens = quantised ? rows : 0;
     Rows each(gate_up, tokens, scratch(0, Rows::bytes(gate_up, tokens))), h(down, pairs, scratch(1, Rows::bytes(down, pairs)));

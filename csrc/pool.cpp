@@ -1,17 +1,22 @@
 // Workers spin for 3 ms after each region, since the next region of the same step follows within microseconds, and then sleep:
-// waking a sleeping thread costs tens of microseconds, and an idle engine must use no CPU.
+// waking a sleeping thread costs tens of microseconds, and an idle engine must use no CPU. A worker that the operating system
+// has not scheduled in time misses a region, and nobody waits for it.
 #include "pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdint>
 #include <cstdlib>
+#include <exception>
 #include <mutex>
 #include <new>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -29,9 +34,10 @@ namespace glimmer {
 namespace {
 
 constexpr auto SPIN = std::chrono::microseconds(3000);  // the longest gap between two regions of one step
+constexpr int SPINS_BEFORE_YIELD = 1 << 14;             // of a caller that waits for a worker, which may lack a CPU
 constexpr int SLOTS = 3;
 
-// Memory that only grows; its content is lost when it grows.
+// Memory that only grows, its content lost when it does.
 struct Buffer {
     void* data = nullptr;
     size_t size = 0;
@@ -48,48 +54,97 @@ struct Buffer {
     }
 };
 
-struct Pool {
-    std::recursive_mutex region_mutex;
-    std::mutex mutex;
+// How often this process is the child of a fork since the library was loaded.
+std::atomic<int> forks{0};
+const int registered = pthread_atfork(nullptr, nullptr, [] { forks++; });
+
+}  // namespace
+
+struct Pool::State {
+    const int fork = forks.load();
+    std::mutex scope;  // held by a PoolScope
+    std::mutex mutex;  // of `wake`
     std::condition_variable wake;
     std::vector<std::thread> workers;
-    std::atomic<unsigned long> epoch{0};
+    // The region: its number in the upper bits, whether it is open in bit 15, how many workers are inside in the lower bits.
+    // A worker enters an open region only, so that the caller, who closes it, knows for whom to wait.
+    std::atomic<uint64_t> region{0};
     std::atomic<long> next{0};
-    std::atomic<int> busy{0};
     std::atomic<bool> stop{false};
     std::atomic<int> asleep{0};
     const std::function<void(long)>* task = nullptr;
     long n = 0;
-    int wanted = 1;
+    std::mutex failing;
+    std::exception_ptr failure;
     Buffer buffers[SLOTS];
+
+    static constexpr uint64_t OPEN = 1 << 15, INSIDE = OPEN - 1, NUMBER = ~(OPEN | INSIDE), STEP = OPEN << 1;
 
     void work() {
         const Kernels& k = kernels();
         if (k.enter) k.enter();
-        for (long i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) (*task)(i);
+        try {
+            for (long i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) (*task)(i);
+        } catch (...) {
+            std::lock_guard<std::mutex> lock(failing);
+            if (!failure) failure = std::current_exception();
+            next.store(n, std::memory_order_relaxed);  // nobody begins another task
+        }
         if (k.leave) k.leave();
     }
 
-    void loop(unsigned long seen) {
+    // Whether the calling worker is now inside region `number`.
+    bool enter(uint64_t number) {
+        uint64_t now = region.load(std::memory_order_acquire);
+        while ((now & NUMBER) == number && now & OPEN)
+            if (region.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) return true;
+        return false;
+    }
+
+    void loop(uint64_t seen) {
         while (true) {
             auto until = std::chrono::steady_clock::now() + SPIN;
-            for (int round = 1; epoch.load(std::memory_order_acquire) == seen && !stop.load(); round++) {
+            auto unchanged = [&] { return (region.load(std::memory_order_seq_cst) & NUMBER) == seen && !stop.load(); };
+            for (int round = 1; unchanged(); round++) {
                 relax();
                 if (round % 256 || std::chrono::steady_clock::now() < until) continue;
                 std::unique_lock<std::mutex> lock(mutex);
                 asleep++;
-                wake.wait(lock, [&] { return epoch.load() != seen || stop.load(); });
+                wake.wait(lock, [&] { return !unchanged(); });
                 asleep--;
             }
             if (stop.load()) return;
-            seen = epoch.load(std::memory_order_acquire);
+            seen = region.load(std::memory_order_acquire) & NUMBER;
+            if (!enter(seen)) continue;
             work();
-            busy.fetch_sub(1, std::memory_order_release);
+            region.fetch_sub(1, std::memory_order_release);
         }
     }
 
-    void start() {
-        for (int i = (int)workers.size() + 1; i < wanted; i++) workers.emplace_back([this, e = epoch.load()] { loop(e); });
+    void run(long count, const std::function<void(long)>& each, int threads) {
+        task = &each;
+        n = count;
+        next.store(0, std::memory_order_relaxed);
+        if (count == 1 || threads == 1) {
+            work();
+        } else {
+            for (int i = (int)workers.size() + 1; i < threads; i++)
+                workers.emplace_back([this, now = region.load() & NUMBER] { loop(now); });
+            const uint64_t number = (region.load(std::memory_order_relaxed) & NUMBER) + STEP;
+            region.store(number | OPEN, std::memory_order_seq_cst);
+            // The mutex is taken only if a worker sleeps: one that is about to holds it, and looks at the region once more.
+            if (asleep.load(std::memory_order_seq_cst)) {
+                std::lock_guard<std::mutex> lock(mutex);
+                wake.notify_all();
+            }
+            work();
+            region.fetch_and(~OPEN, std::memory_order_acq_rel);
+            for (int spins = 1; region.load(std::memory_order_acquire) & INSIDE; spins++) {
+                relax();
+                if (spins % SPINS_BEFORE_YIELD == 0) sched_yield();
+            }
+        }
+        if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
     }
 
     void join() {
@@ -100,58 +155,63 @@ struct Pool {
         wake.notify_all();
         for (auto& worker : workers) worker.join();
         workers.clear();
-        stop = false;
     }
 };
 
-Pool* pool = new Pool;  // never destroyed: worker threads may outlive static destructors
-
-// A forked child has no worker threads, and its mutexes are in an unknown state: it gets a new pool.
-void forked() {
-    int wanted = pool->wanted;
-    pool = new Pool;
-    pool->wanted = wanted;
+Pool::Pool(int threads) : threads(threads), state(std::make_unique<State>()) {
+    if (threads < 1) throw std::invalid_argument("at least one thread");
+    if (threads > (int)State::INSIDE) throw std::invalid_argument("more threads than a pool can count");
 }
 
-const int registered = pthread_atfork(nullptr, nullptr, forked);
+Pool::~Pool() {
+    if (state->fork == forks.load()) state->join();
+    else state.release();  // the threads of another process cannot be joined, and their mutexes may be locked
+}
+
+Pool::State& Pool::here() {
+    if (state->fork != forks.load()) {
+        state.release();
+        state = std::make_unique<State>();
+    }
+    return *state;
+}
+
+namespace {
+
+thread_local Pool* current = nullptr;
+thread_local Pool::State* current_state = nullptr;
+
+Pool::State& state_of_scope() {
+    if (!current) throw std::logic_error("no thread pool here");
+    return *current_state;
+}
 
 }  // namespace
 
-void set_threads(int n) {
-    if (n < 1) throw std::invalid_argument("at least one thread");
-    std::lock_guard<std::recursive_mutex> region_lock(pool->region_mutex);
-    if (n - 1 < (int)pool->workers.size()) pool->join();
-    pool->wanted = n;
+PoolScope::PoolScope(Pool& pool) {
+    if (current) throw std::logic_error("a thread pool within another");
+    Pool::State& state = pool.here();
+    state.scope.lock();
+    current = &pool;
+    current_state = &state;
 }
 
-int threads() { return pool->wanted; }
+PoolScope::~PoolScope() {
+    current_state->scope.unlock();
+    current = nullptr;
+}
+
+int threads() {
+    state_of_scope();
+    return current->threads;
+}
 
 void parallel(long n, const std::function<void(long)>& task) {
-    if (n <= 0) return;
-    std::lock_guard<std::recursive_mutex> region_lock(pool->region_mutex);
-    Pool& p = *pool;
-    p.task = &task;
-    p.n = n;
-    p.next.store(0, std::memory_order_relaxed);
-    if (n == 1 || p.wanted == 1) return p.work();
-    p.start();
-    p.busy.store((int)p.workers.size(), std::memory_order_relaxed);
-    {
-        // The mutex is taken only if a worker sleeps: a worker about to sleep holds it, and first checks the epoch again.
-        p.epoch.fetch_add(1, std::memory_order_seq_cst);
-        if (p.asleep.load(std::memory_order_seq_cst)) {
-            std::lock_guard<std::mutex> lock(p.mutex);
-            p.wake.notify_all();
-        }
-    }
-    p.work();
-    while (p.busy.load(std::memory_order_acquire)) relax();
+    Pool::State& state = state_of_scope();
+    if (n > 0) state.run(n, task, current->threads);
 }
 
-PoolLock::PoolLock() { pool->region_mutex.lock(); }
-PoolLock::~PoolLock() { pool->region_mutex.unlock(); }
-
-void* scratch(int slot, size_t bytes) { return pool->buffers[slot].reserve(bytes); }
+void* scratch(int slot, size_t bytes) { return state_of_scope().buffers[slot].reserve(bytes); }
 
 void* thread_buffer(size_t bytes) {
     thread_local Buffer buffer;

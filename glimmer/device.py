@@ -5,7 +5,6 @@ torch_npu package. Not here: arithmetic.
 """
 
 import math
-import mmap
 import os
 import platform
 import resource
@@ -55,20 +54,16 @@ def resolve(name: str, index: int) -> torch.device:
     return torch.device(kind, index)
 
 
-def share_cores(device: torch.device, processes: int, asked: int | None = None) -> int:
+def share_cores(processes: int, asked: int | None = None) -> int:
     """Threads for this one of the `processes` that compute on this machine: what was asked for, or its part of the CPUs
-    that they may use (affinity, the control group's quota, OMP_NUM_THREADS where it is alone). torch is told at once.
-    """
+    that they may use (affinity, the control group's quota, OMP_NUM_THREADS where it is alone)."""
     threads = TORCH_THREADS if processes == 1 else len(os.sched_getaffinity(0)) // processes
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         threads = min(threads, math.ceil(int(quota) / int(period) / processes))
     except (OSError, ValueError):  # no control group, or "max"
         pass
-    threads = asked or max(1, threads)
-    if device.type == "cpu":
-        torch.set_num_threads(threads)
-    return threads
+    return asked or max(1, threads)
 
 
 def residual_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -103,20 +98,6 @@ def _cached(stat: Path) -> int:
 def default_cache(device: torch.device) -> int | None:
     """Bytes of KV cache when nobody says how many; None: all that is left. Others want a machine's RAM too."""
     return 4 << 30 if device.type == "cpu" else None
-
-
-def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """torch.zeros, but on a CPU memory is taken from the system page by page when it is first used.
-
-    torch.zeros would write over gigabytes at every start. Pages are large ones where the system has them: a prompt's
-    first tokens wait for each page that they are the first to use.
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def synchronize(device: torch.device) -> None:

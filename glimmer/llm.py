@@ -190,13 +190,13 @@ class LLM:
         return devices.peak_memory(self._runner.device)
 
     def limits(self) -> dict[str, float] | None:
-        """What this machine can do at best, measured now: see Ops.limits."""
-        return self._runner.ops.limits()
+        """What this machine can do at best, measured now: see Backend.limits."""
+        return self._runner.backend.limits()
 
     @property
     def kernels(self) -> str | None:
-        """The instruction set of the CPU kernels, or None: see Ops.kernels."""
-        return self._runner.ops.kernels
+        """The instruction set of the CPU kernels, or None: see Backend.kernels."""
+        return self._runner.backend.kernels
 
     def profile(self) -> Profile:
         """`with llm.profile() as profile:` where the time of the steps in between goes: see engine/profile.py."""

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from glimmer import backends
 from glimmer import device as devices
+from glimmer.backends import selection
+from glimmer.backends.base import KVCacheSpec
 from glimmer.batch import Batch
 from glimmer.checkpoint.files import Checkpoint
 from glimmer.config import ModelConfig
-from glimmer.model.cache import Cache
 from glimmer.model.glm4_moe import Glm4Moe
 from glimmer.model.load import WeightLoader
 from glimmer.parallel import Group
@@ -59,7 +59,7 @@ class Reader:
         config = ModelConfig.load(directory)
         self.device = device
         with Checkpoint(directory) as checkpoint, torch.inference_mode():
-            ops = backends.choose(device.type)
+            ops = selection.choose(device, devices.share_cores(1))
             asked = False, quantization, group_size
             loader = WeightLoader(config, checkpoint, Group(), torch.bfloat16, *asked, packed_bytes=ops.packed_bytes)
             residual = devices.residual_dtype(device, torch.bfloat16)
@@ -67,18 +67,16 @@ class Reader:
             loader.fill(self.model, device)
         self.nbytes = loader.nbytes
         heads, layers = config.num_key_value_heads, config.num_hidden_layers
-        blocks = -(-LONGEST // BLOCK)
-        self.cache = Cache(layers, blocks, BLOCK, heads, config.head_dim, kept, device)
-        self.blocks = torch.arange(blocks, device=device)[None]
+        self.blocks = list(range(-(-LONGEST // BLOCK)))
+        self.kv = ops.allocate_kv(KVCacheSpec(layers, BLOCK, heads, config.head_dim, kept), len(self.blocks))
 
     @torch.inference_mode()
     def logprobs(self, ids: list[int], first: int) -> Tensor:
         """(len(ids) - first, V) float32: what it expects at each place from `first` on."""
-        places = torch.arange(len(ids), device=self.device)
-        rows = places[first - 1 : -1]
-        tokens = torch.tensor(ids, device=self.device)
-        batch = Batch(tokens, places, places, self.blocks, rows, (0, len(ids)), (len(ids),))
-        return self.model.logits(self.model(batch, self.cache)[rows]).float().log_softmax(-1).cpu()
+        places = range(len(ids))
+        batch = Batch.of(ids, places, places, [self.blocks], places[first - 1 : -1], [len(ids)], [len(ids)])
+        batch = self.model.backend.prepare(batch)
+        return self.model.logits(self.model(batch, self.kv)[batch.logits_indices]).float().log_softmax(-1).cpu()
 
 
 def held_out(tokenizer: Tokenizer, seed: int) -> list[tuple[list[int], int]]:

@@ -1,4 +1,4 @@
-"""A program that prints, as one JSON line, what this machine can do at best: see Ops.limits.
+"""A program that prints, as one JSON line, what this machine can do at best: see Backend.limits.
 
 usage: limits.py EXTENSION ISA THREADS. It needs nothing but the extension's own file, so that it is ready in a moment.
 """
@@ -16,9 +16,9 @@ def main() -> None:
     native = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(native)
     native.select(sys.argv[2])
-    native.set_threads(int(sys.argv[3]))
-    arithmetic = {kind: native.arithmetic(kind) for kind in ("bfloat16", "int8")}
-    print(json.dumps({"read": native.read_bandwidth(BYTES), **arithmetic}))
+    pool = native.Pool(int(sys.argv[3]))
+    arithmetic = {kind: native.arithmetic(pool, kind) for kind in ("bfloat16", "int8")}
+    print(json.dumps({"read": native.read_bandwidth(pool, BYTES), **arithmetic}))
 
 
 if __name__ == "__main__":

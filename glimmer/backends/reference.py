@@ -1,47 +1,218 @@
 """Every op in plain torch: the definition that faster backends must agree with. Runs wherever torch does.
 
-Norms, softmax, routing and every sum are float32 inside; results are rounded once, on the way out. A packed matrix here
-is a Weight on its device; a packed set of experts is a list of them. Quantised weights stay as small as they are: they
-are widened at each use, which is slow. Contracts and shapes: the table in backends/__init__.py.
+Norms, softmax, routing and every sum are float32 inside; results are rounded once, on the way out. Packed matrices are
+Weights on their device. Quantised weights stay as small as they are: they are widened to float32 at each use, which is
+slow. Contracts and shapes: base.py.
 """
 
+import math
+import mmap
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glimmer.backends import RouteRule
+from glimmer.backends.base import Backend, ExpertSet, KVCache, KVCacheSpec, Packed, RouteRule
 from glimmer.batch import Batch
-from glimmer.weight import Weight
+from glimmer.weight import ExpertWeights, Kind, Weight
 
 FP8_MAX = 448.0  # the largest float8_e4m3fn
 WIDENED_ROWS = 1024  # rows of a bf16 matrix that are widened to float32 at once
 EXACT = 1024  # so many products of numbers up to 127 add up exactly in float32: 1024 * 127 * 127 < 2**24
-record = None
 SCALE = torch.float32.itemsize  # bytes behind the codes of a key or a value in an int8 cache
 QUERY_ROWS = 512  # query rows of one attention call that needs a mask, so that the mask stays small
 
 
-def embed(tokens: Tensor, table: Tensor, first: int) -> Tensor:
-    """Rows of the table; this rank holds ids first..first+len(table), the others' rows are zero until summed."""
-    local = tokens - first
-    mine = (local >= 0) & (local < len(table))
-    return F.embedding(local.where(mine, 0), table).masked_fill_(~mine[:, None], 0)
+@dataclass(frozen=True)
+class PackedWeights:
+    """Matrices of one shape and kind, as Weights."""
+
+    weights: Sequence[Weight]
+
+    @property
+    def count(self) -> int:
+        """Matrices."""
+        return len(self.weights)
+
+    @property
+    def n(self) -> int:
+        """Rows of each: outputs."""
+        return self.weights[0].shape[0]
+
+    @property
+    def k(self) -> int:
+        """Columns of each: inputs."""
+        return self.weights[0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all."""
+        return sum(weight.nbytes for weight in self.weights)
+
+    @property
+    def kind(self) -> str:
+        """How their values are kept."""
+        return self.weights[0].kind
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) * weight, in float32."""
-    x = x.float()
-    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return (x * weight).to(weight.dtype)
+class Reference(Backend):
+    """Complete; every other backend begins with it and overrides what it does better."""
+
+    name = "reference"
+
+    def embed(self, tokens: Tensor, table: Tensor, first: int) -> Tensor:
+        local = tokens - first
+        mine = (local >= 0) & (local < len(table))
+        return F.embedding(local.where(mine, 0), table).masked_fill_(~mine[:, None], 0)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x = x.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        return (x * weight).to(weight.dtype)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        residual = (residual + x).to(residual.dtype)
+        return Reference.rms_norm(self, residual, weight, eps), residual
+
+    def add_(self, y: Tensor, x: Tensor) -> None:
+        y.add_(x)
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate.float()).mul_(up).to(x.dtype)
+
+    def rope_(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+        half = cos.shape[-1]
+        cos, sin = cos[:, None], sin[:, None]  # (T, 1, R/2): one angle for all heads
+        for x in (q, k):
+            a, b = x[..., :half].float(), x[..., half : 2 * half].float()
+            rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+            x[..., : 2 * half] = rotated
+
+    def linear(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+        """For a quantised weight, x is quantised first, and both sides' codes are multiplied exactly."""
+        assert isinstance(weight, PackedWeights)
+        y = _linear(x, weight.weights[0])
+        return (y if bias is None else y + bias).to(x.dtype)
+
+    def route(self, logits: Tensor, bias: Tensor, rule: RouteRule) -> tuple[Tensor, Tensor]:
+        """Sigmoid scores; the correction bias takes part in choosing experts, never in weighing them."""
+        scores = logits.float().sigmoid()
+        choice = scores + bias
+        if rule.n_group > 1:
+            groups = choice.unflatten(-1, (rule.n_group, -1))  # (T, G, E/G)
+            best = groups.topk(2, -1).values.sum(-1).topk(rule.topk_group, -1).indices  # (T, topk_group)
+            kept = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(-1, best, True)
+            choice = groups.masked_fill(~kept[..., None], float("-inf")).flatten(-2)
+        ids = choice.topk(rule.top_k, -1).indices
+        scores = scores.gather(-1, ids)
+        if rule.norm_topk_prob:
+            scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+        return ids, scores * rule.routed_scaling_factor
+
+    def experts(self, x: Tensor, ids: Tensor, scores: Tensor, experts: ExpertSet) -> Tensor:
+        gate_up, down = experts.gate_up, experts.down
+        assert isinstance(gate_up, PackedWeights) and isinstance(down, PackedWeights)
+        top_k = ids.shape[1]
+        order = ids.flatten().argsort(stable=True)  # token-expert pairs, sorted by expert
+        found, counts = ids.flatten()[order].unique_consecutive(return_counts=True)
+        chosen, sizes = found.tolist(), counts.tolist()
+        y = x[order // top_k]  # (T*K, H)
+        each = [_linear(rows, gate_up.weights[e]).to(x.dtype) for e, rows in zip(chosen, y.split(sizes))]
+        y = Reference.swiglu(self, torch.cat(each))
+        y = torch.cat([_linear(rows, down.weights[e]).to(x.dtype) for e, rows in zip(chosen, y.split(sizes))])
+        y = y[order.argsort()].unflatten(0, (-1, top_k)).float()  # back in token order, (T, K, H)
+        return torch.bmm(scores[:, None], y).squeeze(1)  # (T, 1, K) @ (T, K, H)
+
+    def quantize(self, weight: Weight, kind: str, group: int | None) -> Weight:
+        return weight.quantize(kind, group)
+
+    def pack_linear(self, parts: Sequence[Weight], dtype: torch.dtype) -> Packed:
+        return PackedWeights((Weight.join(parts, dtype, self.device),))
+
+    def pack_experts(self, experts: Iterable[ExpertWeights], count: int, dtype: torch.dtype) -> ExpertSet:
+        pairs = [
+            (Weight.join(gate_up, dtype, self.device), Weight.join([down], dtype, self.device))
+            for gate_up, down in experts
+        ]
+        gate_up, down = zip(*pairs)
+        return ExpertSet(PackedWeights(gate_up), PackedWeights(down))
+
+    def pack_matrices(self, matrices: Iterable[Sequence[Weight]], count: int, dtype: torch.dtype) -> Packed:
+        return PackedWeights([Weight.join(parts, dtype, self.device) for parts in matrices])
+
+    def packed_bytes(self, weight: Weight) -> int:
+        return weight.nbytes
+
+    def allocate_kv(self, spec: KVCacheSpec, num_blocks: int) -> list[KVCache]:
+        # Zeros, not garbage: a kernel may read slots that no token has filled before it masks them.
+        shape = (2, num_blocks, spec.block_size, spec.num_kv_heads, _row_width(spec))
+        layers = (_zeros(shape, spec.dtype, self.device).unbind(0) for _ in range(spec.num_layers))
+        return [KVCache(keys, values, spec.head_dim) for keys, values in layers]
+
+    def kv_block_bytes(self, spec: KVCacheSpec) -> int:
+        return 2 * spec.num_layers * spec.block_size * spec.num_kv_heads * _row_width(spec) * spec.dtype.itemsize
+
+    def store_kv_(self, k: Tensor, v: Tensor, kv: KVCache, slot_mapping: Tensor) -> None:
+        if kv.quantized:
+            k, v = _encoded(k), _encoded(v)
+        kv.keys.flatten(0, 1)[slot_mapping] = k
+        kv.values.flatten(0, 1)[slot_mapping] = v
+
+    def attention(self, q: Tensor, kv: KVCache, batch: Batch, scale: float) -> Tensor:
+        """Keys and values of an int8 cache are codes * scale, and all is float32 then."""
+        h, g = q.shape[1], kv.num_kv_heads
+        out = torch.empty_like(q)
+        starts = batch.query_start_loc_cpu.tolist()
+        for s, length in enumerate(batch.seq_lens_cpu.tolist()):
+            first, last = starts[s], starts[s + 1]
+            table = batch.block_tables[s, : -(-length // kv.block_size)]
+            k, v = (x[table].flatten(0, 1)[:length] for x in (kv.keys, kv.values))
+            if kv.quantized:
+                k, v = _decoded(k), _decoded(v)
+            k, v = k.transpose(0, 1)[:, None], v.transpose(0, 1)[:, None]  # (g, 1, L, d)
+            rows = q[first:last].to(k.dtype).unflatten(1, (g, h // g)).permute(1, 2, 0, 3)  # (g, h/g, n, d)
+            out[first:last].unflatten(1, (g, h // g)).permute(1, 2, 0, 3).copy_(_attend(rows, k, v, scale))
+        return out.flatten(1)
+
+    def prepare(self, batch: Batch) -> Batch:
+        return batch.to(self.device)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The residual addition and the norm that follows it."""
-    residual = (residual + x).to(residual.dtype)
-    return rms_norm(residual, weight, eps), residual
+def _linear(x: Tensor, w: Weight) -> Tensor:
+    """x (T, in) @ W.T (T, out); in float32 or in x's dtype."""
+    match w.kind:
+        case Kind.FP8:
+            codes, scales = quantize_fp8(x)
+            wide = torch.float32 if x.dtype == torch.float32 else torch.bfloat16  # holds every e4m3 value exactly
+            return _matmul(codes.to(wide), w.codes.to(wide)).float() * scales * w.scales.T
+        case Kind.INT8:
+            return _linear_int8(x, w)
+        case Kind.INT4:
+            return _linear_int4(x, w)
+    return _matmul(x.float() if w.codes.dtype == torch.float32 else x, w.codes)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.zeros, but on a CPU memory is taken from the system page by page when it is first used.
+
+    torch.zeros would write over gigabytes at every start. Pages are large ones where the system has them: a prompt's
+    first tokens wait for each page that they are the first to use.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def _row_width(spec: KVCacheSpec) -> int:
+    """Elements of one head's key or value of one token."""
+    return spec.head_dim + SCALE if spec.dtype == torch.int8 else spec.head_dim
 
 
 @lru_cache
@@ -96,66 +267,13 @@ def _linear_int8(x: Tensor, w: Weight) -> Tensor:
 
 def _linear_int4(x: Tensor, w: Weight) -> Tensor:
     """For each group, dot(codes, nibbles - zero) * the row's scale there * the output's; summed in ascending order."""
-    nibbles, zeros = w.nibbles().split(w.group, 1), w.zero_points()
+    nibbles, zeros = w.nibbles().split(w.group_size, 1), w.zero_points()
     y = torch.zeros(len(x), w.shape[0], device=x.device)
-    for g, part in enumerate(x.split(w.group, 1)):
+    for g, part in enumerate(x.split(w.group_size, 1)):
         codes, scales = quantize_int8(part)
         values = nibbles[g].float() - zeros[:, g, None]
         y += _dot(codes, values) * scales * w.scales[:, g]
     return y
-
-
-def quantize(weight: Weight, kind: str, group: int | None) -> Weight:
-    """A plain or fp8 matrix as int8 or int4; see `Weight.quantize`."""
-    return weight.quantize(kind, group)
-
-
-def add_(y: Tensor, x: Tensor) -> None:
-    """y (T, H) += x."""
-    y.add_(x)
-
-
-def linear(x: Tensor, packed: Weight, bias: Tensor | None) -> Tensor:
-    """y = x @ W.T + bias, in x's dtype, in float32 where W is.
-
-    For a quantised W, x is quantised first, and both sides' codes are multiplied exactly."""
-    match packed.kind:
-        case "fp8":
-            codes, scales = quantize_fp8(x)
-            wide = torch.float32 if x.dtype == torch.float32 else torch.bfloat16  # holds every e4m3 value exactly
-            y = _matmul(codes.to(wide), packed.codes.to(wide)).float() * scales * packed.scales.T
-        case "int8":
-            y = _linear_int8(x, packed)
-        case "int4":
-            y = _linear_int4(x, packed)
-        case _:
-            x = x.float() if packed.codes.dtype == torch.float32 else x
-            y = _matmul(x, packed.codes)
-    return (y if bias is None else y + bias).to(x.dtype)
-
-
-def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) * up of rows that hold gate, then up."""
-    gate, up = x.chunk(2, -1)
-    return F.silu(gate.float()).mul_(up).to(x.dtype)
-
-
-def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Half-split rotary embedding (pairs i, i+R/2) of the first R dimensions; the rest of the head is left alone."""
-    half = cos.shape[-1]
-    cos, sin = cos[:, None], sin[:, None]  # (T, 1, R/2): one angle for all heads
-    for x in (q, k):
-        a, b = x[..., :half].float(), x[..., half : 2 * half].float()
-        rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-        x[..., : 2 * half] = rotated
-
-
-def store_kv_(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-    """Write each row's key and value into its slot of the cache; into one of int8 as codes and a scale a head."""
-    if keys.dtype == torch.int8:
-        k, v = _encoded(k), _encoded(v)
-    keys.flatten(0, 1)[slots] = k
-    values.flatten(0, 1)[slots] = v
 
 
 def _encoded(x: Tensor) -> Tensor:
@@ -167,25 +285,6 @@ def _encoded(x: Tensor) -> Tensor:
 def _decoded(x: Tensor) -> Tensor:
     """What _encoded made, as float32 (..., D)."""
     return x[..., :-SCALE] * x[..., -SCALE:].contiguous().view(torch.float32)
-
-
-def attention(q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float) -> Tensor:
-    """Causal attention of every row over its own sequence's blocks; query head i reads key head i // (h/g).
-
-    Keys and values of an int8 cache are codes * scale, and all is float32 then."""
-    h = q.shape[1]
-    block_size, g = keys.shape[1:3]
-    out = torch.empty_like(q)
-    for s, length in enumerate(batch.seq_lens):
-        first, last = batch.query_start_loc[s], batch.query_start_loc[s + 1]
-        table = batch.block_tables[s, : -(-length // block_size)]
-        k, v = (x[table].flatten(0, 1)[:length] for x in (keys, values))
-        if keys.dtype == torch.int8:
-            k, v = _decoded(k), _decoded(v)
-        k, v = k.transpose(0, 1)[:, None], v.transpose(0, 1)[:, None]  # (g, 1, L, d)
-        rows = q[first:last].to(k.dtype).unflatten(1, (g, h // g)).permute(1, 2, 0, 3)  # (g, h/g, n, d)
-        out[first:last].unflatten(1, (g, h // g)).permute(1, 2, 0, 3).copy_(_attend(rows, k, v, scale))
-    return out.flatten(1)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -206,48 +305,3 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         part = F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, :seen], v[:, :, :seen], attn_mask=mask, scale=scale)
         parts.append(part)
     return torch.cat(parts, 2)
-
-
-def route(logits: Tensor, bias: Tensor, rule: RouteRule) -> tuple[Tensor, Tensor]:
-    """Sigmoid scores; the correction bias takes part in choosing experts, never in weighing them."""
-    scores = logits.float().sigmoid()
-    choice = scores + bias
-    if rule.n_group > 1:
-        groups = choice.unflatten(-1, (rule.n_group, -1))  # (T, G, E/G)
-        best = groups.topk(2, -1).values.sum(-1).topk(rule.topk_group, -1).indices  # (T, topk_group)
-        kept = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(-1, best, True)
-        choice = groups.masked_fill(~kept[..., None], float("-inf")).flatten(-2)
-    ids = choice.topk(rule.top_k, -1).indices
-    scores = scores.gather(-1, ids)
-    if rule.norm_topk_prob:
-        scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
-    return ids, scores * rule.routed_scaling_factor
-
-
-def experts(x: Tensor, ids: Tensor, scores: Tensor, gate_up: Sequence[Weight], down: Sequence[Weight]) -> Tensor:
-    """sum over k of scores[:, k] * down(swiglu(gate_up(x))) of expert ids[:, k]."""
-    top_k = ids.shape[1]
-    order = ids.flatten().argsort(stable=True)  # token-expert pairs, sorted by expert
-    found, counts = ids.flatten()[order].unique_consecutive(return_counts=True)
-    found, counts = found.tolist(), counts.tolist()
-    y = x[order // top_k]  # (T*K, H)
-    y = swiglu(torch.cat([linear(rows, gate_up[e], None) for e, rows in zip(found, y.split(counts))]))
-    y = torch.cat([linear(rows, down[e], None) for e, rows in zip(found, y.split(counts))])
-    y = y[order.argsort()].unflatten(0, (-1, top_k)).float()  # back in token order, (T, K, H)
-    return torch.bmm(scores[:, None], y).squeeze(1)  # (T, 1, K) @ (T, K, H)
-
-
-def packed_bytes(weight: Weight, bfloat16_scales: bool) -> int:
-    return weight.nbytes
-
-
-def pack_linear(parts: Sequence[Weight], dtype: torch.dtype, device: torch.device) -> Weight:
-    """One Weight holding the rows of all parts."""
-    return Weight.join(parts, dtype, device)
-
-
-def pack_experts(
-    experts: Iterable[Sequence[Weight]], count: int, dtype: torch.dtype, device: torch.device
-) -> list[Weight]:
-    """A list: expert e's matrix at index e."""
-    return [Weight.join(parts, dtype, device) for parts in experts]

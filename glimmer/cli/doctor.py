@@ -9,10 +9,10 @@ from glimmer.cli.lazy import lazy
 from glimmer.cli.options import ENGINE, Command, pick
 
 if TYPE_CHECKING:
-    from glimmer import backends
     from glimmer import device as devices
+    from glimmer.backends import selection
 else:
-    backends, devices = lazy("glimmer.backends"), lazy("glimmer.device")
+    selection, devices = lazy("glimmer.backends.selection"), lazy("glimmer.device")
 
 LIBRARIES = ("torch", "tokenizers", "safetensors", "jinja2", "omegaconf", "torch-npu")
 
@@ -29,8 +29,8 @@ def main(argv: list[str]) -> int:
     if COMMAND.asks_for_help(argv):
         return 0
     device = devices.resolve(COMMAND.read(argv).take("device", "auto"), 0)
-    kind, threads = device.type, devices.share_cores(device, 1)
-    ops = backends.choose(kind, threads)
+    kind, threads = device.type, devices.share_cores(1)
+    ops = selection.choose(device, threads)
     rows = [
         ("glimmer", f"{__version__} on Python {platform.python_version()}, {platform.system()} {platform.machine()}"),
         *devices.describe(),

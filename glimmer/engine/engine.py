@@ -5,6 +5,7 @@ Token ids only: text, stop strings and prompts as strings belong to llm.py. One 
 """
 
 import logging
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -36,6 +37,9 @@ class StepRunner(Protocol):
     @property
     def kv_cache_config(self) -> CacheSize: ...
 
+    def running(self) -> AbstractContextManager[None]:
+        """The time in which steps are computed: torch's threads are those that the backend wants."""
+
     def batch(self, step: Step) -> Batch:
         """The step as tensors."""
 
@@ -52,6 +56,19 @@ class Drafter(Protocol):
         hidden: (T, H), the hidden states of the step's rows. Called after each step, before update() appends the
         outputs' tokens to the sequences. On several ranks, every rank must propose the same.
         """
+
+
+class Clock:
+    """Told when a step begins, when a part of it is over, and when it ends; profile.py has one that measures."""
+
+    def begin(self) -> None:
+        """A step begins."""
+
+    def lap(self, part: str) -> None:
+        """What has been done since the last call was `part`."""
+
+    def end(self) -> None:
+        """A step is over."""
 
 
 class Engine:
@@ -71,6 +88,7 @@ class Engine:
         blocks = Blocks(runner.kv_cache_config.num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(blocks, config.max_num_batched_tokens, config.max_num_seqs)
         self.sampler = Sampler(sampling_vocab_size)
+        self.clock = Clock()
 
     @property
     def busy(self) -> bool:
@@ -117,21 +135,30 @@ class Engine:
         What fails in the step ends the step's own sequences, with the reason. EngineError where other ranks take part:
         how far they have come is not known.
         """
+        clock = self.clock
+        clock.begin()
         step = self.scheduler.schedule()  # who computes which tokens
         if not step.chunks:
             return []
         try:
             batch = self.runner.batch(step)  # the same, as tensors
+            clock.lap("scheduler, batch")
             hidden, logits = self.runner.forward(batch)  # the model
-            outputs = self._agree(self._sample(logits, step))  # a list of tokens for each sequence that is up to date
+            clock.lap("model")
+            sampled = self._agree(self._sample(logits, step))  # a list of tokens for each sequence that is up to date
+            clock.lap("sampler")
             if self.drafter is not None:
-                self.drafter.propose(hidden, outputs, step)  # what may follow them
+                self.drafter.propose(hidden, sampled, step)  # what may follow them
+                clock.lap("drafter")
         except Exception as error:
             log.debug("a step failed", exc_info=error)
             if self.group.size > 1:
                 raise
-            outputs = [SamplerOutput(problem=failure("a step", error)) for _ in step.chunks]
-        return self.scheduler.update(step, outputs)  # blocks, stops, outputs
+            sampled = [SamplerOutput(problem=failure("a step", error)) for _ in step.chunks]
+        outputs = self.scheduler.update(step, sampled)  # blocks, stops, outputs
+        clock.lap("scheduler, batch")
+        clock.end()
+        return outputs
 
     def _sample(self, logits: Tensor | None, step: Step) -> list[SamplerOutput]:
         """What rank 0 samples; nothing on other ranks."""

@@ -195,7 +195,9 @@ class Loop:
             return False
         self._feed()
         if self.engine.busy:
-            self._deliver(self.engine.step())
+            with self.engine.runner.running():
+                outputs = self.engine.step()
+            self._deliver(outputs)
         return True
 
     def _attend(self) -> bool:

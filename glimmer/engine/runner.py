@@ -6,14 +6,15 @@ Not here: which tokens to compute (scheduler.py), what to do with logits (sample
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from glimmer import backends
 from glimmer import device as devices
+from glimmer.backends import selection
+from glimmer.backends.base import Backend, KVCacheSpec
 from glimmer.batch import Batch
 from glimmer.checkpoint import formats
 from glimmer.checkpoint.files import Checkpoint
@@ -21,7 +22,6 @@ from glimmer.config import EngineConfig, ModelConfig
 from glimmer.engine.capture import StepCapture
 from glimmer.engine.sequence import Step
 from glimmer.errors import ConfigError, NotEnoughMemory
-from glimmer.model.cache import Cache, block_bytes
 from glimmer.model.glm4_moe import Glm4Moe
 from glimmer.model.load import WeightLoader
 from glimmer.model.names import check_tensor_parallel
@@ -50,22 +50,27 @@ class Runner:
         on_load: Callable[[int, int], None] | None = None,
     ):
         check_tensor_parallel(model_config, group.size)
-        self.device = device
+        self.device, self.block_size = device, config.block_size
         dtype = resolve_dtype(config.dtype, model_config.dtype)
         formats.check(model_config.quantization_config)  # first: another format's files may not even open
-        self.ops = ops = backends.choose(device.type, devices.share_cores(device, group.local_size, config.threads))
-        log.info("operations: %s", _served(ops.table()))
+        spec = KVCacheSpec(
+            num_layers=model_config.num_hidden_layers,
+            block_size=config.block_size,
+            num_kv_heads=model_config.key_value_heads(group.size),
+            head_dim=model_config.head_dim,
+            dtype=torch.int8 if config.kv_cache_dtype == "int8" else dtype,
+        )
+        threads = devices.share_cores(group.local_size, config.threads)
+        self.backend = selection.choose(device, threads, spec)
+        log.info("operations: %s", _served(self.backend.table()))
         with Checkpoint(config.model) as checkpoint:
             loader = WeightLoader(
                 model_config, checkpoint, group, dtype, quantization=config.quantization, group_size=config.group_size,
-                packed_bytes=ops.packed_bytes,
+                packed_bytes=self.backend.packed_bytes,
             )  # fmt: skip
-            kv_cache_dtype = torch.int8 if config.kv_cache_dtype == "int8" else dtype
-            self.kv_cache_config = make_kv_cache_config(
-                config, model_config, group, device, kv_cache_dtype, loader.nbytes
-            )
+            self.kv_cache_config = make_kv_cache_config(config, model_config, group, self.backend, spec, loader.nbytes)
             residual = devices.residual_dtype(device, dtype)
-            self.model = Glm4Moe(model_config, group, ops, residual, loader.mtp).eval()
+            self.model = Glm4Moe(model_config, group, self.backend, residual, loader.mtp).eval()
             done = 0
 
             def progress(nbytes: int) -> None:
@@ -76,26 +81,23 @@ class Runner:
 
             with torch.inference_mode():
                 loader.fill(self.model, device, progress)
-        if ops.own_threads:
-            torch.set_num_threads(1)  # what is left to torch is too small to be shared
         if on_load is not None:
             on_load(loader.nbytes, loader.nbytes)
-        self.cache = Cache(
-            model_config.num_hidden_layers,
-            self.kv_cache_config.num_blocks,
-            config.block_size,
-            model_config.key_value_heads(group.size),
-            model_config.head_dim,
-            kv_cache_dtype,
-            device,
-        )
+        self.kv = self.backend.allocate_kv(spec, self.kv_cache_config.num_blocks)
+        self.capture = StepCapture(self.model, self.kv, -(-self.kv_cache_config.max_model_len // config.block_size))
 
-        self.graphs = StepCapture(self.model, self.cache, -(-self.kv_cache_config.max_model_len // config.block_size))
+    def running(self) -> AbstractContextManager[None]:
+        """See Backend.running."""
+        return self.backend.running()
 
     def batch(self, step: Step) -> Batch:
-        """The step as tensors on the device."""
-        size = self.cache.block_size
-        tokens, positions, slots, rows, row = [], [], [], [], 0
+        """The step as tensors, in the host's memory."""
+        size = self.block_size
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        rows: list[int] = []
+        row = 0
         for chunk in step.chunks:
             blocks, span = chunk.sequence.blocks, range(chunk.start, chunk.start + chunk.n)
             tokens += chunk.token_ids
@@ -103,24 +105,24 @@ class Runner:
             slots += [blocks[p // size] * size + p % size for p in span]
             row += chunk.n
             rows += range(row - chunk.rows, row)
-        widest = max(len(chunk.sequence.blocks) for chunk in step.chunks)
-        table = [chunk.sequence.blocks + [0] * (widest - len(chunk.sequence.blocks)) for chunk in step.chunks]
-        tensor = lambda values: torch.tensor(values, dtype=torch.int64, device=self.device)
-        return Batch(
-            tokens=tensor(tokens),
-            positions=tensor(positions),
-            slot_mapping=tensor(slots),
-            block_tables=tensor(table),
-            logits_indices=tensor(rows),
-            query_start_loc=tuple(accumulate((chunk.n for chunk in step.chunks), initial=0)),
-            seq_lens=tuple(chunk.start + chunk.n for chunk in step.chunks),
+        return Batch.of(
+            tokens=tokens,
+            positions=positions,
+            slot_mapping=slots,
+            block_tables=[chunk.sequence.blocks for chunk in step.chunks],
+            logits_indices=rows,
+            query_lens=[chunk.n for chunk in step.chunks],
+            seq_lens=[chunk.start + chunk.n for chunk in step.chunks],
         )
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Hidden states (T, H) of all rows, and logits (R, V) float32 of those that the batch wants; None if none."""
+        """The hidden states (T, H) of all rows, and the logits (R, V) float32 of the rows that the batch wants, or None
+        if it wants none. Both are valid until the next call."""
+        batch = self.backend.prepare(batch)
         try:
-            hidden = self.graphs(batch) if self.graphs.serves(batch) else self.model(batch, self.cache)
+            captured = self.capture.serves(batch)
+            hidden = self.capture.forward(batch) if captured else self.model(batch, self.kv)
             return hidden, self.model.logits(hidden[batch.logits_indices]) if len(batch.logits_indices) else None
         except torch.OutOfMemoryError as error:
             raise NotEnoughMemory(
@@ -147,12 +149,7 @@ def resolve_dtype(asked: str, stored: str) -> torch.dtype:
 
 
 def make_kv_cache_config(
-    config: EngineConfig,
-    model: ModelConfig,
-    group: Group,
-    device: torch.device,
-    kv_cache_dtype: torch.dtype,
-    weights: int,
+    config: EngineConfig, model: ModelConfig, group: Group, backend: Backend, spec: KVCacheSpec, weights: int
 ) -> KVCacheConfig:
     """Divide the free memory: weights (bytes of this rank), a step's activations, blocks of the cache.
 
@@ -165,14 +162,14 @@ def make_kv_cache_config(
             f"at most max_position_embeddings={longest}: the model knows no position beyond",
             f"set max_model_len to {longest} or less, or leave it out",
         )
+    device = backend.device
     free = group.all_reduce_min(devices.free_memory(device, group.local_size))  # all look before any of them takes some
     share, cap = int(free * config.gpu_memory_utilization), config.max_memory_bytes
     usable, limit = share, f"gpu_memory_utilization={config.gpu_memory_utilization}"
     if cap is not None and cap < share:
         usable, limit = cap, f"max_memory_bytes={cap}"
     activations = _activation_bytes(config, model)
-    heads = model.key_value_heads(group.size)
-    block = block_bytes(model.num_hidden_layers, config.block_size, heads, model.head_dim, kv_cache_dtype)
+    block = backend.kv_block_bytes(spec)
     blocks_for = lambda tokens: -(-tokens // config.block_size)
     least = blocks_for(config.max_model_len or config.block_size) * block
     cache = max(least, config.kv_cache_memory_bytes or 0)

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from glimmer.backends import quantizer
+from glimmer.backends.selection import host_quantizer
 from glimmer.checkpoint import formats
 from glimmer.checkpoint.files import Checkpoint
 from glimmer.config import ModelConfig
@@ -48,7 +48,7 @@ class WeightLoader:
         mtp: bool = False,
         quantization: str | None = None,
         group_size: int | None = None,
-        packed_bytes: Callable[[Weight, bool], int] = lambda weight, bfloat16_scales: weight.nbytes,
+        packed_bytes: Callable[[Weight], int] = lambda weight: weight.nbytes,
     ):
         formats.check(config.quantization_config)
         self.checkpoint, self.dtype, self._config, self._packed_bytes = checkpoint, dtype, config, packed_bytes
@@ -129,7 +129,8 @@ class WeightLoader:
 
     def fill(self, model: Glm4Moe, device: torch.device, progress: Callable[[int], None] = lambda nbytes: None) -> None:
         """Read our cuts into `model`. progress is told the bytes of nbytes that each group of matrices makes up."""
-        with _one_thread() as threads:
+        threads = model.backend.threads
+        with _one_thread():
             for spec in self.param_specs:
                 leaf, dtype = model.get_submodule(spec.leaf), torch.float32 if spec.keep_float32 else self.dtype
                 vectors = [formats.vector(self.checkpoint, name, cut) for name, _, cut in spec.vectors]
@@ -178,7 +179,7 @@ class WeightLoader:
         """
         quantised = spec.groups and self._target(spec, spec.groups[0][0])[0] not in ("plain", "fp8")
         width = threads if quantised else 1
-        quantize = quantizer(threads) if self._quantises(spec) else Weight.quantize
+        quantize = host_quantizer(threads) if self._quantises(spec) else Weight.quantize
         with ThreadPoolExecutor(width, initializer=lambda: torch.set_num_threads(1)) as workers:
             work = map if width == 1 or len(spec.groups) == 1 else workers.map
             for i in range(0, len(spec.groups), width):
@@ -226,17 +227,16 @@ class WeightLoader:
     def _nbytes(self, spec: names.ParamSpec, shard: names.Shard) -> int:
         """Bytes of our cut once loaded."""
         outline = self._outline(spec, shard, torch.float32 if spec.keep_float32 else self.dtype)
-        bfloat16_scales = True  # ours are
-        if outline.kind == "int4" and not self._quantises(spec):
-            _, scales, *_ = formats.stored(self.checkpoint, shard.name).tensors
-            bfloat16_scales = self.checkpoint.dtype(scales) == torch.bfloat16
-        return self._packed_bytes(outline, bfloat16_scales)
+        return self._packed_bytes(outline)
 
     def _outline(self, spec: names.ParamSpec, shard: names.Shard, dtype: torch.dtype) -> Weight:
         """The Weight that a shard becomes, without values; dtype: if they are plain."""
         zeros = self._quantises(spec) or formats.stored(self.checkpoint, shard.name).zeros
         kind, group = self._target(spec, shard)
-        return Weight.empty(kind, shard.local_shape, group, zeros, dtype)
+        scales_dtype = torch.bfloat16  # ours
+        if kind == "int4" and not self._quantises(spec):
+            scales_dtype = self.checkpoint.dtype(formats.stored(self.checkpoint, shard.name).tensors[1])
+        return Weight.empty(kind, shard.local_shape, group, zeros, dtype, scales_dtype=scales_dtype)
 
 
 @contextmanager

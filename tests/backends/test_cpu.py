@@ -2,15 +2,18 @@
 same bits whatever is beside it, and what is broken stays where it is. Whether results are right: test_ops.py.
 """
 
+import os
 import threading
+import time
+import warnings
 
 import pytest
 import torch
 from torch import Tensor
 
-from glimmer.backends import RouteRule, reference
+from glimmer.backends.base import KVCache, KVCacheSpec, RouteRule
 from glimmer.batch import Batch
-from glimmer.weight import Weight
+from glimmer.weight import ExpertWeights, Weight
 
 cpu = pytest.importorskip("glimmer.backends.cpu", reason="the extension is not built")
 _native = cpu._native
@@ -37,11 +40,19 @@ def noise():
 
 
 @pytest.fixture
-def threads():
-    """threads(n): so many until the test is over."""
-    before = _native.threads()
-    yield cpu.set_threads
-    cpu.set_threads(before)
+def ops() -> cpu.Cpu:
+    """A backend whose results nothing else has touched."""
+    return cpu.Cpu(CPU, 2)
+
+
+@pytest.fixture
+def threads(ops):
+    """threads(n): ops computes with so many from now on."""
+
+    def change(n: int) -> None:
+        ops._pool = _native.Pool(n)
+
+    return change
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -58,15 +69,24 @@ class Sequences:
     queries[s]."""
 
     def __init__(
-        self, noise, dtype: torch.dtype, codes: bool, lengths: list[int], heads: tuple[int, int], width: int, size=16
+        self,
+        ops: cpu.Cpu,
+        noise,
+        dtype: torch.dtype,
+        codes: bool,
+        lengths: list[int],
+        heads: tuple[int, int],
+        width: int,
+        size=16,
     ):
-        self.lengths, self.size, (h, g) = lengths, size, heads
+        self.ops, self.lengths, self.size, (h, g) = ops, lengths, size, heads
         needed = [-(-n // size) for n in lengths]
         order = torch.randperm(sum(needed), generator=torch.Generator().manual_seed(1)).tolist()
         self.blocks = [[order.pop() for _ in range(n)] for n in needed]
-        shape, kept = (sum(needed), size, g), torch.int8 if codes else dtype
-        last, fill = (width + reference.SCALE, -1) if codes else (width, torch.nan)  # all bits set: a scale of NaN, too
-        self.cache = [torch.full((*shape, last), fill, dtype=kept) for _ in range(2)]
+        spec = KVCacheSpec(1, size, g, width, torch.int8 if codes else dtype)
+        self.cache = ops.allocate_kv(spec, sum(needed))[0]
+        for each in (self.cache.keys, self.cache.values):
+            each.fill_(-1 if codes else torch.nan)  # all bits set: a scale of NaN, too
         self.queries = [noise(n, h, width, dtype=dtype) for n in lengths]
         self.kv = [noise(2, n, g, width, dtype=dtype) for n in lengths]
         for s, (k, v) in enumerate(self.kv):
@@ -74,20 +94,15 @@ class Sequences:
 
     def store(self, s: int, k: Tensor, v: Tensor) -> None:
         slots = [self.blocks[s][p // self.size] * self.size + p % self.size for p in range(len(k))]
-        cpu.store_kv_(k, v, *self.cache, torch.tensor(slots))
+        self.ops.store_kv_(k, v, self.cache, torch.tensor(slots))
 
     def attend(self, *chunks: tuple[int, int, int]) -> list[Tensor]:
         """One call for chunks (sequence, first position, last + 1): the rows of each."""
-        widest = max(map(len, self.blocks))
-        table = torch.tensor([self.blocks[s] + [0] * (widest - len(self.blocks[s])) for s, _, _ in chunks])
-        starts = [0]
-        for _, a, b in chunks:
-            starts.append(starts[-1] + b - a)
-        nothing = torch.zeros(0, dtype=torch.int64)
-        lengths = tuple(b for _, _, b in chunks)
-        batch = Batch(nothing, nothing, nothing, table, nothing, tuple(starts), lengths)
+        counts = [b - a for _, a, b in chunks]
+        rows, tables = [0] * sum(counts), [self.blocks[s] for s, _, _ in chunks]
+        batch = Batch.of(rows, rows, rows, tables, [], counts, [b for _, _, b in chunks])
         q = torch.cat([self.queries[s][a:b] for s, a, b in chunks])
-        return list(cpu.attention(q, *self.cache, batch, q.shape[2] ** -0.5).split([b - a for _, a, b in chunks]))
+        return list(self.ops.attention(q, self.cache, batch, q.shape[2] ** -0.5).split(counts))
 
 
 @pytest.fixture(params=[False, True], ids=["", "int8 cache"])
@@ -96,9 +111,11 @@ def codes(request) -> bool:
 
 
 @pytest.mark.parametrize("heads, width", [((24, 2), 128), ((96, 8), 64), ((3, 1), 16), ((4, 4), 44)], ids=str)
-def test_a_row_of_attention_is_the_same_alone_in_a_batch_and_in_a_chunk(heads, width, dtype, codes, noise, threads):
+def test_a_row_of_attention_is_the_same_alone_in_a_batch_and_in_a_chunk(
+    heads, width, dtype, codes, ops, noise, threads
+):
     lengths = [1, 2, 15, 16, 17, 31, 33, 64, 127, 128, 129, 150, 200, 255, 257, 300] * 2
-    some = Sequences(noise, dtype, codes, lengths, heads, width)
+    some = Sequences(ops, noise, dtype, codes, lengths, heads, width)
     threads(2)
     whole = some.attend(*((s, 0, n) for s, n in enumerate(lengths)))
     threads(1)
@@ -111,9 +128,9 @@ def test_a_row_of_attention_is_the_same_alone_in_a_batch_and_in_a_chunk(heads, w
             assert same(some.attend((s, p, p + 1))[0], whole[s][p : p + 1])
 
 
-def test_a_row_of_attention_over_many_keys_is_the_same_however_they_are_divided(dtype, codes, noise, threads):
+def test_a_row_of_attention_over_many_keys_is_the_same_however_they_are_divided(dtype, codes, ops, noise, threads):
     """Alone, its splits are tasks of their own; beside others, one thread does them all."""
-    some = Sequences(noise, dtype, codes, [5000, 2100, 2049, 2048], (6, 2), 64)
+    some = Sequences(ops, noise, dtype, codes, [5000, 2100, 2049, 2048], (6, 2), 64)
     last = [(s, n - 1, n) for s, n in enumerate(some.lengths)]
     found = []
     for n in (1, 2, 3):
@@ -126,8 +143,8 @@ def test_a_row_of_attention_over_many_keys_is_the_same_however_they_are_divided(
         assert all(same(a, b) for a, b in zip(rows, found[0]))
 
 
-def test_what_is_broken_in_one_sequence_stays_there(dtype, codes, noise):
-    some = Sequences(noise, dtype, codes, [40, 150, 33], (4, 2), 32)
+def test_what_is_broken_in_one_sequence_stays_there(dtype, codes, ops, noise):
+    some = Sequences(ops, noise, dtype, codes, [40, 150, 33], (4, 2), 32)
     before = some.attend((0, 0, 40), (1, 0, 150), (2, 0, 33))
     some.queries[0][7, 3, 0] = torch.nan
     after = some.attend((0, 0, 40), (1, 0, 150), (2, 0, 33))
@@ -157,9 +174,11 @@ def test_what_is_broken_in_one_sequence_stays_there(dtype, codes, noise):
         assert same(after[100:, 4:32], before[1][100:, 4:32])
 
 
-def test_attention_over_blocks_of_any_size(dtype, codes, noise):
+def test_attention_over_blocks_of_any_size(dtype, codes, ops, noise):
     """Sizes that are no multiple of a strip are the reference's. All of them agree."""
-    found = [Sequences(noise, dtype, codes, [100], (4, 2), 32, size) for size in (16, 48, 7)]
+    any_block = cpu.CpuAnyBlock(CPU, 2)
+    served = [(ops, 16), (ops, 48), (any_block, 7)]
+    found = [Sequences(who, noise, dtype, codes, [100], (4, 2), 32, size) for who, size in served]
     for other in found[1:]:
         other.queries = found[0].queries
         other.store(0, *found[0].kv[0])
@@ -171,7 +190,7 @@ def test_attention_over_blocks_of_any_size(dtype, codes, noise):
 # ---- the others ----------------------------------------------------------------------------------------------------
 
 
-def row_ops(noise, dtype: torch.dtype) -> dict:
+def row_ops(ops: cpu.Cpu, noise, dtype: torch.dtype) -> dict:
     """name -> op(x (T, 512)) for every op that maps rows to rows."""
 
     def packed(kind: str, out: int, inner: int) -> Weight:
@@ -191,29 +210,30 @@ def row_ops(noise, dtype: torch.dtype) -> dict:
     weight, bias = noise(512, dtype=dtype), noise(64)
     residual = noise(1, 512)
     served = {
-        "rms_norm": lambda x: cpu.rms_norm(x, weight, 1e-5),
-        "rms_norm of heads": lambda x: cpu.rms_norm(x.view(len(x), 8, 64)[:, 1:6], weight[:64], 1e-5),
-        "add_rms_norm": lambda x: torch.cat(cpu.add_rms_norm(x, residual.expand(len(x), -1), weight, 1e-5), 1),
-        "swiglu": cpu.swiglu,
-        "route": lambda x: torch.cat(cpu.route(x[:, :64].float(), bias, rule), 1),
+        "rms_norm": lambda x: ops.rms_norm(x, weight, 1e-5),
+        "rms_norm of heads": lambda x: ops.rms_norm(x.view(len(x), 8, 64)[:, 1:6], weight[:64], 1e-5),
+        "add_rms_norm": lambda x: torch.cat(ops.add_rms_norm(x, residual.expand(len(x), -1), weight, 1e-5), 1),
+        "swiglu": ops.swiglu,
+        "route": lambda x: torch.cat(ops.route(x[:, :64].float(), bias, rule), 1),
     }
     for kind in ("plain", "fp8", "int8", "int4", "int4 with zeros"):
-        one = cpu.pack_linear([packed(kind, 100, 512)], dtype, CPU)
-        gate_up = cpu.pack_experts(([packed(kind, 96, 512), packed(kind, 96, 512)] for _ in range(8)), 8, dtype, CPU)
-        down = cpu.pack_experts(([packed(kind, 512, 96)] for _ in range(8)), 8, dtype, CPU)
-        served[f"linear {kind}"] = lambda x, one=one: cpu.linear(x, one, bias.new_ones(100))
+        one = ops.pack_linear([packed(kind, 100, 512)], dtype)
+        gate_up = [[packed(kind, 96, 512), packed(kind, 96, 512)] for _ in range(8)]
+        each = (ExpertWeights(pair, packed(kind, 512, 96)) for pair in gate_up)
+        experts = ops.pack_experts(each, 8, dtype)
+        served[f"linear {kind}"] = lambda x, one=one: ops.linear(x, one, bias.new_ones(100))
 
-        def mix(x: Tensor, gate_up=gate_up, down=down) -> Tensor:
+        def mix(x: Tensor, experts=experts) -> Tensor:
             ids = x[:, :8].float().argsort(1)[:, :3]
-            return cpu.experts(x, ids, x[:, :3].float(), gate_up, down)
+            return ops.experts(x, ids, x[:, :3].float(), experts)
 
         served[f"experts {kind}"] = mix
     return served
 
 
-def test_rows_are_the_same_alone_and_among_others(dtype, noise, threads):
+def test_rows_are_the_same_alone_and_among_others(ops, dtype, noise, threads):
     x = noise(300, 512, dtype=dtype)
-    for name, op in row_ops(noise, dtype).items():
+    for name, op in row_ops(ops, noise, dtype).items():
         threads(2)
         whole = op(x)
         threads(1)
@@ -221,152 +241,193 @@ def test_rows_are_the_same_alone_and_among_others(dtype, noise, threads):
             assert same(op(x[a:b]), whole[a:b]), f"{name}: rows {a}..{b}"
 
 
-def test_rows_of_a_wide_matrix_are_the_same_alone_and_among_others(dtype, noise):
+def test_rows_of_a_wide_matrix_are_the_same_alone_and_among_others(ops, dtype, noise):
     """Many rows of fp8 take a wide matrix in stretches."""
     x, codes = noise(40, 9000, dtype=dtype), (noise(70, 9000) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
-    packed = cpu.pack_linear([Weight("fp8", codes, noise(70, 1).abs())], dtype, CPU)
-    whole = cpu.linear(x, packed, None)
+    packed = ops.pack_linear([Weight("fp8", codes, noise(70, 1).abs())], dtype)
+    whole = ops.linear(x, packed, None)
     for a, b in ((0, 1), (39, 40), (5, 18)):
-        assert same(cpu.linear(x[a:b], packed, None), whole[a:b])
+        assert same(ops.linear(x[a:b], packed, None), whole[a:b])
 
 
 @pytest.mark.parametrize("inner", [512, 7, 333], ids=str)
-def test_float32_weights_that_bfloat16_holds_take_half_the_memory_and_give_the_same_bits(inner, dtype, noise):
+def test_float32_weights_that_bfloat16_holds_take_half_the_memory_and_give_the_same_bits(ops, inner, dtype, noise):
     codes, x = noise(100, inner).bfloat16(), noise(300, inner, dtype=dtype)
     x[:, 0] = torch.where(torch.arange(300) % 2 == 0, torch.nan, x[:, 0])  # what follows a row of odd width
-    half, whole = (cpu.pack_linear([Weight("plain", c)], torch.float32, CPU) for c in (codes, codes.float()))
-    assert same(cpu.linear(x, half, None), cpu.linear(x, whole, None)) and half.float32
+    half, whole = (ops.pack_linear([Weight("plain", c)], torch.float32) for c in (codes, codes.float()))
+    assert same(ops.linear(x, half, None), ops.linear(x, whole, None)) and half.float32
     assert inner < 512 or half.nbytes < 0.51 * whole.nbytes
 
 
 @pytest.mark.parametrize("inner, group", [(512, 32), (512, 128), (704, 704)], ids=str)
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
-def test_packed_bytes_are_those_of_what_is_packed(inner, group, stored, noise):
+def test_packed_bytes_are_those_of_what_is_packed(ops, inner, group, stored, noise):
     weight = Weight("plain", noise(96, inner)).quantize("int4", group)
     scales = (weight.scales * (1 if stored == torch.bfloat16 else 1 + 2**-10)).to(stored).float()
     int8 = Weight("plain", noise(96, inner)).quantize("int8")
-    for each in (Weight("int4", weight.codes, scales, weight.zeros, group), int8):
-        held = cpu.pack_linear([each], torch.bfloat16, CPU).nbytes
-        predicted = cpu.packed_bytes(each, stored == torch.bfloat16)
+    for each in (Weight("int4", weight.codes, scales, weight.zeros, group, stored), int8):
+        held = ops.pack_linear([each], torch.bfloat16).nbytes
+        predicted = ops.packed_bytes(each)
         assert 0 <= held - predicted <= 4096 + 64, "and a little room at the end"
 
 
-def test_memory_of_results_is_used_again_but_never_while_anyone_holds_it(monkeypatch):
-    monkeypatch.setattr(cpu, "_results", _native.BufferPool(8 << 20))  # in which no other test has left anything
+def test_memory_of_results_is_used_again_but_never_while_anyone_holds_it(ops):
+    ops._results = _native.BufferPool(8 << 20)
     shape = (1 << 10, 1 << 9)
-    first, other = (cpu._new(*shape, dtype=torch.float32) for _ in range(2))
+    first, other = (ops._new(*shape, dtype=torch.float32) for _ in range(2))
     assert first.shape == shape and first.is_contiguous() and first.data_ptr() != other.data_ptr()
     first.fill_(1), other.fill_(2)
     place, part = first.data_ptr(), first[512:]
     del first
-    held = [cpu._new(*shape, dtype=torch.float32).fill_(3) for _ in range(3)]
+    held = [ops._new(*shape, dtype=torch.float32).fill_(3) for _ in range(3)]
     assert part.eq(1).all() and other.eq(2).all(), "a part of a result keeps the whole"
     del part
-    again = cpu._new(1 << 11, 1 << 9, dtype=torch.bfloat16)
+    again = ops._new(1 << 11, 1 << 9, dtype=torch.bfloat16)
     assert again.data_ptr() == place and again.dtype == torch.bfloat16
     assert all(each.eq(3).all() for each in held)
     del again, held, other  # ten megabytes, of which eight are kept
-    memory = [cpu._results.acquire(2 << 20) for _ in range(5)]
+    memory = [ops._results.acquire(2 << 20) for _ in range(5)]
     assert sum(bool(each.any()) for each in memory) == 4
 
 
-def test_a_recording_repeats_its_calls_in_little_memory(noise):
-    """Of many results two are alive at a time; a second recording lies in the same memory; other threads stay out."""
+def test_a_recording_repeats_its_calls_in_little_memory(ops, noise):
+    """Of many results two are alive at a time; a second capture lies in the same memory; other backends stay out."""
     widen, narrow = (
-        cpu.pack_linear([Weight("plain", noise(*shape).bfloat16() / 16)], torch.bfloat16, CPU)
+        ops.pack_linear([Weight("plain", noise(*shape).bfloat16() / 16)], torch.bfloat16)
         for shape in ((1024, 256), (256, 512))
     )
 
     def chain(x: Tensor) -> Tensor:
         for _ in range(16):
-            x = cpu.linear(cpu.swiglu(cpu.linear(x, widen, None)), narrow, bias)
+            x = ops.linear(ops.swiglu(ops.linear(x, widen, None)), narrow, bias)
         return x
 
     bias = noise(256).bfloat16()
     few, many = noise(3, 256, dtype=torch.bfloat16), noise(40, 256, dtype=torch.bfloat16)
-    foreign = torch.full((1, 4), 1.0)
-    with cpu.record() as calls:
-        mine = chain(few)
-        thread = threading.Thread(target=cpu.add_, args=(foreign, torch.ones(1, 4)))
-        thread.start()
-        thread.join()
-    with cpu.record(calls.memory) as others:
-        theirs = chain(many)
+    foreign, another = torch.full((1, 4), 1.0), cpu.Cpu(CPU, 1)
+
+    def captured() -> Tensor:
+        another.add_(foreign, torch.ones(1, 4))
+        return chain(few)
+
+    calls = ops.capture(captured)
+    others = ops.capture(lambda: chain(many))
+    mine, theirs = calls.output, others.output
     places = {calls.memory.acquire(1).data_ptr() for _ in range(50)}
     assert mine.data_ptr() != theirs.data_ptr() and len(places) <= 4
-    for x, y, recording in ((few, mine, calls), (many, theirs, others), (few, mine, calls)):
+    for x, y, captured in ((few, mine, calls), (many, theirs, others), (few, mine, calls)):
         x.copy_(noise(*x.shape))
-        recording.replay()
+        captured.replay()
         assert same(y, chain(x))
     assert foreign.eq(2).all()
 
 
-def test_broken_rows_stay_alone(dtype, noise):
+def test_broken_rows_stay_alone(ops, dtype, noise):
     x = noise(40, 512, dtype=dtype)
     broken = x.clone()
     broken[11, 5], broken[12, 8] = torch.nan, torch.inf
     rest = [r for r in range(40) if r not in (11, 12)]
-    for name, op in row_ops(noise, dtype).items():
+    for name, op in row_ops(ops, noise, dtype).items():
         before, after = op(x), op(broken)
         assert same(before[rest], after[rest]), name
         if name not in ("route", "rms_norm of heads"):
             assert not after[11].isfinite().all(), name
 
 
-def test_routing_with_broken_logits_chooses_experts_that_exist():
+def test_routing_with_broken_logits_chooses_experts_that_exist(ops):
     for groups in (1, 4):
         logits = torch.full((3, 16), torch.nan)
         logits[1, :] = -torch.inf
         logits[2, ::2] = 0
-        ids, scores = cpu.route(logits, torch.zeros(16), RouteRule(4, groups, min(groups, 2), True, 2.0))
+        ids, scores = ops.route(logits, torch.zeros(16), RouteRule(4, groups, min(groups, 2), True, 2.0))
         assert ((ids >= 0) & (ids < 16)).all() and all(len(set(row)) == 4 for row in ids.tolist())
         assert scores[0].isnan().all() and scores[1].max() < 1e-15 and scores[2].isnan().all()
 
 
-def test_of_equal_choices_the_first_are_taken():
-    ids, _ = cpu.route(torch.zeros(1, 16), torch.zeros(16), RouteRule(4, 4, 2, True, 1.0))
+def test_of_equal_choices_the_first_are_taken(ops):
+    ids, _ = ops.route(torch.zeros(1, 16), torch.zeros(16), RouteRule(4, 4, 2, True, 1.0))
     assert ids.tolist() == [[0, 1, 2, 3]]
 
 
-def test_what_does_not_fit_is_refused(noise):
-    x, cache, codes = noise(3, 2, 32), noise(2, 2, 16, 2, 32), torch.zeros(2, 2, 16, 2, 36, dtype=torch.int8)
+def test_what_does_not_fit_is_refused(ops, noise):
+    x, kv, codes = noise(3, 2, 32), noise(2, 2, 16, 2, 32), torch.zeros(2, 2, 16, 2, 36, dtype=torch.int8)
+    cache = KVCache(*kv, 32)
     one = torch.zeros(1, 1, dtype=torch.int64)
-    batch = lambda table, starts=(0, 3), lengths=(5,): Batch(one, one, one, table, one, starts, lengths)
+
+    def batch(table: Tensor, counts=(3,), lens=(5,)) -> Batch:
+        return Batch.of([0] * 3, [0] * 3, [0] * 3, table.tolist(), [], counts, lens)
+
     rule = RouteRule(4, 1, 1, True, 1.0)
     refused = [
-        lambda: cpu.rms_norm(x, noise(31), 1e-5),
-        lambda: cpu.rms_norm(x.double(), noise(32), 1e-5),
-        lambda: cpu.add_rms_norm(x[0], noise(3, 32), noise(32), 1e-5),
-        lambda: cpu.add_(noise(3, 5), noise(3, 4)),
-        lambda: cpu.add_(noise(5, 3).T, noise(3, 5)),
-        lambda: cpu.swiglu(noise(3, 5)),
-        lambda: cpu.embed(one[0].int(), noise(4, 4), 0),
-        lambda: cpu.rope_(x, x[:2], noise(3, 4), noise(3, 4)),
-        lambda: cpu.rope_(x, x, noise(3, 17), noise(3, 17)),
-        lambda: cpu.rope_(x.mT, x.mT, noise(3, 1), noise(3, 1)),
-        lambda: cpu.route(noise(3, 8), noise(9), rule),
-        lambda: cpu.route(noise(3, 3), noise(3), rule),
-        lambda: cpu.route(noise(3, 16), noise(16), RouteRule(4, 3, 1, True, 1.0)),
-        lambda: cpu.store_kv_(x, x, *cache, torch.tensor([0, 1, 32])),
-        lambda: cpu.store_kv_(x, x, *cache, torch.tensor([0, 1, -1])),
-        lambda: cpu.store_kv_(x, x[:2], *cache, torch.tensor([0, 1, 2])),
-        lambda: cpu.store_kv_(x.bfloat16(), x.bfloat16(), *cache, torch.tensor([0, 1, 2])),
-        lambda: cpu.attention(x, *cache, batch(one - 1), 1.0),
-        lambda: cpu.attention(x, *cache, batch(one + 2), 1.0),
-        lambda: cpu.attention(x, *cache, batch(one, lengths=(2,)), 1.0),
-        lambda: cpu.attention(x, *cache, batch(one, lengths=(17,)), 1.0),
-        lambda: cpu.attention(x, *cache, batch(one, starts=(0, 2)), 1.0),
-        lambda: cpu.attention(x, *cache, batch(one, starts=(0, 1, 3)), 1.0),
-        lambda: cpu.attention(noise(3, 3, 32), *cache, batch(one), 1.0),
-        lambda: cpu.attention(x.bfloat16(), *cache, batch(one), 1.0),
-        lambda: cpu.attention(x, cache[0], cache[1].mT, batch(one), 1.0),
-        lambda: cpu.attention(x, *codes[..., :32].contiguous(), batch(one), 1.0),
-        lambda: cpu.attention(x, codes[0], cache[1], batch(one), 1.0),
-        lambda: cpu.attention(x, *codes.float(), batch(one), 1.0),
-        lambda: cpu.store_kv_(x, x, *codes[..., :32].contiguous(), torch.tensor([0, 1, 2])),
-        lambda: cpu.store_kv_(x.double(), x.double(), *codes, torch.tensor([0, 1, 2])),
+        lambda: ops.rms_norm(x, noise(31), 1e-5),
+        lambda: ops.rms_norm(x.double(), noise(32), 1e-5),
+        lambda: ops.add_rms_norm(x[0], noise(3, 32), noise(32), 1e-5),
+        lambda: ops.add_(noise(3, 5), noise(3, 4)),
+        lambda: ops.add_(noise(5, 3).T, noise(3, 5)),
+        lambda: ops.swiglu(noise(3, 5)),
+        lambda: ops.embed(one[0].int(), noise(4, 4), 0),
+        lambda: ops.rope_(x, x[:2], noise(3, 4), noise(3, 4)),
+        lambda: ops.rope_(x, x, noise(3, 17), noise(3, 17)),
+        lambda: ops.rope_(x.mT, x.mT, noise(3, 1), noise(3, 1)),
+        lambda: ops.route(noise(3, 8), noise(9), rule),
+        lambda: ops.route(noise(3, 3), noise(3), rule),
+        lambda: ops.route(noise(3, 16), noise(16), RouteRule(4, 3, 1, True, 1.0)),
+        lambda: ops.store_kv_(x, x, cache, torch.tensor([0, 1, 32])),
+        lambda: ops.store_kv_(x, x, cache, torch.tensor([0, 1, -1])),
+        lambda: ops.store_kv_(x, x[:2], cache, torch.tensor([0, 1, 2])),
+        lambda: ops.store_kv_(x.bfloat16(), x.bfloat16(), cache, torch.tensor([0, 1, 2])),
+        lambda: ops.attention(x, cache, batch(one - 1), 1.0),
+        lambda: ops.attention(x, cache, batch(one + 2), 1.0),
+        lambda: ops.attention(x, cache, batch(one, lens=(2,)), 1.0),
+        lambda: ops.attention(x, cache, batch(one, lens=(17,)), 1.0),
+        lambda: ops.attention(x, cache, batch(one, counts=(2,)), 1.0),
+        lambda: ops.attention(x, cache, batch(one, counts=(1, 2)), 1.0),
+        lambda: ops.attention(noise(3, 3, 32), cache, batch(one), 1.0),
+        lambda: ops.attention(x.bfloat16(), cache, batch(one), 1.0),
+        lambda: ops.attention(x, KVCache(kv[0], kv[1].mT, 32), batch(one), 1.0),
+        lambda: ops.attention(x, KVCache(*codes[..., :32].contiguous(), 32), batch(one), 1.0),
+        lambda: ops.attention(x, KVCache(codes[0], kv[1], 32), batch(one), 1.0),
+        lambda: ops.attention(x, KVCache(*codes.float(), 32), batch(one), 1.0),
+        lambda: ops.store_kv_(x, x, KVCache(*codes[..., :32].contiguous(), 32), torch.tensor([0, 1, 2])),
+        lambda: ops.store_kv_(x.double(), x.double(), KVCache(*codes, 32), torch.tensor([0, 1, 2])),
     ]
     for i, call in enumerate(refused):
         with pytest.raises(ValueError):
             call()
             pytest.fail(f"number {i} was accepted")
+
+
+# ---- threads -------------------------------------------------------------------------------------------------------
+
+
+def test_a_forked_process_starts_threads_of_its_own(ops, noise):
+    weight, x = ops.pack_linear([Weight("plain", noise(600, 512))], torch.float32), noise(70, 512)
+    expected = ops.linear(x, weight, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python's, about forks of processes with threads
+        child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(ops.linear(x, weight, None), expected) else 1)
+    deadline = time.monotonic() + 60
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        assert time.monotonic() < deadline, "the child waits for threads that it does not have"
+        time.sleep(0.01)
+    assert ended[1] == 0 and torch.equal(ops.linear(x, weight, None), expected)
+
+
+def test_threads_may_share_a_backend(ops, noise):
+    """Its pool computes for one of them at a time."""
+    weight, x = ops.pack_linear([Weight("plain", noise(600, 512))], torch.float32), noise(70, 512)
+    expected, found = ops.linear(x, weight, None), []
+    many = [threading.Thread(target=lambda: found.append(ops.linear(x, weight, None))) for _ in range(20)]
+    for thread in many:
+        thread.start()
+    for thread in many:
+        thread.join(60)
+    assert len(found) == 20 and all(same(y, expected) for y in found)
+
+
+@pytest.mark.parametrize("n", [0, -1, 1 << 20])
+def test_pools_of_impossible_size_are_refused(n):
+    with pytest.raises(ValueError, match="thread"):
+        _native.Pool(n)

@@ -6,6 +6,7 @@ plain torch rounds differs from processor to processor, and on some it is lucky.
 """
 
 import itertools
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -13,31 +14,44 @@ import torch
 from torch import Tensor
 
 from glimmer import device as devices
-from glimmer.backends import BACKENDS, Ops, RouteRule, choose, reference
+from glimmer.backends import reference
+from glimmer.backends.base import LAYOUTS, OPS, Backend, KVCache, KVCacheSpec, RouteRule
+from glimmer.backends.selection import choose, names
+from glimmer.backends.timed import Timed
 from glimmer.batch import Batch
-from glimmer.weight import Weight
+from glimmer.weight import ExpertWeights, Kind, Weight
+
+try:
+    from glimmer.backends import cpu
+except ImportError:
+    cpu = None
 
 KINDS = devices.available()
-try:
-    from glimmer import _native
-except ImportError:
-    _native = None
-SETS = [f"cpu cpu {name}" for name in _native.available().split()] if _native else []
+SETS = [f"cpu cpu {name}" for name in cpu._native.available().split()] if cpu else []
+ALSO = [f"{kind} reference" for kind in KINDS if len(names(torch.device(kind))) > 1]
 
 
-@pytest.fixture(scope="module", params=[*KINDS, *(f"{kind} reference" for kind in KINDS if BACKENDS[kind]), *SETS])
-def served(request) -> Iterator[tuple[Ops, torch.device]]:
+@pytest.fixture(scope="module", params=[*KINDS, *ALSO, *SETS])
+def served(request) -> Iterator[tuple[Backend, torch.device]]:
     """(ops, device): who serves each device, the reference where that is another, and each instruction set."""
     kind, only, name = [*request.param.split(), "", ""][:3]
-    best = _native.isa() if _native else None
+    best = cpu._native.isa() if cpu else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLIMMER_BACKEND", only)
-        ops = choose(kind)
+        ops = choose(torch.device(kind))
     if name:
-        _native.select(name)
+        cpu._native.select(name)
     yield ops, torch.device(kind)
     if name:
-        _native.select(best)
+        cpu._native.select(best)
+
+
+def cache_of(ops: Backend, blocks: int, size: int, heads: int, dim: int, dtype: torch.dtype) -> tuple[Backend, KVCache]:
+    """A cache of one layer, and the backend that serves it in the place of `ops`."""
+    spec = KVCacheSpec(1, size, heads, dim, dtype)
+    if cpu and isinstance(ops, cpu.Cpu) and not cpu.fits_strips(spec):
+        ops = cpu.CpuAnyBlock(ops.device, ops.threads)
+    return ops, ops.allocate_kv(spec, blocks)[0]
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -193,19 +207,20 @@ def test_rope(rows, heads, dim, turned, served, dtype, noise):
 def test_store_kv(size, served, dtype, noise):
     """Slots are found again by attention: each key answers to a query of its own, so loudly that no other is heard."""
     ops, device = served
-    keys, values = (torch.full((3, size, 2, 96), 1e4, dtype=dtype, device=device) for _ in range(2))
+    ops, cache = cache_of(ops, 3, size, 2, 96, dtype)
+    cache.keys.fill_(1e4), cache.values.fill_(1e4)
     kv = noise(3 * size, 4, 96, dtype=dtype)
     kv[:, :2] = torch.eye(96)[: 3 * size, None] * 100
     order = torch.randperm(3 * size, generator=torch.Generator().manual_seed(1))
     for slots, rows in ((order.flip(0)[:7], -kv), (order, kv)):  # some are written over
         k, v = rows[slots].to(device).split(2, 1)  # views of one tensor, as in the model
-        ops.store_kv_(k, v, keys, values, slots.to(device))
+        ops.store_kv_(k, v, cache, slots.to(device))
     k, v = kv.split(2, 1)
     blocks, size = torch.tensor([[1, 2, 0]]), 3 * size
-    batch = Batch(blocks, blocks, blocks, blocks.to(device), blocks, (0, 1), (size,))
+    batch = Batch.of([0], [size - 1], [0], blocks.tolist(), [0], [1], [size]).to(device)
     for p, slot in enumerate(torch.arange(size).view(3, -1)[blocks[0]].flatten().tolist()):
         q = k[slot].repeat_interleave(3, 0)[None]
-        found = ops.attention(q.to(device), keys, values, batch, 1.0).cpu().view(2, 3, 96)
+        found = ops.attention(q.to(device), cache, batch, 1.0).cpu().view(2, 3, 96)
         assert torch.equal(found, v[slot][:, None].expand(-1, 3, -1)), f"position {p}, slot {slot}"
 
 
@@ -226,7 +241,7 @@ def test_linear(rows, inner, out, bias, stored, served, dtype, noise):
     ops, device = served
     x, w = noise(rows, inner, dtype=dtype), noise(out, inner, dtype=stored, scale=inner**-0.5)
     b = noise(out, dtype=dtype) if bias else None
-    packed = ops.pack_linear([Weight("plain", w)], dtype, device)
+    packed = ops.pack_linear([Weight("plain", w)], dtype)
     found = call(lambda x: ops.linear(x, packed, None if b is None else b.to(device)), device, x)
     assert found.dtype == dtype and found.shape == (rows, out)
     assert_close(found, linear, x, w.to(dtype), b)
@@ -246,7 +261,7 @@ def test_linear_fp8(rows, inner, out, served, dtype, noise):
     codes[:, 0] = 448
     x = (codes * 2.0 ** -torch.arange(5, 5 + rows)[:, None].clamp(max=20)).to(dtype)
     b = noise(out, dtype=dtype)
-    packed = ops.pack_linear([weight], dtype, device)
+    packed = ops.pack_linear([weight], dtype)
     found = call(lambda x: ops.linear(x, packed, b.to(device)), device, x)
     assert found.dtype == dtype
     assert_close(found, lambda x, w, b: (x @ w.to(x.dtype).T) + b, x, weight.codes.double() * weight.scales.double(), b)
@@ -257,7 +272,7 @@ def test_linear_fp8_quantises_each_row_by_its_own_largest(served, dtype, noise):
     ops, device = served
     weight = fp8_weight(noise, 40, 512)
     x = noise(4, 512, dtype=dtype) * torch.tensor([[1e-6], [1.0], [0.0], [1e6]], dtype=dtype)
-    found = call(lambda x: ops.linear(x, ops.pack_linear([weight], dtype, device), None), device, x).cpu().double()
+    found = call(lambda x: ops.linear(x, ops.pack_linear([weight], dtype), None), device, x).cpu().double()
     truth = x.double() @ weight.dequantize().double().T
     assert found[2].abs().max() == 0
     error = (found - truth).norm(dim=1) / truth.norm(dim=1)
@@ -303,7 +318,7 @@ def test_linear_of_integers(how, rows, inner, out, served, dtype, noise):
     x[:, ::group] = torch.where(x[:, ::group] < 0, -127, 127)
     x = (x * 2.0 ** -torch.arange(5, 5 + rows)[:, None].clamp(max=20)).to(dtype)
     b = noise(out, dtype=dtype)
-    packed = ops.pack_linear([weight], dtype, device)
+    packed = ops.pack_linear([weight], dtype)
     found = call(lambda x: ops.linear(x, packed, b.to(device)), device, x)
     assert found.dtype == dtype and found.shape == (rows, out)
     truth = x.double() @ values(weight).T + b.double()
@@ -321,7 +336,7 @@ def test_linear_of_integers_is_off_by_half_a_step_of_its_inputs(how, rows, inner
     ops, device = served
     weight = integer_weight(how, noise, out, inner)
     x = noise(rows, inner, dtype=dtype) * (10.0 ** torch.arange(-3, 3)[torch.arange(rows) % 6])[:, None].to(dtype)
-    found = call(lambda x: ops.linear(x, ops.pack_linear([weight], dtype, device), None), device, x).cpu().double()
+    found = call(lambda x: ops.linear(x, ops.pack_linear([weight], dtype), None), device, x).cpu().double()
     w = weight.dequantize().double()
     truth, allowed = x.double() @ w.T, torch.finfo(dtype).eps * (x.double() @ w.T).abs()
     for part, matrix in zip(x.double().split(weight.group or inner, 1), w.split(weight.group or inner, 1)):
@@ -339,11 +354,11 @@ def test_linear_of_integers_keeps_broken_rows_to_themselves(how, served, dtype, 
     weight = integer_weight(how, noise, 40, 256)
     x = noise(5, 256, dtype=dtype)
     x[0], x[1, 200], x[3, 7] = 0, float("nan"), float("-inf")
-    packed = ops.pack_linear([weight], dtype, device)
+    packed = ops.pack_linear([weight], dtype)
     found = ops.linear(x.to(device), packed, None).cpu()
     assert found[0].eq(0).all() and found[[1, 3]].isnan().all() and found[[2, 4]].isfinite().all()
     weight.scales[9, -1] = float("nan")
-    found = ops.linear(x.to(device), ops.pack_linear([weight], dtype, device), None).cpu()
+    found = ops.linear(x.to(device), ops.pack_linear([weight], dtype), None).cpu()
     assert found[:, 9].isnan().all() and found[2, :9].isfinite().all() and found[2, 10:].isfinite().all()
 
 
@@ -361,14 +376,14 @@ def test_int4_scales_of_any_sign_and_size(stored, served, noise):
     scales = scales.clamp(-6e4, 6e4).to(stored).float()
     weight = Weight("int4", weight.codes, scales, weight.zeros, 32)
     x = 127 * torch.stack((torch.ones(192), 2.0 ** -torch.arange(6).repeat_interleave(32)))
-    packed = ops.pack_linear([weight], torch.float32, device)
+    packed = ops.pack_linear([weight], torch.float32)
     found = call(lambda x: ops.linear(x, packed, None), device, x).cpu().double()
     truth, size = x.double() @ values(weight).T, x.double() @ values(weight).abs().T
     allowed = size * (2.0**-19 if stored == torch.float32 else 2.0**-20)
     assert ((found - truth).abs() <= allowed).all()
     assert found[:, 1].eq(0).all()
     alone = Weight("int4", weight.codes[:, 16:32], scales[:, 1:2].contiguous(), weight.zeros[:, 1:2].contiguous(), 32)
-    one = ops.linear(x[:1, 32:64].contiguous().to(device), ops.pack_linear([alone], torch.float32, device), None).cpu()
+    one = ops.linear(x[:1, 32:64].contiguous().to(device), ops.pack_linear([alone], torch.float32), None).cpu()
     exact = (x[:1, 32:64].double() @ values(alone).T).float()
     assert torch.equal(one, exact) if stored != torch.float32 else torch.allclose(one, exact, rtol=2**-20)
 
@@ -378,8 +393,8 @@ def test_linear_of_integers_where_zeros_are_left_out(served, dtype, noise):
     weight = integer_weight("int4 without zeros", noise, 24, 96)
     explicit = Weight("int4", weight.codes, weight.scales, torch.full((24, 3), 8, dtype=torch.uint8), 32)
     x = noise(5, 96, dtype=dtype).to(device)
-    mixed = ops.linear(x, ops.pack_linear([weight, explicit], dtype, device), None)
-    assert torch.equal(mixed[:, :24], ops.linear(x, ops.pack_linear([weight], dtype, device), None))
+    mixed = ops.linear(x, ops.pack_linear([weight, explicit], dtype), None)
+    assert torch.equal(mixed[:, :24], ops.linear(x, ops.pack_linear([weight], dtype), None))
     assert torch.equal(mixed[:, :24], mixed[:, 24:])
 
 
@@ -392,8 +407,8 @@ def test_packed_parts_follow_each_other_and_are_copies(kind, served, dtype, nois
     make |= {how: lambda n: integer_weight(kind, noise, n, 48) for how in INTEGERS}
     parts = [make[kind](n) for n in (5, 1, 9)]
     x = noise(3, 48, dtype=dtype).to(device)
-    apart = [ops.linear(x, ops.pack_linear([part], dtype, device), None) for part in parts]
-    packed = ops.pack_linear(parts, dtype, device)
+    apart = [ops.linear(x, ops.pack_linear([part], dtype), None) for part in parts]
+    packed = ops.pack_linear(parts, dtype)
     together = ops.linear(x, packed, None)
     for part in parts:
         part.codes.zero_()
@@ -431,21 +446,21 @@ def paged(steps: list[tuple[int, int]], size: int, seed: int) -> tuple[Batch, in
         blocks[s, :n] = pool[at : at + n]
         at += n
     places = [(s, p) for s, (past, n) in enumerate(steps) for p in range(past, past + n)]
-    starts = (0, *itertools.accumulate(n for _, n in steps))
-    slots = torch.tensor([int(blocks[s, p // size]) * size + p % size for s, p in places])
-    positions = torch.tensor([p for _, p in places])
-    rows = torch.tensor([stop - 1 for stop in starts[1:]])
-    return Batch(torch.zeros_like(slots), positions, slots, blocks, rows, starts, tuple(lengths)), len(pool)
+    counts = [n for _, n in steps]
+    slots = [int(blocks[s, p // size]) * size + p % size for s, p in places]
+    rows = [stop - 1 for stop in itertools.accumulate(counts)]
+    tokens, positions = [0] * len(slots), [p for _, p in places]
+    return Batch.of(tokens, positions, slots, blocks.tolist(), rows, counts, lengths), len(pool)
 
 
 def attention(q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float) -> Tensor:
     """Each row by itself: its keys gathered one slot after the other, a softmax, a sum."""
     size, out = keys.shape[1], []
     share = q.shape[1] // keys.shape[2]
-    for s, length in enumerate(batch.seq_lens):
+    for s, length in enumerate(batch.seq_lens.tolist()):
         slots = torch.tensor([int(batch.block_tables[s, p // size]) * size + p % size for p in range(length)])
         k, v = (x.flatten(0, 1)[slots].repeat_interleave(share, 1) for x in (keys, values))  # (L, h, D)
-        for row in range(batch.query_start_loc[s], batch.query_start_loc[s + 1]):
+        for row in range(*batch.query_start_loc[s : s + 2].tolist()):
             seen = int(batch.positions[row]) + 1
             weights = torch.einsum("hd,lhd->hl", q[row], k[:seen]) * scale
             out.append(torch.einsum("hl,lhd->hd", weights.softmax(-1), v[:seen]).flatten())
@@ -458,21 +473,21 @@ def coded(x: Tensor) -> Tensor:
     return (x.float() / scales).round() * scales
 
 
-def filled(
-    ops: Ops, device: torch.device, keys: Tensor, values: Tensor, batch: Batch, codes: bool
-) -> tuple[Tensor, Tensor]:
-    """A cache with these keys and values in it, or with their codes. What others have left in slots that the batch does
-    not use is NaN."""
-    size, cache = keys.shape[1], tuple(torch.full_like(x, torch.nan, device=device) for x in (keys, values))
-    if codes:  # of which each is -1, and each scale, all bits set, NaN
-        shape = (*keys.shape[:3], keys.shape[3] + reference.SCALE)
-        cache = tuple(torch.full(shape, -1, dtype=torch.int8, device=device) for _ in cache)
+def filled(ops: Backend, keys: Tensor, values: Tensor, batch: Batch, codes: bool) -> tuple[Backend, KVCache]:
+    """A cache with these keys and values in it, or with their codes, and who serves it. What others have left in slots
+    that the batch does not use is NaN."""
+    blocks, size, heads, dim = keys.shape
+    ops, cache = cache_of(ops, blocks, size, heads, dim, torch.int8 if codes else keys.dtype)
+    for each in (cache.keys, cache.values):
+        each.fill_(-1 if codes else torch.nan)  # of codes each is -1, and each scale, all bits set, NaN
     used = [
-        int(batch.block_tables[s, p // size]) * size + p % size for s, n in enumerate(batch.seq_lens) for p in range(n)
+        int(batch.block_tables[s, p // size]) * size + p % size
+        for s, n in enumerate(batch.seq_lens.tolist())
+        for p in range(n)
     ]
     slots = torch.tensor(used)
-    ops.store_kv_(*(x.flatten(0, 1)[slots].to(device) for x in (keys, values)), *cache, slots.to(device))
-    return cache
+    ops.store_kv_(*(x.flatten(0, 1)[slots].to(ops.device) for x in (keys, values)), cache, slots.to(ops.device))
+    return ops, cache
 
 
 @pytest.mark.parametrize(
@@ -492,10 +507,11 @@ def test_attention(steps, heads, codes, served, dtype, noise):
     batch, pool = paged((STEPS | LONG)[steps], size, seed=len(steps))
     q = noise(len(batch.tokens), h + g, dim, dtype=dtype)[:, :h]
     keys, values = noise(pool, size, g, dim, dtype=dtype), noise(pool, size, g, dim, dtype=dtype)
-    there = Batch(*(x.to(device) if isinstance(x, Tensor) else x for x in vars(batch).values()))
+    there = batch.to(device)
     scale = dim**-0.5
-    cache = filled(ops, device, keys, values, batch, codes)
-    found = call(lambda *args: ops.attention(*args, there, scale), device, q, *cache)
+    ops, cache = filled(ops, keys, values, batch, codes)
+    attend = lambda q, k, v: ops.attention(q, KVCache(k, v, dim), there, scale)
+    found = call(attend, device, q, cache.keys, cache.values)
     assert found.shape == (len(batch.tokens), h * dim) and found.dtype == dtype
     keys, values = (coded(x) if codes else x for x in (keys, values))
     definition = lambda q, k, v: attention(q, k.to(q.dtype), v.to(q.dtype), batch, scale)
@@ -510,9 +526,9 @@ def test_attention_where_scores_rise_or_fall(step, served, noise):
     q, keys, values = torch.ones(100, 2, 16), torch.zeros(pool, 16, 1, 16), noise(pool, 16, 1, 16)
     slots = torch.tensor([int(batch.block_tables[0, p // 16]) * 16 + p % 16 for p in range(1300)])
     keys.flatten(0, 1)[slots, 0, 0] = step * torch.arange(1300.0)
-    there = Batch(*(x.to(device) if isinstance(x, Tensor) else x for x in vars(batch).values()))
-    cache = filled(ops, device, keys, values, batch, False)
-    found = ops.attention(q.to(device), *cache, there, 1.0).cpu()
+    there = batch.to(device)
+    ops, cache = filled(ops, keys, values, batch, False)
+    found = ops.attention(q.to(device), cache, there, 1.0).cpu()
     truth = attention(q.double(), keys.double(), values.double(), batch, 1.0)
     rounded = 1 + 1.5 * 1300 * abs(step)  # a score as a power of two, whose last place is an error of its weight
     assert ((found.double() - truth).abs() <= 2**-23 * rounded * values.abs().max()).all()
@@ -527,8 +543,8 @@ def test_attention_over_codes_of_much_little_and_nothing(served, dtype, noise):
     for x in (keys, values):
         x.flatten(0, 1)[slots[:3], 0] *= torch.tensor([1e-30, 1e3, 0.0], dtype=dtype)[:, None]
     keys.flatten(0, 1)[slots[1], 0] /= 1e3  # a score of thousands would leave nothing to the others
-    there = Batch(*(x.to(device) if isinstance(x, Tensor) else x for x in vars(batch).values()))
-    attend = lambda k, v: ops.attention(q.to(device), *filled(ops, device, k, v, batch, True), there, 0.2).cpu()
+    there = batch.to(device)
+    attend = lambda k, v: ops.attention(q.to(device), filled(ops, k, v, batch, True)[1], there, 0.2).cpu()
     sound = attend(keys, values)
     definition = lambda q, k, v: attention(q, k.to(q.dtype), v.to(q.dtype), batch, 0.2)
     assert_close(sound, definition, q, *(coded(x).nan_to_num(0) for x in (keys, values)))
@@ -662,11 +678,9 @@ def test_experts(case, width, served, dtype, noise):
     gates, ups = ([noise(width, hidden, dtype=dtype, scale=hidden**-0.5) for _ in range(8)] for _ in range(2))
     downs = [noise(hidden, width, dtype=dtype, scale=width**-0.5) for _ in range(8)]
     plain = lambda w: Weight("plain", w)
-    packed = (
-        ops.pack_experts(([plain(g), plain(u)] for g, u in zip(gates, ups)), 8, dtype, device),
-        ops.pack_experts(([plain(d)] for d in downs), 8, dtype, device),
-    )
-    found = call(lambda *args: ops.experts(*args, *packed), device, x, ids, scores)
+    each = (ExpertWeights([plain(g), plain(u)], plain(d)) for g, u, d in zip(gates, ups, downs))
+    packed = ops.pack_experts(each, 8, dtype)
+    found = call(lambda *args: ops.experts(*args, packed), device, x, ids, scores)
     assert found.dtype == torch.float32 and found.shape == x.shape
     assert_close(found, experts, x, ids, scores, [torch.cat(pair) for pair in zip(gates, ups)], downs)
 
@@ -674,9 +688,9 @@ def test_experts(case, width, served, dtype, noise):
 def assert_as_one_by_one(served, dtype, x, ids, scores, halves, downs, tolerance):
     """experts as the linears and swiglu, called for one token and one expert at a time, would do it."""
     ops, device = served
-    packed = ops.pack_experts(halves, 8, dtype, device), ops.pack_experts(downs, 8, dtype, device)
-    found = ops.experts(x, ids.to(device), scores.to(device), *packed).cpu().double()
-    single = lambda x, parts: ops.linear(x, ops.pack_linear(parts, torch.float32, device), None)
+    packed = ops.pack_experts((ExpertWeights(pair, down) for pair, (down,) in zip(halves, downs)), 8, dtype)
+    found = ops.experts(x, ids.to(device), scores.to(device), packed).cpu().double()
+    single = lambda x, parts: ops.linear(x, ops.pack_linear(parts, torch.float32), None)
     for row, y, its, weights in zip(x.float(), found, ids.tolist(), scores.double()):
         each = [single(ops.swiglu(single(row[None], halves[e])), downs[e])[0].cpu().double() for e in its]
         expected = sum(w * part for w, part in zip(weights, each))
@@ -714,7 +728,7 @@ def test_quantize(inner, group, served, dtype, noise):
     """As the reference but for the last bits of sums, and each row the same whatever is beside it."""
     values = noise(37, inner + 6, dtype=dtype)[:, :inner]  # rows that lie apart
     values[3], values[5, 1], values[7, 0], values[9], values[11] = 0, torch.nan, -torch.inf, 1e-38, values[11].abs()
-    found, expected = (q(Weight("plain", values), "int4", group) for q in (served[0].quantize, reference.quantize))
+    found, expected = (q(Weight("plain", values), "int4", group) for q in (served[0].quantize, Weight.quantize))
     assert (found.kind, found.group, found.shape) == (expected.kind, expected.group, expected.shape)
     assert torch.equal(found.scales.nan_to_num(), found.scales.bfloat16().float().nan_to_num())
     ours, theirs = found.dequantize(), expected.dequantize()
@@ -743,9 +757,67 @@ def test_quantize_of_what_is_stored_and_to_int8(stored, served, noise):
     assert torch.equal(found.codes, served[0].quantize(wide, "int4", 32).codes)
 
 
-def test_the_table_names_every_door(served):
+# ---- what there is -------------------------------------------------------------------------------------------------
+
+
+def test_the_table_names_every_op(served):
     ops, _ = served
-    assert [name for name, _ in ops.table()] == [
-        name for name in Ops.__dataclass_fields__ if name not in ("record", "packed_bytes")
-    ]
-    assert {backend for _, backend in ops.table()} <= {"reference", *itertools.chain.from_iterable(BACKENDS.values())}
+    assert list(dict.fromkeys(name.partition("[")[0] for name, _ in ops.table())) == list(OPS)
+    assert {name for name, _ in ops.table() if name.startswith("linear")} == {f"linear[{kind}]" for kind in Kind}
+    assert {backend for _, backend in ops.table()} <= {"reference", ops.name}
+
+
+def backend_classes() -> list[type[Backend]]:
+    return [reference.Reference, Timed, *([cpu.Cpu, cpu.CpuAnyBlock] if cpu else [])]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cls", backend_classes(), ids=lambda cls: cls.__name__)
+def test_ops_that_share_a_layout_are_overridden_together_or_not_at_all(cls, layout):
+    own = {op for op in LAYOUTS[layout] if op in vars(cls)}
+    assert own in (set(), set(LAYOUTS[layout])), f"{cls.__name__} overrides {own} of {LAYOUTS[layout]}"
+
+
+@pytest.mark.parametrize("size, dim", [(5, 16), (16, 15), (32, 16)])
+def test_the_table_says_who_serves_a_cache_of_any_block_and_head(size, dim, served, monkeypatch, caplog):
+    """Who is listed is who allocates, and what is slow is said."""
+    ops, device = served
+    monkeypatch.setenv("GLIMMER_BACKEND", ops.name)
+    chosen = choose(device, cache=KVCacheSpec(1, size, 2, dim, torch.float32))
+    table, strips = dict(chosen.table()), size % 16 == 0 and dim % 2 == 0
+    assert table["attention"] == table["store_kv_"] == (ops.name if strips else "reference")
+    assert table["linear[plain]"] == ops.name
+    assert ("slow" in caplog.text) == (not strips and ops.name != "reference")
+
+
+def test_two_backends_with_their_own_threads_do_not_disturb_each_other(served, noise):
+    ops, device = served
+    before = torch.get_num_threads()
+    weight = Weight("plain", noise(600, 512))
+    others = [type(ops)(device, threads) for threads in (1, 3)]
+    packed = [each.pack_linear([weight], torch.float32) for each in others]
+    x = noise(70, 512).to(device)
+    expected, found = others[0].linear(x, packed[0], None), {}
+
+    def run(i: int) -> None:
+        with others[i].running():
+            assert torch.get_num_threads() == others[i].torch_threads
+            found[i] = [others[i].linear(x, packed[i], None) for _ in range(20)]
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert all(torch.equal(y, expected) for i in (0, 1) for y in found[i])
+    assert [each.threads for each in others] == [1, 3] and torch.get_num_threads() == before
+
+
+def test_timed_ops_are_those_of_the_backend_that_it_wraps(served, noise):
+    ops, device = served
+    packed, x = ops.pack_linear([Weight("plain", noise(8, 16))], torch.float32), noise(3, 16).to(device)
+    timed = Timed(ops, {id(packed): "here"}, lambda: None)
+    assert torch.equal(timed.linear(x, packed, None), ops.linear(x, packed, None))
+    part = timed.parts()["here"]
+    assert part.seconds > 0 and part.nbytes == packed.nbytes and not part.operations, "float32 has no limit"
+    assert timed.table() == ops.table() and not timed.captures

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-from glimmer.backends import choose
+from glimmer.backends.selection import choose
 from glimmer.cli import bench
 from glimmer.cli.main import main
 
@@ -29,7 +30,7 @@ def test_every_figure_with_its_share_of_the_limits(run):
     assert all(figures[key] > 0 for key in keys) and figures["quantization"] is None
     assert figures["peak_memory_gib"] >= figures["load_peak_memory_gib"] > 0
     assert "prefill of 20 tokens" in table and "decode, batch 3" in table and "scheduler" not in table
-    if choose("cpu").kernels is None:
+    if choose(torch.device("cpu")).kernels is None:
         assert figures["percent"] == {} and "no percentages" in table
     else:
         assert set(figures["percent"]) == set(figures["limits"]) == keys

@@ -1,8 +1,9 @@
 """`glimmer doctor` names what will serve: the same as the engine would choose."""
 
 import pytest
+import torch
 
-from glimmer.backends import choose
+from glimmer.backends.selection import choose
 from glimmer.cli import doctor
 
 
@@ -11,7 +12,7 @@ def test_findings(capsys, monkeypatch, only):
     monkeypatch.setenv("GLIMMER_BACKEND", only)
     assert doctor.main(["--device", "cpu"]) == 0
     rows = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines() if not line.startswith("op "))
-    ops = choose("cpu")
+    ops = choose(torch.device("cpu"))
     assert rows["kernels"] == (ops.kernels or "none of our own")
     assert int(rows["threads"].split()[0]) >= 1 and rows["device"].startswith("cpu")
     if ops.kernels is not None:
@@ -23,5 +24,5 @@ def test_every_op_is_listed(capsys):
     doctor.main(["--device", "cpu"])
     out = capsys.readouterr().out
     assert [line.split() for line in out.splitlines() if line.startswith("op ")] == [
-        ["op", op, backend] for op, backend in choose("cpu").table()
+        ["op", op, backend] for op, backend in choose(torch.device("cpu")).table()
     ]

@@ -1,6 +1,7 @@
 """A scripted model: it stores each token in the slot that the batch names, and "predicts" a hash of all the tokens that
 the block table then shows it. Any lost, shared or overwritten slot changes the prediction."""
 
+from contextlib import nullcontext
 from hashlib import blake2b
 
 import torch
@@ -21,10 +22,12 @@ class ScriptedRunner:
 
     def __init__(self, num_blocks: int, block_size: int, max_model_len: int):
         self.kv_cache_config = KVCacheConfig(num_blocks, max_model_len)
-        self.cache = self  # Runner.batch asks it for block_size
         self.block_size = block_size
         self.slots = [-1] * (num_blocks * block_size)
         self.steps, self.rows = 0, 0
+
+    def running(self):
+        return nullcontext()
 
     def forward(self, batch):
         self.steps += 1
@@ -33,11 +36,11 @@ class ScriptedRunner:
         for token, slot in zip(batch.tokens.tolist(), batch.slot_mapping.tolist()):
             self.slots[slot] = token
         wanted, logits = set(batch.logits_indices.tolist()), []
-        for s, length in enumerate(batch.seq_lens):
+        for s, length in enumerate(batch.seq_lens.tolist()):
             table = batch.block_tables[s].tolist()
             size = self.block_size
             history = [self.slots[table[p // size] * size + p % size] for p in range(length)]
-            first, last = batch.query_start_loc[s], batch.query_start_loc[s + 1]
+            first, last = batch.query_start_loc[s : s + 2].tolist()
             assert batch.positions[first:last].tolist() == list(range(length - (last - first), length))
             logits += [row_for(history[: length - last + r + 1]) for r in range(first, last) if r in wanted]
         return torch.tensor(batch.tokens[:, None].tolist()), torch.tensor(logits) if logits else None

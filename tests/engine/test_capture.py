@@ -4,13 +4,16 @@ import pytest
 import torch
 from checkpoints import tiny_checkpoint
 
-from glimmer import LLM, SamplingParams, backends
+from glimmer import LLM, SamplingParams
+from glimmer.backends import selection
 from glimmer.engine import capture
 from glimmer.engine.capture import StepCapture
 
 PROMPTS = [{"prompt_token_ids": [3 + (7 * i + j) % 90 for j in range(1 + 5 * i)]} for i in range(12)]
 
-pytestmark = pytest.mark.skipif(backends.choose("cpu").record is None, reason="no backend here records its calls")
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.skipif(not selection.choose(CPU).captures, reason="no backend here captures steps")
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32", "int8", "int8 cache", "blocks of 5"])
@@ -31,11 +34,11 @@ def answers(llm: LLM, prompts: list[dict], params: SamplingParams | list[Samplin
 @pytest.mark.parametrize("count, most", [(1, 64), (3, 64), (12, 64), (12, 8)])
 def test_the_same_bits(llm, count, most, monkeypatch):
     monkeypatch.setattr(capture, "MAX_BATCH", most)
-    monkeypatch.setattr(llm._runner.graphs, "_steps", {})
+    monkeypatch.setattr(llm._runner.capture, "_steps", {})
     # Answers of different lengths, so that the number of sequences falls while they grow past several blocks of cache.
     params = [SamplingParams(temperature=0, max_tokens=20 + 9 * i, logprobs=1, ignore_eos=True) for i in range(count)]
     found = [answers(llm, PROMPTS[:count], params) for _ in range(2)]
-    recorded = llm._runner.graphs._steps.keys()
+    recorded = llm._runner.capture._steps.keys()
     assert recorded == set(range(1, min(count, most) + 1))
     monkeypatch.setattr(StepCapture, "serves", lambda self, batch: False)
     plain = answers(llm, PROMPTS[:count], params)
@@ -43,7 +46,7 @@ def test_the_same_bits(llm, count, most, monkeypatch):
 
 
 def test_what_cannot_be_repeated_is_refused():
-    ops = backends.choose("cpu")
-    with pytest.raises(RuntimeError, match="cannot be recorded"), ops.record():
-        ops.swiglu(torch.randn(8, 4).T)
-    ops.swiglu(torch.randn(8, 4).T)  # and nothing is being recorded any more
+    ops = selection.choose(CPU)
+    with pytest.raises(RuntimeError, match="cannot be recorded"):
+        ops.capture(lambda: ops.swiglu(torch.randn(8, 4).T))
+    ops.swiglu(torch.randn(8, 4).T)  # and nothing is being captured any more

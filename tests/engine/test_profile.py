@@ -22,7 +22,6 @@ def test_a_long_prompt_reads_every_matrix_once_and_its_keys_once(llm):
     with llm.profile() as profile:
         generate(llm)
     packed = [m.packed for m in llm._runner.model.modules() if getattr(m, "packed", None) is not None]
-    packed = [w for one in packed for w in (one if isinstance(one, list) else [one])]
     config = llm.model_config
     cache = 2 * 2 * config.num_key_value_heads * config.head_dim * TOKENS * config.num_hidden_layers
     assert profile.steps == 1
@@ -49,11 +48,7 @@ def test_one_token_reads_no_more_experts_than_it_chooses(llm):
     with llm.profile() as profile:
         generate(llm, tokens=1)
     experts = next(m for name, m in llm._runner.model.named_modules() if name.endswith("1.mlp.experts"))
-    stored = sum(
-        w.nbytes
-        for leaf in (experts.gate_up_proj, experts.down_proj)
-        for w in (leaf.packed if isinstance(leaf.packed, list) else [leaf.packed])
-    )
+    stored = sum(matrices.packed.nbytes for matrices in (experts.gate_up_proj, experts.down_proj))
     c = llm.model_config
     sparse = c.num_hidden_layers - c.first_k_dense_replace
     chosen = stored * c.num_experts_per_tok / c.n_routed_experts * sparse

@@ -7,8 +7,10 @@ import shutil
 import pytest
 import torch
 
-from glimmer import LLM, backends
+from glimmer import LLM
 from glimmer import device as devices
+from glimmer.backends import selection
+from glimmer.backends.base import KVCacheSpec
 from glimmer.config import EngineConfig, ModelConfig
 from glimmer.engine.runner import KVCacheConfig, make_kv_cache_config
 from glimmer.errors import ConfigError, NotEnoughMemory
@@ -18,9 +20,11 @@ GIB = 1 << 30
 
 
 def room(directory, weights: int = 0, **settings) -> KVCacheConfig:
-    config, cpu = EngineConfig(model=str(directory), max_num_batched_tokens=64, **settings), torch.device("cpu")
-    kept = torch.int8 if config.kv_cache_dtype == "int8" else torch.float32
-    return make_kv_cache_config(config, ModelConfig.load(directory), Group(), cpu, kept, weights)
+    config = EngineConfig(model=str(directory), max_num_batched_tokens=64, **settings)
+    model, kept = ModelConfig.load(directory), torch.int8 if config.kv_cache_dtype == "int8" else torch.float32
+    spec = KVCacheSpec(model.num_hidden_layers, config.block_size, model.num_key_value_heads, model.head_dim, kept)
+    backend = selection.choose(torch.device("cpu"), cache=spec)
+    return make_kv_cache_config(config, model, Group(), backend, spec, weights)
 
 
 def test_the_smaller_of_share_and_cap_is_divided(checkpoint, monkeypatch):
@@ -44,9 +48,10 @@ def test_codes_leave_room_for_more_tokens(checkpoint):
     assert plain * 64 // 20 <= codes <= (plain + 1) * 64 // 20
     for dtype, blocks in (("auto", plain), ("int8", codes)):
         llm = LLM(str(directory), dtype="float32", max_model_len=64, kv_cache_dtype=dtype, device="cpu", **asked)
-        cache = llm._runner.cache
-        taken = sum(part.nbytes for i in range(llm.model_config.num_hidden_layers) for part in cache.layer(i))
-        assert cache.num_blocks == blocks and 0.9 * 2**20 < taken <= 2**20
+        layers = llm._runner.kv
+        taken = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        assert len(layers) == llm.model_config.num_hidden_layers
+        assert all(layer.num_blocks == blocks for layer in layers) and 0.9 * 2**20 < taken <= 2**20
         llm.close()
 
 
@@ -54,7 +59,7 @@ def test_one_line_says_who_serves_each_door(checkpoint, caplog):
     caplog.set_level(logging.INFO, "glimmer")
     LLM(str(checkpoint()), max_model_len=64, max_num_seqs=1)
     [line] = [r.getMessage() for r in caplog.records if r.getMessage().startswith("operations: ")]
-    table = backends.choose(devices.resolve("auto", 0).type).table()
+    table = selection.choose(devices.resolve("auto", 0)).table()
     said = {
         op: backend
         for part in line.removeprefix("operations: ").split("; ")

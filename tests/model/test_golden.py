@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from glimmer import LLM, SamplingParams
+from glimmer.backends.base import ExpertSet
 from glimmer.engine.sequence import Chunk, Request, Sequence, Step
 
 LENGTHS = (1, 2, 16, 17, 100, 300)  # around the block of 16, and long
@@ -299,12 +300,8 @@ def test_fp8_stays_one_byte(fp8, engine, monkeypatch):
     monkeypatch.setenv("GLIMMER_BACKEND", "reference")  # whose packed matrices show their codes
     model = engine(fp8[0], seed=1)._runner.model  # an engine of its own, not one that other tests have loaded
     packed = {name: leaf.packed for name, leaf in model.named_modules() if getattr(leaf, "packed", None) is not None}
-    kinds = {name: {w.kind for w in (p if isinstance(p, list) else [p])} for name, p in packed.items()}
+    weights = lambda p: (*p.gate_up.weights, *p.down.weights) if isinstance(p, ExpertSet) else p.weights
+    kinds = {name: {w.kind for w in weights(p)} for name, p in packed.items()}
     plain = {name for name, kind in kinds.items() if kind != {"fp8"}}
     assert plain == {"lm_head"} | {f"layers.{i}.mlp.gate.proj" for i in (1, 2, 3)}
-    assert all(
-        w.codes.dtype == torch.float8_e4m3fn
-        for n, p in packed.items()
-        if n not in plain
-        for w in (p if isinstance(p, list) else [p])
-    )
+    assert all(w.codes.dtype == torch.float8_e4m3fn for n, p in packed.items() if n not in plain for w in weights(p))

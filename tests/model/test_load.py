@@ -13,13 +13,13 @@ from checkpoints import empty_checkpoint, tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from glimmer import backends
+from glimmer.backends import selection
+from glimmer.backends.base import KVCacheSpec
 from glimmer.batch import Batch
 from glimmer.checkpoint.files import Checkpoint
 from glimmer.config import EngineConfig, ModelConfig
 from glimmer.engine.runner import Runner
 from glimmer.errors import CheckpointError, ConfigError
-from glimmer.model.cache import Cache
 from glimmer.model.glm4_moe import Glm4Moe
 from glimmer.model.load import WeightLoader
 from glimmer.parallel import Group
@@ -311,7 +311,8 @@ class Share(Group):
 def loaded(directory: Path, rank: int, size: int) -> Glm4Moe:
     group = Share(rank, size)
     asked = plan(directory, group, torch.float32, mtp=True)
-    model = Glm4Moe(ModelConfig.load(directory), group, backends.choose("cpu"), torch.float32, asked.mtp).eval()
+    backend = selection.choose(CPU)
+    model = Glm4Moe(ModelConfig.load(directory), group, backend, torch.float32, asked.mtp).eval()
     asked.fill(model, CPU)
     return model
 
@@ -333,17 +334,17 @@ def test_partial_sums_of_all_ranks_make_the_whole(variant, checkpoint):
     directory = checkpoint(mtp="full", **variant)
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     tokens, places = torch.tensor([0, 7, 150, 318, 319]), torch.arange(5)
-    batch = Batch(tokens, places, places, torch.zeros(1, 1, dtype=torch.int64), places, (0, 5), (5,))
+    batch = Batch.of(tokens.tolist(), range(5), range(5), [[0]], range(5), [5], [5])
     config = ModelConfig.load(directory)
 
     def parts(model: Glm4Moe) -> dict[str, Tensor]:
         layer = model.layers[1]
         heads = layer.self_attn.kv_heads
-        cache = Cache(1, 1, 16, heads, config.head_dim, torch.float32, CPU)
+        kv = model.backend.allocate_kv(KVCacheSpec(1, 16, heads, config.head_dim, torch.float32), 1)[0]
         ids, scores = layer.mlp.gate(x)
         return {
             "embed_tokens": model.embed_tokens(tokens),
-            "attention": layer.self_attn(x, model._rotary(places), batch, cache.layer(0)),
+            "attention": layer.self_attn(x, model._rotary(places), batch, kv),
             "dense": model.layers[0].mlp(x),
             "experts": layer.mlp.experts(x, ids, scores),
             "moe": layer.mlp(x),
@@ -367,7 +368,7 @@ def test_partial_sums_of_all_ranks_make_the_whole(variant, checkpoint):
 CHILD = """
 import sys, torch
 from pathlib import Path
-from glimmer import backends
+from glimmer.backends import selection
 from glimmer.checkpoint.files import Checkpoint
 from glimmer.config import EngineConfig, ModelConfig
 from glimmer.model.glm4_moe import Glm4Moe
@@ -379,7 +380,7 @@ def kib(key):
 
 directory, dtype, group = sys.argv[1], getattr(torch, sys.argv[2]), Group(rank=1, size=4)
 quantization = sys.argv[3] or None
-config, checkpoint, ops = ModelConfig.load(directory), Checkpoint(directory), backends.choose("cpu")
+config, checkpoint, ops = ModelConfig.load(directory), Checkpoint(directory), selection.choose(torch.device("cpu"))
 loader = WeightLoader(config, checkpoint, group, dtype, quantization=quantization)
 model = Glm4Moe(config, group, ops, torch.float32, loader.mtp)
 before = kib("VmHWM")

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from glimmer import backends
+from glimmer.backends import selection
+from glimmer.backends.base import KVCacheSpec
 from glimmer.batch import Batch
 from glimmer.checkpoint.files import INDEX, Checkpoint
 from glimmer.config import ModelConfig
 from glimmer.errors import CheckpointError
-from glimmer.model.cache import Cache
 from glimmer.model.glm4_moe import Glm4Moe
 from glimmer.model.load import WeightLoader
 from glimmer.parallel import Group
@@ -38,15 +38,16 @@ class Drafter:
 
     def __init__(self, directory):
         config, asked = ModelConfig.load(directory), plan(directory, mtp=True)
-        self.model = Glm4Moe(config, Group(), backends.choose("cpu"), torch.float32, asked.mtp).eval()
+        self.model = Glm4Moe(config, Group(), selection.choose(torch.device("cpu")), torch.float32, asked.mtp).eval()
         asked.fill(self.model, CPU)
         layers, heads = config.num_hidden_layers + 1, config.num_key_value_heads
-        self.cache = Cache(layers, BLOCKS, BLOCK, heads, config.head_dim, torch.float32, CPU)
+        spec = KVCacheSpec(layers, BLOCK, heads, config.head_dim, torch.float32)
+        self.cache = self.model.backend.allocate_kv(spec, BLOCKS)
 
     def batch(self, tokens: torch.Tensor, start: int = 0) -> Batch:
-        places = torch.arange(start, start + len(tokens))
-        blocks, stop = torch.arange(BLOCKS)[None], start + len(tokens)
-        return Batch(tokens, places, places, blocks, torch.arange(len(tokens)), (0, len(tokens)), (stop,))
+        count = len(tokens)
+        places = range(start, start + count)
+        return Batch.of(tokens.tolist(), places, places, [range(BLOCKS)], range(count), [count], [start + count])
 
     @torch.inference_mode()
     def guess(self, tokens: torch.Tensor, *cuts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,7 +119,9 @@ def test_copies_are_used_where_they_are(checkpoint, reference, tmp_path):
     main.model.embed_tokens.table = main.model.embed_tokens.table.flip(0)
     with Checkpoint(directory) as opened:
         head = opened.tensor("lm_head.weight").float().flip(0)
-    main.model.lm_head.packed = backends.choose("cpu").pack_linear([Weight("plain", head)], torch.float32, CPU)
+    main.model.lm_head.packed = selection.choose(torch.device("cpu")).pack_linear(
+        [Weight("plain", head)], torch.float32
+    )
     drafter = Drafter(source)
     with torch.inference_mode():
         batch = drafter.batch(TOKENS[:-1])

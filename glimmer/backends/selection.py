@@ -1,0 +1,70 @@
+"""Which backend serves a device: `choose` makes the one of an engine.
+
+To find out whether a wrong answer comes from our own kernels, set GLIMMER_BACKEND=reference.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+
+from glimmer.backends.base import Backend, KVCacheSpec
+from glimmer.backends.reference import Reference
+from glimmer.errors import ConfigError
+from glimmer.weight import Weight
+
+_missing: ImportError | None = None
+try:
+    from glimmer.backends import cpu
+except ImportError as error:  # installed without a compiler
+    _missing = error
+
+log = logging.getLogger("glimmer")
+HOST = torch.device("cpu")
+
+
+def choose(device: torch.device, threads: int = 1, cache: KVCacheSpec | None = None) -> Backend:
+    """The backend for a device. threads: as many of the CPU's as compute. cache: what its KV cache shall hold.
+
+    Raises ConfigError when GLIMMER_BACKEND names no backend that serves this device here.
+    """
+    asked = os.environ.get("GLIMMER_BACKEND", "")
+    available = names(device)
+    if asked and asked not in available:
+        raise ConfigError(
+            f"GLIMMER_BACKEND={asked!r}",
+            " or ".join(map(repr, available)),
+            "unset GLIMMER_BACKEND, or set it to one of these",
+        )
+    if device.type == HOST.type and _missing is not None:
+        _say_what_is_missing()
+    if (asked or available[0]) == Reference.name:
+        return Reference(device, threads)
+    if cache is None or cpu.fits_strips(cache):
+        return cpu.Cpu(device, threads)
+    log.warning(
+        "slow: plain torch computes attention, because block_size=%d is no multiple of %d or head_dim=%d is odd",
+        cache.block_size, cpu.STRIP, cache.head_dim,
+    )  # fmt: skip
+    return cpu.CpuAnyBlock(device, threads)
+
+
+def names(device: torch.device) -> list[str]:
+    """Backends that serve a device here, the best first."""
+    return [*([cpu.Cpu.name] if _missing is None and device.type == HOST.type else []), Reference.name]
+
+
+def host_quantizer(threads: int) -> Callable[[Weight, str, int | None], Weight]:
+    """The op `quantize` for matrices in the host's memory, where all are read, whatever device serves the model."""
+    return choose(HOST, threads).quantize
+
+
+@lru_cache
+def _say_what_is_missing() -> None:
+    """Once in a process."""
+    log.warning(
+        "slow: no kernels for the CPU (%s), plain torch computes; with a C++ compiler, installing again builds them",
+        _missing,
+    )
