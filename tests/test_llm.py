@@ -5,9 +5,12 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import shutil
+import signal
 import statistics
 import threading
+import time
 
 import pytest
 import torch
@@ -566,6 +569,115 @@ def test_leaving_a_loop_aborts_the_stream(llm):
     assert not llm._engine.busy
 
 
+# ---- whoever asks, and whatever happens to him -----------------------------------------------------------------------
+
+
+def test_any_number_of_threads_may_call(llm):
+    """The answers are those of a single caller, for generate, chat and stream beside each other."""
+    words = ["once", "upon", "a time", "there", "was", "a king"]
+    params = [greedy(6), SamplingParams(seed=3, **CHANCE), spelt(9, n=2), greedy(5, logprobs=1, prompt_logprobs=1)]
+    conversation = [{"role": "user", "content": "Hi"}]
+
+    def everything(i: int) -> list:
+        outputs = llm.generate([words[i % 6], words[(i + 1) % 6]], params[i % 4])
+        outputs += llm.chat(conversation, params[(i + 1) % 4])
+        pieces = [piece for piece in llm.stream(words[i % 6], params[i % 4]) if piece.index == 0]
+        return [[(o.token_ids, o.text, o.finish_reason) for o in output.outputs] for output in outputs] + [
+            joined(pieces)
+        ]
+
+    expected = [everything(i) for i in range(12)]
+    found: dict[tuple[int, int], list] = {}
+
+    def caller(number: int) -> None:
+        for i in range(number, number + 12, 2):
+            found[number, i] = everything(i % 12)
+
+    threads = [threading.Thread(target=caller, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(found) == 8 * 6
+    assert all(answers == expected[i % 12] for (_, i), answers in found.items())
+
+
+@pytest.mark.parametrize("way", ["generate", "stream"])
+def test_an_interrupt_leaves_the_llm_as_it_was(llm, way):
+    """Ctrl-C at any moment: the next call is answered as if nothing had been."""
+    expected = answer(llm, "after", greedy(5))
+
+    def long() -> None:
+        if way == "generate":
+            llm.generate(["a", "b", "c"], greedy(450, n=2))
+        else:
+            for _ in llm.stream("a", greedy(450)):
+                pass
+
+    for i in range(12):
+        timer = threading.Timer(0.003 * i, os.kill, (os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            timer.start()
+            long()
+            timer.join(20)
+            time.sleep(1)
+        assert not llm._engine.busy and answer(llm, "after", greedy(5)) == expected
+
+
+@pytest.mark.parametrize("callback", ["on_step", "on_finish"])
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
+def test_what_a_callback_raises_is_raised_to_its_caller_only(llm, callback, error):
+    expected = answer(llm, "other", greedy(40))
+    found = []
+    other = threading.Thread(target=lambda: found.append(answer(llm, "other", greedy(40))))
+    other.start()
+
+    def fail(*_):
+        raise error
+
+    with pytest.raises(error):
+        llm.generate(["a", "b"], [greedy(1), greedy(300)], **{callback: fail})
+    other.join(60)
+    assert found == [expected]
+
+
+def test_asking_within_on_step_is_refused_and_not_waited_for(llm):
+    with pytest.raises(EngineError, match="within on_step"):
+        llm.generate("a", greedy(3), on_step=lambda new: llm.generate("b", greedy(3)))
+    again = []
+    llm.generate("a", greedy(3), on_finish=lambda i, output: again.append(answer(llm, "b", greedy(3))))
+    assert again == [answer(llm, "b", greedy(3))]
+
+
+@pytest.mark.parametrize(
+    "params, field",
+    [(dict(n=10**6), "n"), (dict(seed=10**5000), "seed"), (dict(seed=-(10**60)), "seed")],
+    ids=["n", "seed", "-seed"],
+)
+def test_what_would_take_all_memory_is_refused(llm, params, field):
+    with pytest.raises(RequestError) as error:
+        llm.generate("x", greedy(**params))
+    assert error.value.field == field and len(str(error.value)) < 300
+    assert len(llm.generate("x", greedy(2, n=100, seed=2**100))[0].outputs) == 100
+
+
+def test_a_huge_top_k_is_no_limit(llm):
+    huge, none = (SamplingParams(seed=3, top_k=k, **CHANCE) for k in (10**400, 320))
+    assert answer(llm, "x", huge) == answer(llm, "x", none)
+
+
+def test_one_failing_request_among_many(llm, monkeypatch):
+    """What cannot be sampled ends that answer, whoever asked for it, and nobody else's."""
+    bad = SamplingParams(temperature=1.0, max_tokens=8, logit_bias={5: 1.0})
+    bad.logit_bias[5] = "much"  # past every check
+    one, two, three = llm.generate(["a", "b", "c"], [greedy(8), bad, greedy(8)])
+    assert [o.outputs[0].finish_reason for o in (one, two, three)] == ["length", "error", "length"]
+    assert isinstance(two.error, EngineError) and "sampling failed" in two.error.found and one.error is None
+    assert three.outputs[0].token_ids == answer(llm, "c", greedy(8))
+    with pytest.raises(EngineError, match="sampling failed"):
+        list(llm.stream("b", bad))
+
+
 # ---- asyncio -------------------------------------------------------------------------------------------------------
 
 
@@ -672,6 +784,25 @@ def test_the_engine_s_failure_is_everybody_s(llm, monkeypatch):
     first, second = asyncio.run(run())
     assert all(isinstance(outcome, EngineError) for outcome in first)
     assert second[1] == answer(llm, "a", greedy(5))
+
+
+def test_an_event_loop_that_is_closed_takes_its_own_requests_only(llm):
+    expected = answer(llm, "x", greedy(60))
+    loop = asyncio.new_event_loop()
+    pieces = llm.astream("gone", greedy(450))
+    loop.run_until_complete(anext(pieces))
+    found = []
+    other = threading.Thread(target=lambda: found.append(answer(llm, "x", greedy(60))))
+    other.start()
+    loop.close()
+    other.join(60)
+    assert found == [expected]
+    deadline = time.monotonic() + 20
+    while llm._engine.busy:
+        assert time.monotonic() < deadline, "the request of a closed loop goes on"
+        time.sleep(0.01)
+    with pytest.raises(StopIteration):
+        pieces.aclose().send(None)
 
 
 def test_coroutines_and_generate_take_turns(llm):

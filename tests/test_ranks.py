@@ -1,0 +1,87 @@
+"""Requests on several ranks, with real processes: rank 0's are everybody's, in whatever order they are made."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = str(Path(__file__).with_name("rank_programs.py"))
+SECONDS = 150  # after which a process is killed, and the test has failed
+
+
+def run(program: str, model: str, out: Path, size: int = 2) -> list[tuple[int, str]]:
+    """(exit code, stderr) of each rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    jobs = []
+    for rank in range(size):
+        env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+        command = [sys.executable, SCRIPT, program, model, str(out)]
+        jobs.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    try:
+        said = [job.communicate(timeout=SECONDS)[1] for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    assert not any("terminate called" in words for words in said), said
+    return [(job.returncode, words) for job, words in zip(jobs, said)]
+
+
+def found(out: Path, rank: int) -> dict:
+    return json.loads(Path(f"{out}.{rank}").read_text())
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint) -> str:
+    return str(checkpoint())
+
+
+def alone(program: str, model: str, out: Path) -> dict:
+    [(code, said)] = run(program, model, out, size=1)
+    assert code == 0, said
+    return found(out, 0)
+
+
+def test_the_same_program_on_every_rank(model, tmp_path):
+    expected = alone("everywhere", model, tmp_path / "alone")
+    ranks = run("everywhere", model, tmp_path / "out")
+    assert [code for code, _ in ranks] == [0, 0], ranks
+    for rank in (0, 1):
+        mine = found(tmp_path / "out", rank)
+        for part in expected:
+            assert mine[part] == expected[part], f"rank {rank}, {part}"
+
+
+def test_only_rank_0_has_requests(model, tmp_path):
+    expected = alone("serve", model, tmp_path / "alone")
+    ranks = run("serve", model, tmp_path / "out")
+    assert [code for code, _ in ranks] == [0, 0], ranks
+    assert found(tmp_path / "out", 0) == expected and "again" in expected and found(tmp_path / "out", 1) == {}
+
+
+@pytest.mark.parametrize(
+    "program, words",
+    [
+        ("others", "call 2 of generate and chat on rank 1 that rank 0 does not make: prompt"),
+        ("more", "closed"),
+        ("hotter", "asked with temperature=0.5, here with temperature=1.5"),
+    ],
+)
+def test_calls_that_rank_0_does_not_make_are_refused(program, words, model, tmp_path):
+    (first, said0), (second, said1) = run(program, model, tmp_path / "out")
+    assert (first, second) == (0, 1 if program == "more" else 2), (said0, said1)
+    assert words in said1 and "Traceback" not in said0 + said1
+
+
+def test_the_end_of_a_program_is_orderly(model, tmp_path):
+    for _ in range(3):
+        ranks = run("ends", model, tmp_path / "out")
+        assert [code for code, _ in ranks] == [0, 0], ranks
+    ranks = run("raises", model, tmp_path / "out")
+    assert [code for code, _ in ranks] == [7, 7], ranks
