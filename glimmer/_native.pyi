@@ -1,0 +1,419 @@
+"""
+CPU kernels of glimmer. Pointers are passed as integers, sizes are in elements unless documented as bytes.
+"""
+
+from typing import Annotated
+
+import torch
+
+class Pool:
+    """
+    Threads that compute together; operations that are given the same pool run one at a time.
+    """
+
+    def __init__(self, threads: int) -> None:
+        """
+        A pool of so many threads, the caller included. Raises ValueError below 1.
+        """
+
+    @property
+    def threads(self) -> int:
+        """The number of threads that compute, the caller included."""
+
+def available() -> str:
+    """
+    The instruction sets that this build and this CPU support, best last, separated by spaces.
+    """
+
+def isa() -> str:
+    """The instruction set in use."""
+
+def read_bandwidth(pool: Pool, nbytes: int) -> float:
+    """
+    Measure the memory bandwidth of all threads, in bytes per second, over a buffer of nbytes.
+    """
+
+def arithmetic(pool: Pool, kind: str) -> float:
+    """
+    Measure the peak arithmetic throughput of all threads for "bfloat16" or "int8", in operations per second.
+    """
+
+def select(name: str) -> None:
+    """
+    Use the kernels of the instruction set `name`, one of available(). Raises ValueError for another.
+    """
+
+class BufferPool:
+    """
+    Memory for the results of a step, which is reused after the tensor that holds it is freed.
+    """
+
+    def __init__(self, max_unused_bytes: int) -> None:
+        """A pool that keeps at most max_unused_bytes of unused memory."""
+
+    def acquire(self, nbytes: int) -> Annotated[torch.Tensor, dict(dtype="uint8")]:
+        """A torch tensor of nbytes bytes (uint8), its content undefined."""
+
+class Packed:
+    """
+    Weight matrices of one shape, stored in the layout that the kernels read.
+    """
+
+    def __init__(
+        self, pool: Pool, kind: str, count: int, n: int, k: int, parts: int, group_size: int, wide_scales: bool
+    ) -> None:
+        """
+        Allocate `count` matrices (n, k) of zeros, each of `parts` equal parts; fill them with fill().
+        """
+
+    @property
+    def kind(self) -> str:
+        """ "fp8", "int8", "int4", or "plain" for weights without scales."""
+
+    @property
+    def float32(self) -> bool:
+        """Whether the products are computed in float32."""
+
+    @property
+    def count(self) -> int:
+        """Number of matrices."""
+
+    @property
+    def n(self) -> int:
+        """Rows of a matrix: output features."""
+
+    @property
+    def k(self) -> int:
+        """Columns of a matrix: input features."""
+
+    @property
+    def parts(self) -> int:
+        """Equal parts of a matrix: 2 for gate and up together, else 1."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory in use."""
+
+    def fill(
+        self, pool: Pool, e: int, first: int, rows: int, codes: int, stride: int, scales: int, zero_points: int
+    ) -> None:
+        """
+        Pack rows first..first+rows of matrix e. stride: bytes from one row of codes to the next.
+        """
+
+class CallList:
+    """A list of calls of ops, which runs any number of times without Python."""
+
+    def __init__(self) -> None:
+        """An empty list."""
+
+    def __call__(self, pool: Pool) -> None:
+        """Run the calls in order."""
+
+def linear(pool: Pool, x: int, x_bf16: bool, rows: int, w: Packed, bias: int, y: int, y_bf16: bool) -> None:
+    """y = x @ w.T + bias; bias may be 0."""
+
+def queue_linear(
+    call_list: CallList, x: int, x_bf16: bool, rows: int, w: Packed, bias: int, y: int, y_bf16: bool
+) -> None:
+    """Append a call of `linear` to call_list; nothing is computed yet."""
+
+def experts(
+    pool: Pool,
+    x: int,
+    x_bf16: bool,
+    rows: int,
+    ids: int,
+    scores: int,
+    top_k: int,
+    gate_up: Packed,
+    down: Packed,
+    y: int,
+) -> None:
+    """y = the sum of the chosen experts' outputs, weighted by scores."""
+
+def queue_experts(
+    call_list: CallList,
+    x: int,
+    x_bf16: bool,
+    rows: int,
+    ids: int,
+    scores: int,
+    top_k: int,
+    gate_up: Packed,
+    down: Packed,
+    y: int,
+) -> None:
+    """Append a call of `experts` to call_list; nothing is computed yet."""
+
+def embed(
+    pool: Pool, tokens: int, count: int, table: int, is_bf16: bool, rows: int, n: int, first: int, y: int
+) -> None:
+    """
+    y = rows of the embedding table; zeros for tokens outside first..first+rows.
+    """
+
+def queue_embed(
+    call_list: CallList, tokens: int, count: int, table: int, is_bf16: bool, rows: int, n: int, first: int, y: int
+) -> None:
+    """Append a call of `embed` to call_list; nothing is computed yet."""
+
+def rms_norm(
+    pool: Pool,
+    x: int,
+    x_bf16: bool,
+    rows: int,
+    heads: int,
+    n: int,
+    stride: int,
+    weight: int,
+    y_bf16: bool,
+    eps: float,
+    y: int,
+) -> None:
+    """y = the RMS norm of each head of x."""
+
+def queue_rms_norm(
+    call_list: CallList,
+    x: int,
+    x_bf16: bool,
+    rows: int,
+    heads: int,
+    n: int,
+    stride: int,
+    weight: int,
+    y_bf16: bool,
+    eps: float,
+    y: int,
+) -> None:
+    """Append a call of `rms_norm` to call_list; nothing is computed yet."""
+
+def add_rms_norm(
+    pool: Pool,
+    x: int,
+    x_bf16: bool,
+    residual: int,
+    residual_bf16: bool,
+    rows: int,
+    n: int,
+    weight: int,
+    y_bf16: bool,
+    eps: float,
+    total: int,
+    y: int,
+) -> None:
+    """total = residual + x; y = the RMS norm of total."""
+
+def queue_add_rms_norm(
+    call_list: CallList,
+    x: int,
+    x_bf16: bool,
+    residual: int,
+    residual_bf16: bool,
+    rows: int,
+    n: int,
+    weight: int,
+    y_bf16: bool,
+    eps: float,
+    total: int,
+    y: int,
+) -> None:
+    """Append a call of `add_rms_norm` to call_list; nothing is computed yet."""
+
+def add(pool: Pool, y: int, y_bf16: bool, x: int, x_bf16: bool, rows: int, n: int) -> None:
+    """y += x."""
+
+def queue_add(call_list: CallList, y: int, y_bf16: bool, x: int, x_bf16: bool, rows: int, n: int) -> None:
+    """Append a call of `add` to call_list; nothing is computed yet."""
+
+def swiglu(pool: Pool, x: int, is_bf16: bool, rows: int, n: int, y: int) -> None:
+    """y (rows, n) = silu(gate) * up of x (rows, 2n)."""
+
+def queue_swiglu(call_list: CallList, x: int, is_bf16: bool, rows: int, n: int, y: int) -> None:
+    """Append a call of `swiglu` to call_list; nothing is computed yet."""
+
+def rope(
+    pool: Pool,
+    q: int,
+    q_heads: int,
+    q_stride: int,
+    k: int,
+    k_heads: int,
+    k_stride: int,
+    is_bf16: bool,
+    rows: int,
+    width: int,
+    cos: int,
+    sin: int,
+    half: int,
+) -> None:
+    """Rotary position embedding of the heads of q and k, in place."""
+
+def queue_rope(
+    call_list: CallList,
+    q: int,
+    q_heads: int,
+    q_stride: int,
+    k: int,
+    k_heads: int,
+    k_stride: int,
+    is_bf16: bool,
+    rows: int,
+    width: int,
+    cos: int,
+    sin: int,
+    half: int,
+) -> None:
+    """Append a call of `rope` to call_list; nothing is computed yet."""
+
+def route(
+    pool: Pool,
+    logits: int,
+    bias: int,
+    rows: int,
+    experts: int,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    normed: bool,
+    factor: float,
+    ids: int,
+    scores: int,
+) -> None:
+    """
+    ids and scores (rows, top_k) of the experts that the router chooses for each row.
+    """
+
+def queue_route(
+    call_list: CallList,
+    logits: int,
+    bias: int,
+    rows: int,
+    experts: int,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    normed: bool,
+    factor: float,
+    ids: int,
+    scores: int,
+) -> None:
+    """Append a call of `route` to call_list; nothing is computed yet."""
+
+def quantize(
+    pool: Pool,
+    x: int,
+    is_bf16: bool,
+    stride: int,
+    rows: int,
+    inner: int,
+    group_size: int,
+    codes: int,
+    scales: int,
+    zero_points: int,
+) -> None:
+    """
+    Quantise x (rows, inner) to int4 codes with a scale and a zero point for each group.
+    """
+
+def queue_quantize(
+    call_list: CallList,
+    x: int,
+    is_bf16: bool,
+    stride: int,
+    rows: int,
+    inner: int,
+    group_size: int,
+    codes: int,
+    scales: int,
+    zero_points: int,
+) -> None:
+    """Append a call of `quantize` to call_list; nothing is computed yet."""
+
+def store_kv(
+    pool: Pool,
+    k: int,
+    k_stride: int,
+    v: int,
+    v_stride: int,
+    is_bf16: bool,
+    rows: int,
+    slot_mapping: int,
+    keys: int,
+    values: int,
+    codes: bool,
+    blocks: int,
+    block_size: int,
+    heads: int,
+    width: int,
+) -> None:
+    """
+    Write keys and values of new tokens into their slots of the paged cache.
+    """
+
+def queue_store_kv(
+    call_list: CallList,
+    k: int,
+    k_stride: int,
+    v: int,
+    v_stride: int,
+    is_bf16: bool,
+    rows: int,
+    slot_mapping: int,
+    keys: int,
+    values: int,
+    codes: bool,
+    blocks: int,
+    block_size: int,
+    heads: int,
+    width: int,
+) -> None:
+    """Append a call of `store_kv` to call_list; nothing is computed yet."""
+
+def attention(
+    pool: Pool,
+    q: int,
+    stride: int,
+    q_heads: int,
+    is_bf16: bool,
+    keys: int,
+    values: int,
+    codes: bool,
+    blocks: int,
+    block_size: int,
+    heads: int,
+    width: int,
+    block_tables: int,
+    columns: int,
+    query_start_loc: int,
+    seq_lens: int,
+    sequences: int,
+    scale: float,
+    y: int,
+) -> None:
+    """
+    y = causal attention of the rows of q over the keys and values of their sequences in the paged cache.
+    """
+
+def queue_attention(
+    call_list: CallList,
+    q: int,
+    stride: int,
+    q_heads: int,
+    is_bf16: bool,
+    keys: int,
+    values: int,
+    codes: bool,
+    blocks: int,
+    block_size: int,
+    heads: int,
+    width: int,
+    block_tables: int,
+    columns: int,
+    query_start_loc: int,
+    seq_lens: int,
+    sequences: int,
+    scale: float,
+    y: int,
+) -> None:
+    """Append a call of `attention` to call_list; nothing is computed yet."""
