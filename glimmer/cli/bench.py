@@ -87,7 +87,7 @@ class Figure:
 
 
 def main(argv: list[str]) -> int:
-    """Measure; rank 0 prints."""
+    """Measure and print; ranks other than 0 take part in the steps."""
     if COMMAND.asks_for_help(argv):
         return 0
     settings = COMMAND.read(argv)
@@ -109,6 +109,10 @@ def main(argv: list[str]) -> int:
     settings.check(EngineConfig, engine)
     begin = time.perf_counter()
     model = llm.LLM(**engine)
+    if model.rank != 0:
+        model.follow()
+        model.close()
+        return 0
     load, load_peak = time.perf_counter() - begin, model.peak_memory()
     prompts = random.Random(1)
     _prefill(model, prompts, 16)
@@ -121,8 +125,7 @@ def main(argv: list[str]) -> int:
         figures.append(_decode(model, prompts, batch, context, steps, watched))
         figures[-1].limits = model.limits()
     memory = {"load_s": load, "load_peak_memory_gib": load_peak / 2**30, "peak_memory_gib": model.peak_memory() / 2**30}
-    if model.rank == 0:
-        _print(model, figures, memory, watch)
+    _print(model, figures, memory, watch)
     model.close()
     return 0
 

@@ -70,7 +70,7 @@ def default_model(command: str) -> Path:
 
 
 def main(argv: list[str]) -> int:
-    """Ask the three questions; rank 0 prints."""
+    """Ask the three questions and print the answers; ranks other than 0 take part in the steps."""
     if COMMAND.asks_for_help(argv):
         return 0
     settings = COMMAND.read(argv)
@@ -82,19 +82,23 @@ def main(argv: list[str]) -> int:
     settings.check(EngineConfig, engine)
     params = settings.check(SamplingParams, {"temperature": 0, "max_tokens": max_tokens})
     model = llm.LLM(**engine)
+    if model.rank != 0:
+        model.follow()
+        model.close()
+        return 0
     model.generate(CITY, SamplingParams(temperature=0, max_tokens=1))  # whatever is slow only once, is slow here
     for title, question, prompt in (
         ("A raw prompt", CITY, CITY),
         ("A sum, thought over", SUM, model.render(_user(SUM))),
         (f"A tool: {json.dumps(TOOL, ensure_ascii=False)}", WEATHER, model.render(_user(WEATHER), [TOOL])),
     ):
-        _show(model, f"## {title}\n> {question}\n")
+        _show(f"## {title}\n> {question}\n")
         begin, tokens = time.perf_counter(), 0
         for piece in model.stream(prompt, params):
-            _show(model, piece.text)
+            _show(piece.text)
             tokens += len(piece.token_ids)
         seconds = time.perf_counter() - begin
-        _show(model, f"\n({tokens} tokens in {seconds:.2f} s: {tokens / seconds:.0f} tokens/s)\n\n")
+        _show(f"\n({tokens} tokens in {seconds:.2f} s: {tokens / seconds:.0f} tokens/s)\n\n")
     model.close()
     return 0
 
@@ -103,6 +107,5 @@ def _user(text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": text}]
 
 
-def _show(model: "llm.LLM", text: str) -> None:
-    if model.rank == 0:
-        print(text, end="", flush=True)
+def _show(text: str) -> None:
+    print(text, end="", flush=True)

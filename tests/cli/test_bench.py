@@ -1,6 +1,10 @@
 """`glimmer bench` on a tiny checkpoint: every figure that was asked for, and what stands beside it."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +12,8 @@ import torch
 from glimmer.backends.selection import choose
 from glimmer.cli import bench
 from glimmer.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -70,3 +76,15 @@ def test_counts_are_positive(option, capsys):
     assert main(["bench", "/nowhere", option, "0"]) == 2
     err = capsys.readouterr().err
     assert f"{option[2:]}=" in err and ("a whole number" in err or "whole numbers from 1 on" in err)
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_is_that_of_torchrun(checkpoint):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "glimmer"]
+    command += ["bench", str(checkpoint()), "--device", "cpu", "--steps", "2", "--repeat", "1", "--threads", "1"]
+    command += ["--prefill", "20", "--decode", "2"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.strip().splitlines()[-1])
+    assert figures["processes"] == 2 and figures["prefill_20"] > 0 and figures["decode_b2"] > 0
