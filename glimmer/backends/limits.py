@@ -13,6 +13,7 @@ BYTES = 512 << 20  # read at once: more than the caches that these threads share
 def main() -> None:
     """Measure and print."""
     spec = importlib.util.spec_from_file_location("_native", sys.argv[1])
+    assert spec is not None and spec.loader is not None, "an extension module has a loader"
     native = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(native)
     native.select(sys.argv[2])

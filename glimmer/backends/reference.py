@@ -186,6 +186,7 @@ def _linear(x: Tensor, w: Weight) -> Tensor:
     """x (T, in) @ W.T (T, out); in float32 or in x's dtype."""
     match w.kind:
         case Kind.FP8:
+            assert w.scales is not None
             codes, scales = quantize_fp8(x)
             wide = torch.float32 if x.dtype == torch.float32 else torch.bfloat16  # holds every e4m3 value exactly
             return _matmul(codes.to(wide), w.codes.to(wide)).float() * scales * w.scales.T
@@ -220,7 +221,7 @@ def _multiplies_bf16(device: torch.device) -> bool:
     """Whether torch's bf16 matrix product is fast there. On a CPU without bf16 instructions it is a scalar loop."""
     if device.type != "cpu":
         return True
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _matmul(x: Tensor, w: Tensor) -> Tensor:
@@ -254,12 +255,15 @@ def _dot(x: Tensor, w: Tensor) -> Tensor:
     """x (T, n) @ w (out, n).T of whole numbers up to 127: exact, then rounded once to float32."""
     if x.shape[-1] <= EXACT:
         return F.linear(x, w.float())
-    pairs = zip(x.split(EXACT, 1), w.split(EXACT, 1))
-    return sum(F.linear(a, b.float()).to(torch.int32) for a, b in pairs).float()
+    total = torch.zeros(*x.shape[:-1], len(w), dtype=torch.int32, device=x.device)
+    for a, b in zip(x.split(EXACT, 1), w.split(EXACT, 1)):
+        total += F.linear(a, b.float()).to(torch.int32)
+    return total.float()
 
 
 def _linear_int8(x: Tensor, w: Weight) -> Tensor:
     """dot(codes of the row, codes of the output) * the row's scale * the output's scale."""
+    assert w.scales is not None
     codes, scales = quantize_int8(x)
     y = torch.cat([_dot(codes, block) for block in w.codes.split(WIDENED_ROWS)], -1)
     return y * scales * w.scales.T
@@ -267,6 +271,7 @@ def _linear_int8(x: Tensor, w: Weight) -> Tensor:
 
 def _linear_int4(x: Tensor, w: Weight) -> Tensor:
     """For each group, dot(codes, nibbles - zero) * the row's scale there * the output's; summed in ascending order."""
+    assert w.scales is not None
     nibbles, zeros = w.nibbles().split(w.group_size, 1), w.zero_points()
     y = torch.zeros(len(x), w.shape[0], device=x.device)
     for g, part in enumerate(x.split(w.group_size, 1)):

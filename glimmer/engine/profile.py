@@ -16,6 +16,7 @@ from torch import Tensor
 from glimmer import device as devices
 from glimmer.backends.timed import Part, Timed
 from glimmer.engine.engine import Clock, Engine
+from glimmer.engine.runner import Runner
 from glimmer.parallel import Group
 
 
@@ -27,7 +28,9 @@ class Profile:
     """
 
     def __init__(self, engine: Engine):
-        self._engine, runner = engine, engine.runner
+        runner = engine.runner
+        assert isinstance(runner, Runner), "a profile needs a runner that has a model"
+        self._engine, self._runner = engine, runner
         names = {
             id(module.packed): ".".join(part for part in name.split(".") if part != "layers" and not part.isdigit())
             for name, module in runner.model.named_modules()
@@ -40,13 +43,13 @@ class Profile:
         engine = self._engine
         self._before = engine.clock
         engine.clock = self._clock
-        engine.runner.model.use(self._timed, timed_group(engine.group, self._timed))
+        self._runner.model.use(self._timed, timed_group(engine.group, self._timed))
         return self
 
     def __exit__(self, *_: object) -> None:
         engine = self._engine
         engine.clock = self._before
-        engine.runner.model.use(engine.runner.backend, engine.group)
+        self._runner.model.use(self._runner.backend, engine.group)
 
     @property
     def steps(self) -> int:

@@ -145,7 +145,9 @@ def resolve_dtype(asked: str, stored: str) -> torch.dtype:
     if asked == "auto" and stored == "float16":
         log.info("float16 weights are computed in bfloat16: this family's activations overflow float16")
     name = asked if asked != "auto" else "bfloat16" if stored == "float16" else stored
-    return getattr(torch, name)
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def make_kv_cache_config(
@@ -170,12 +172,12 @@ def make_kv_cache_config(
         usable, limit = cap, f"max_memory_bytes={cap}"
     activations = _activation_bytes(config, model)
     block = backend.kv_block_bytes(spec)
-    blocks_for = lambda tokens: -(-tokens // config.block_size)
+    blocks_for: Callable[[int], int] = lambda tokens: -(-tokens // config.block_size)
     least = blocks_for(config.max_model_len or config.block_size) * block
     cache = max(least, config.kv_cache_memory_bytes or 0)
     left = usable - weights - activations
     if left < cache:
-        gib = lambda nbytes: f"{nbytes / 2**30:.2f} GiB"
+        gib: Callable[[int], str] = lambda nbytes: f"{nbytes / 2**30:.2f} GiB"
         raise NotEnoughMemory(
             f"{gib(weights + activations + cache)} needed on {device} by this process: {gib(weights)} for weights,"
             f" {gib(activations)} for a step's activations, {gib(cache)} for the KV cache;"
@@ -197,10 +199,10 @@ def make_kv_cache_config(
     num_blocks = group.all_reduce_min(
         min(left // block, config.max_num_seqs * blocks_for(config.max_model_len or longest))
     )
-    limit = min(config.max_model_len or longest, num_blocks * config.block_size)
-    if config.max_model_len is None and limit < longest:
-        log.warning("context limited to %d of the model's %d tokens by the memory for its cache", limit, longest)
-    return KVCacheConfig(num_blocks, limit)
+    max_model_len = min(config.max_model_len or longest, num_blocks * config.block_size)
+    if config.max_model_len is None and max_model_len < longest:
+        log.warning("context limited to %d of the model's %d tokens by its cache's memory", max_model_len, longest)
+    return KVCacheConfig(num_blocks, max_model_len)
 
 
 def _activation_bytes(config: EngineConfig, model: ModelConfig) -> int:
