@@ -108,22 +108,28 @@ class Loop:
             call.ended.wait()
 
     def run(self, what: Callable[[], T]) -> T:
-        """Call `what` between two steps, in the loop's thread; return what it returns, or raise what it raises."""
-        if threading.current_thread() is self._thread:
-            return what()
+        """Call `what` between two steps; return what it returns, or raise what it raises."""
+        with self._guard:
+            if not self._running or self._thread is threading.current_thread():
+                return what()  # there are no steps meanwhile
         results: list[T] = []
         failures: list[BaseException] = []
-        done = threading.Event()
+        done, given_up = threading.Event(), threading.Event()
 
         def do() -> None:
             try:
-                results.append(what())
+                if not given_up.is_set():
+                    results.append(what())
             except BaseException as error:
                 failures.append(error)
             done.set()
 
         self._post(do)
-        done.wait()
+        try:
+            done.wait()
+        except BaseException:  # an interrupt: it must not be called later
+            given_up.set()
+            raise
         if failures:
             raise failures[0]
         return results[0]
@@ -273,10 +279,14 @@ class Loop:
             new[entry.call] = new.get(entry.call, 0) + len(output.token_ids)
             self._put(entry, answer, output)
         for call, count in new.items():
-            try:
-                call.client.after_step(count)
-            except BaseException as error:  # a callback's: its caller shall raise it
-                self._fail(call, error)
+            self._notify(call, count)
+
+    def _notify(self, call: Call, new: int) -> None:
+        """A step is over for a client that it may have brought something."""
+        try:
+            call.client.after_step(new)
+        except BaseException as error:  # a callback's: its caller shall raise it
+            self._fail(call, error)
 
     def _put(self, entry: Entry, answer: int, output: Output) -> None:
         """Hand an output to its client."""
@@ -347,10 +357,8 @@ class Loop:
                 self._put(entry, answer, Output(request_id, finish_reason=FinishReason.ABORT))
         if not which:
             self._queue.pop(name, None)
-        try:
-            entry.call.client.after_step(0)
-        except BaseException as error:
-            self._fail(entry.call, error)
+        if self._group.rank != 0:  # rank 0's client wanted it, others may still wait
+            self._notify(entry.call, 0)
 
     def _stop(self, reason: EngineError) -> None:
         """The end: everyone who waits hears the reason, and so will everyone who asks later."""
