@@ -35,7 +35,8 @@ T = TypeVar("T")
 LINGER = 0.05  # seconds that the thread of a single process waits for the next request before it ends
 HEARTBEAT = 0.5  # seconds between two messages of an idle rank 0
 BEGIN = 3600.0  # seconds that a rank waits with its first request until all ranks have one, or follow
-LEAVE = 10.0  # seconds that `close` waits for the thread's last step, and for rank 0's last message
+LEAVE = 2.0  # seconds that `close` on several ranks waits for rank 0's last message, and for the last step
+LAST_STEP = 600.0  # seconds that `close` waits for the last step of a single process
 MESSAGE = 1 << 20  # bytes that rank 0 sends at the head of a step, about; one request may be longer
 
 CLOSED = EngineError("the engine is closed", "requests before close()", "make a new LLM")
@@ -159,7 +160,7 @@ class Loop:
         else:
             thread.join(LEAVE)  # rank 0 closes as well, and tells all ranks
             self._post(lambda: self._stop(CLOSED))
-        thread.join(LEAVE)
+        thread.join(LAST_STEP if self._group.size == 1 else LEAVE)
 
     def _post(self, do: Callable[[], None]) -> None:
         """Have the thread call `do`; begin a thread if there is none. After the end, `do` is called here."""
@@ -363,7 +364,7 @@ class Loop:
     def _stop(self, reason: EngineError) -> None:
         """The end: everyone who waits hears the reason, and so will everyone who asks later."""
         with self._guard:
-            self._end, self._running, self._thread = reason, False, None
+            self._end, self._running, self._thread = self._end or reason, False, None
         arriving = [record.call for record in self._records if isinstance(record, Arrival) and record.call is not None]
         for call in dict.fromkeys([*(entry.call for entry in self._entries.values()), *arriving]):
             try:
