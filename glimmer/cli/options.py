@@ -34,6 +34,7 @@ else:
     omegaconf = lazy("omegaconf")
 
 Config = TypeVar("Config", EngineConfig, SamplingParams)
+T = TypeVar("T")
 Kind = Callable[[Any], Any]
 
 # ---------------------------------------------------------------------- kinds of values: text or YAML in, value out
@@ -258,9 +259,9 @@ def pick(table: Mapping[str, Option], *names: str) -> dict[str, Option]:
     return {name: table[name] for name in names}
 
 
-def without(table: Mapping[str, Option], *names: str) -> dict[str, Option]:
-    """All fields of a table but some."""
-    return {name: option for name, option in table.items() if name not in names}
+def without(table: Mapping[str, T], *names: str) -> dict[str, T]:
+    """A table but for some of its names."""
+    return {name: value for name, value in table.items() if name not in names}
 
 
 def default(option: Option, said: str) -> Option:
@@ -549,7 +550,7 @@ class Command:
         try:
             tree = omegaconf.OmegaConf.load(file)
             written = omegaconf.OmegaConf.to_container(tree)
-            for key, value in typed.items():
+            for key, value in without(typed, *GENERAL).items():
                 usable = isinstance(written, dict) and not isinstance(written.get(key), dict)  # not a section
                 if isinstance(value, str) and "${" not in value and usable:  # what is typed is meant literally
                     omegaconf.OmegaConf.update(tree, key, value)
@@ -567,6 +568,8 @@ class Command:
         for name, value in self._flat(content):
             flag = self.find(f"--{name}")
             key = flag.key if flag is not None and flag.positive else name
+            if key in GENERAL:  # a file cannot name another file
+                raise self.unknown(name, str(file))
             if found.setdefault(key, value) != value:
                 raise ConfigError(f"two values of {key} ({file})", "one value", "leave one of them out")
         return found

@@ -271,6 +271,7 @@ def test_command_line_over_environment_over_file_over_default(tmp_path, monkeypa
         ([], {}, "threads: many", "threads='many' (c.yaml)"),
         ([], {}, "thread: 3", "no key 'thread' (c.yaml)"),
         ([], {}, "model: ''", "model='' (c.yaml)"),
+        ([], {}, "config: other.yaml", "no key 'config' (c.yaml)"),
         ([], {}, "max_model_len: 4\nctx-size: 5", "two values of max_model_len (c.yaml)"),
         (["--top-p", "3"], {}, "", "top_p=3.0 (command line)"),
         ([], {"GLIMMER_TOP_P": "3"}, "", "top_p=3.0 (environment variable GLIMMER_TOP_P)"),
