@@ -54,10 +54,15 @@ def resolve(name: str, index: int) -> torch.device:
     return torch.device(kind, index)
 
 
+def available_cpus() -> int:
+    """CPUs that this process may use: by affinity on Linux, all of them elsewhere."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def share_cores(processes: int, asked: int | None = None) -> int:
     """Threads for this one of the `processes` that compute on this machine: what was asked for, or its part of the CPUs
     that they may use (affinity, the control group's quota, OMP_NUM_THREADS where it is alone)."""
-    threads = TORCH_THREADS if processes == 1 else len(os.sched_getaffinity(0)) // processes
+    threads = TORCH_THREADS if processes == 1 else available_cpus() // processes
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         threads = min(threads, math.ceil(int(quota) / int(period) / processes))
@@ -119,7 +124,7 @@ def describe() -> list[tuple[str, str]]:
     wanted = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm")
     total = _meminfo()["MemTotal"]
     rows = [
-        ("processor", f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores for this process"),
+        ("processor", f"{_cpu_name()}, {available_cpus()} cores for this process"),
         ("instructions", " ".join(f for f in wanted if f in flags) or "none of those that matter here"),
         ("memory", f"{total / 2**30:.1f} GiB, {free_memory(torch.device('cpu')) / 2**30:.1f} GiB free"),
     ]
