@@ -23,7 +23,7 @@ from glimmer.config import EngineConfig, ModelConfig, SamplingParams, generation
 from glimmer.engine.engine import Engine
 from glimmer.engine.loop import Loop
 from glimmer.engine.profile import Profile
-from glimmer.engine.ranks import Call, Question
+from glimmer.engine.ranks import Call, ParentRequest
 from glimmer.engine.runner import Runner
 from glimmer.engine.sequence import FinishReason, Logprob, Output
 from glimmer.errors import CheckpointError, ConfigError, EngineError, GlimmerError, RequestError
@@ -291,16 +291,16 @@ class LLM:
         started = [i for i, output in enumerate(outputs) if output.error is None]
         events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
         reader = _Reader([(outputs[i], params[i]) for i in started], self.tokenizer, events.put, on_step=on_step)
-        questions = [self._question(outputs[i], params[i]) for i in started]
-        call = Call(questions, reader, ordered=True, watches=on_step is not None)
+        requests = [self._parent_request(outputs[i], params[i]) for i in started]
+        call = Call(requests, reader, ordered=True, watches=on_step is not None)
         if on_finish is not None:
             for i, output in enumerate(outputs):
                 if output.error is not None:
                     on_finish(i, output)
         try:
-            if questions:
+            if requests:
                 self._loop.submit(call)
-            for event in _first(len(questions), events):
+            for event in _first(len(requests), events):
                 if isinstance(event, BaseException):
                     raise event
                 assert isinstance(event, int)
@@ -308,7 +308,7 @@ class LLM:
                 if on_finish is not None:
                     on_finish(started[event], outputs[started[event]])
         finally:
-            if questions:
+            if requests:
                 self._loop.cancel(call)
         return outputs
 
@@ -383,7 +383,7 @@ class LLM:
     ) -> Call:
         """A call whose pieces are delivered as they come."""
         reader = _Reader([(output, params)], self.tokenizer, deliver, piecewise=True)
-        return Call([self._question(output, params)], reader)
+        return Call([self._parent_request(output, params)], reader)
 
     # ------------------------------------------------------------------ the way of one request
 
@@ -424,7 +424,7 @@ class LLM:
                 found = f"{name}={value}" if value.bit_length() < 1000 else f"{name} of {value.bit_length()} bits"
                 raise RequestError(name, found, f"at most {limit}", f"choose a smaller {name}")
         output = RequestOutput(text, list(ids))
-        self._engine.check(Question("", tuple(ids), params, "", tuple(self.eos_token_ids)).request(0))
+        self._engine.check(ParentRequest("", tuple(ids), params, "", tuple(self.eos_token_ids)).child(0))
         return output
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -437,11 +437,11 @@ class LLM:
             )
         return self.tokenizer.encode(text, add_special_tokens)
 
-    def _question(self, output: RequestOutput, params: SamplingParams) -> Question:
+    def _parent_request(self, output: RequestOutput, params: SamplingParams) -> ParentRequest:
         """The n answers to a checked prompt, still empty; and what the engine is asked for."""
         number = next(self._numbers)
         seed = f"request {self.config.seed}.{number}" if params.seed is None else str(params.seed)
-        return Question(str(number), tuple(output.prompt_token_ids), params, seed, tuple(self.eos_token_ids))
+        return ParentRequest(str(number), tuple(output.prompt_token_ids), params, seed, tuple(self.eos_token_ids))
 
 
 def join(config: EngineConfig) -> Group:

@@ -20,12 +20,24 @@ import itertools
 import logging
 import queue
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import TypeVar
 
 from glimmer.engine.engine import Engine
-from glimmer.engine.ranks import Abort, Arrival, Call, Claims, Question, Record, Stop, Unwanted, from_json, to_json
+from glimmer.engine.ranks import (
+    Abort,
+    Arrival,
+    Call,
+    CallMatcher,
+    Discard,
+    ParentRequest,
+    Record,
+    Stop,
+    from_json,
+    tell,
+    to_json,
+)
 from glimmer.engine.sequence import FinishReason, Output, failure
 from glimmer.errors import EngineError
 
@@ -43,12 +55,12 @@ CLOSED = EngineError("the engine is closed", "requests before close()", "make a 
 
 
 class Entry:
-    """A question that is being answered, for a call that knows it under `position`. Its answers begin one by one."""
+    """A parent request that is being answered, for the call whose `position`-th it is. Its answers begin one by one."""
 
-    def __init__(self, question: Question, call: Call, position: int):
-        self.question, self.call, self.position = question, call, position
+    def __init__(self, parent: ParentRequest, call: Call, position: int):
+        self.parent, self.call, self.position = parent, call, position
         self.begun = 0
-        self.open = question.params.n  # answers that have not ended
+        self.open = parent.params.n  # answers that have not ended
 
 
 class Loop:
@@ -60,11 +72,11 @@ class Loop:
         # finalizers, which run in any thread at any moment.
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._records: deque[Record] = deque()  # what begins and ends, in this order
-        self._entries: dict[str, Entry] = {}  # by question id: all that have not ended
-        self._queue: dict[str, Entry] = {}  # those whose answers have not all begun, first come first served
+        self._entries: dict[str, Entry] = {}  # by the parent requests' ids: all that have not ended
+        self._queue: OrderedDict[str, Entry] = OrderedDict()  # those whose answers have not all begun, in order
         self._answers: dict[str, tuple[Entry, int]] = {}  # by request id: what the engine works on
         self._watching: dict[Call, None] = {}  # calls whose clients want to know of every step
-        self._claims = Claims(self._group.rank)  # of callers on ranks other than 0
+        self._matcher = CallMatcher(self._group.rank)  # of callers on ranks other than 0
         self._call_numbers, self._ordinals = itertools.count(), itertools.count(1)
         self._ordering: int | None = None  # the one thread that makes all ordered calls; 0 if there are several
         self._guard = threading.RLock()  # over the three below
@@ -141,7 +153,7 @@ class Loop:
         On rank 0 this returns at once; from then on rank 0 tells the others that it is there. EngineError if the job
         fails.
         """
-        self._post(self._claims.release)
+        self._post(self._matcher.release)
         if self._group.rank != 0:
             self._over.wait()
             if self._end not in (None, CLOSED):
@@ -219,7 +231,7 @@ class Loop:
         except queue.Empty:
             pass
         if not leads:
-            self._claims.refuse_overdue()
+            self._matcher.refuse_overdue()
         if wait and alone:
             with self._guard:
                 if self.idle:
@@ -234,7 +246,7 @@ class Loop:
         size = 0
         while self._records and size < MESSAGE:
             record = self._records.popleft()
-            size += 8 * len(record.question.prompt_token_ids) if isinstance(record, Arrival) else 8
+            size += 8 * len(record.parent.prompt_token_ids) if isinstance(record, Arrival) else 8
             records.append(record)
         if self._group.size > 1:
             self._group.broadcast([to_json(record) for record in records])
@@ -247,9 +259,9 @@ class Loop:
         elif isinstance(record, Abort):
             self._abort(record.id)
         else:
-            call = record.call or self._claims.arrive(record)
-            self._entries[record.question.id] = Entry(record.question, call, record.position)
-            self._queue[record.question.id] = self._entries[record.question.id]
+            call = record.call or self._matcher.arrive(record)
+            self._entries[record.parent.id] = Entry(record.parent, call, record.position)
+            self._queue[record.parent.id] = self._entries[record.parent.id]
             if call.watches:
                 self._watching[call] = None
 
@@ -258,14 +270,14 @@ class Loop:
         scheduler = self.engine.scheduler
         while self._queue and len(scheduler.waiting) < scheduler.max_sequences:
             entry = next(iter(self._queue.values()))
-            question, answer = entry.question, entry.begun
+            parent, answer = entry.parent, entry.begun
             entry.begun += 1
-            if entry.begun == question.params.n:
-                del self._queue[question.id]
-            request = question.request(answer)
+            if entry.begun == parent.params.n:
+                del self._queue[parent.id]
+            request = parent.child(answer)
             self._answers[request.id] = entry, answer
             try:
-                self.engine.add(request, question.constraints[answer] if question.constraints else None)
+                self.engine.add(request, parent.constraints[answer] if parent.constraints else None)
             except Exception as error:
                 if self._group.size > 1:  # perhaps not on all of them
                     raise
@@ -300,7 +312,7 @@ class Loop:
             self._answers.pop(output.request_id, None)
             entry.open -= 1
             if entry.open == 0:
-                del self._entries[entry.question.id]
+                del self._entries[entry.parent.id]
                 entry.call.open -= 1
                 if entry.call.open == 0:
                     self._watching.pop(entry.call, None)
@@ -316,42 +328,39 @@ class Loop:
         if self._end is not None:
             call.client.end(_copy(self._end))
             call.finish()
-        elif not call.questions:
+        elif not call.requests:
             call.finish()
         elif self._group.rank != 0:
-            self._claims.claim(call)
+            self._matcher.claim(call)
         else:
-            number, size = next(self._call_numbers), len(call.questions)
+            number, size = next(self._call_numbers), len(call.requests)
             digest = call.digest if self._group.size > 1 else ""
-            for position, question in enumerate(call.questions):
-                self._records.append(Arrival(number, size, digest, call.ordinal, position, question, call))
+            for position, parent in enumerate(call.requests):
+                self._records.append(Arrival(number, size, digest, call.ordinal, position, parent, call))
 
     def _close(self, call: Call) -> None:
         """A call is cancelled."""
         if self._end is not None or not call.opened:
             call.finish()
         elif self._group.rank != 0:
-            self._claims.withdraw(call)
+            self._matcher.withdraw(call)
         else:
-            self._records.extend(Abort(question.id) for question in call.questions)
+            self._records.extend(Abort(parent.id) for parent in call.requests)
 
     def _fail(self, call: Call, error: BaseException) -> None:
         """The call's client has failed: it is told so, and its requests end."""
-        client, call.client = call.client, Unwanted()
+        client, call.client = call.client, Discard()
         if self._group.rank == 0:
             self._close(call)
-        try:
-            client.end(error)
-        except Exception as again:
-            log.debug("a client that failed cannot be told", exc_info=again)
+        tell(client, error)
 
     def _abort(self, id: str) -> None:
-        """End a question, or one answer of it (QUESTION.ANSWER), whatever its state."""
+        """End a parent request, or one answer of it (REQUEST.ANSWER), whatever its state."""
         name, _, which = id.partition(".")
         entry = self._entries.get(name)
         if entry is None:
             return
-        for answer in [int(which)] if which else range(entry.question.params.n):
+        for answer in [int(which)] if which else range(entry.parent.params.n):
             request_id = f"{name}.{answer}"
             if request_id in self._answers or answer >= entry.begun:
                 self.engine.abort(request_id)
@@ -367,12 +376,9 @@ class Loop:
             self._end, self._running, self._thread = self._end or reason, False, None
         arriving = [record.call for record in self._records if isinstance(record, Arrival) and record.call is not None]
         for call in dict.fromkeys([*(entry.call for entry in self._entries.values()), *arriving]):
-            try:
-                call.client.end(_copy(reason))
-            except Exception as error:
-                log.debug("a client cannot be told of the end", exc_info=error)
+            tell(call.client, _copy(reason))
             call.finish()
-        self._claims.end(_copy(reason))
+        self._matcher.end(_copy(reason))
         for waiting in (self._records, self._entries, self._queue, self._answers, self._watching):
             waiting.clear()
         with self._guard:

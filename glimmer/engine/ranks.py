@@ -5,8 +5,8 @@ moment, and not always in the same order: sets have no order, and coroutines and
 of another rank is matched by what it asks: it gets the answers to the call of rank 0 that has the same prompts with the
 same parameters. Of equal calls, and of equal prompts in one call, the first gets the first.
 
-    rank 0's call arrives first   its outputs are held until a caller of this rank asks for the same (Claims.claim)
-    this rank's caller is first   it waits until rank 0's call arrives (Claims.arrive)
+    rank 0's call arrives first   its outputs are held until a caller of this rank asks for the same (CallMatcher.claim)
+    this rank's caller is first   it waits until rank 0's call arrives (CallMatcher.arrive)
 
 A call that rank 0 does not make is refused: at once where both ranks make all such calls from one thread, so that calls
 can be counted and compared; otherwise when rank 0 has asked for something else for MISMATCH seconds, or nothing for
@@ -49,8 +49,8 @@ class Client(Protocol):
 
 
 @dataclass(frozen=True)
-class Question:
-    """One prompt with params.n answers. constraints: one for each answer, on rank 0; or none."""
+class ParentRequest:
+    """One prompt with params.n answers, a Request each. constraints: one for each answer, on rank 0; or none."""
 
     id: str
     prompt_token_ids: tuple[int, ...]
@@ -59,7 +59,7 @@ class Question:
     eos_token_ids: tuple[int, ...]
     constraints: tuple[Constraint, ...] = ()
 
-    def request(self, answer: int) -> Request:
+    def child(self, answer: int) -> Request:
         """The request for one answer; only the first reports the prompt's log-probabilities."""
         params = self.params
         if answer > 0 and params.prompt_logprobs is not None:
@@ -75,7 +75,7 @@ class Question:
 
 
 class Call:
-    """Questions that one caller asks together, and whom the answers go to.
+    """Requests that one caller makes together, and the client that their answers go to.
 
     ordered  the caller makes such calls one after another: calls of two ranks can be compared by their numbers
     watches  the client wants after_step of every step, also of those that bring it nothing
@@ -83,9 +83,9 @@ class Call:
     opened   the engine's thread knows of it
     """
 
-    def __init__(self, questions: Sequence[Question], client: Client, ordered: bool = False, watches: bool = False):
-        self.questions, self.client, self.ordered, self.watches = list(questions), client, ordered, watches
-        self.open = len(self.questions)  # questions that have not been answered; changed by the engine's thread
+    def __init__(self, requests: Sequence[ParentRequest], client: Client, ordered: bool = False, watches: bool = False):
+        self.requests, self.client, self.ordered, self.watches = list(requests), client, ordered, watches
+        self.open = len(self.requests)  # requests that have not ended; changed by the engine's thread
         self.ended, self.opened = threading.Event(), False
         self.ordinal: int | None = None  # among the ordered calls of this rank, where these can be counted
         self.since = time.monotonic()
@@ -93,7 +93,7 @@ class Call:
     @cached_property
     def digest(self) -> str:
         """Digest of what is asked, in whatever order."""
-        return _digest(sorted(question.content for question in self.questions))
+        return _digest(sorted(parent.content for parent in self.requests))
 
     def finish(self) -> None:
         """Nothing more will come."""
@@ -102,7 +102,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A question of rank 0 begins.
+    """A request of rank 0 begins.
 
     number, size, digest, ordinal: of its call; position: its number in the call; call: the call itself, on rank 0.
     """
@@ -112,13 +112,13 @@ class Arrival:
     digest: str
     ordinal: int | None
     position: int
-    question: Question
+    parent: ParentRequest
     call: Call | None = None
 
 
 @dataclass(frozen=True)
 class Abort:
-    """A question, or one answer (QUESTION.ANSWER), ends for everybody."""
+    """A request of rank 0, or one answer of it (REQUEST.ANSWER), ends for everybody."""
 
     id: str
 
@@ -137,9 +137,9 @@ def to_json(record: Record) -> list[Any]:
         return ["abort", record.id]
     if isinstance(record, Stop):
         return ["stop"]
-    q = record.question
-    question = [q.id, q.prompt_token_ids, _params_to_json(q.params), q.seed, q.eos_token_ids]
-    return ["arrival", record.number, record.size, record.digest, record.ordinal, record.position, question]
+    q = record.parent
+    parent = [q.id, q.prompt_token_ids, _params_to_json(q.params), q.seed, q.eos_token_ids]
+    return ["arrival", record.number, record.size, record.digest, record.ordinal, record.position, parent]
 
 
 def from_json(record: list[Any]) -> Record:
@@ -150,8 +150,8 @@ def from_json(record: list[Any]) -> Record:
     if kind == "stop":
         return Stop()
     number, size, digest, ordinal, position, (id, tokens, params, seed, eos) = fields
-    question = Question(id, tuple(tokens), _params_from_json(params), seed, tuple(eos))
-    return Arrival(number, size, digest, ordinal, position, question)
+    parent = ParentRequest(id, tuple(tokens), _params_from_json(params), seed, tuple(eos))
+    return Arrival(number, size, digest, ordinal, position, parent)
 
 
 def _params_to_json(params: SamplingParams) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def _digest(value: Any) -> str:
     return blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
-class Claims:
+class CallMatcher:
     """Calls of rank 0 as another rank sees them, and that rank's own calls. The engine's thread alone uses it.
 
     hold: whether outputs that nobody has asked for are kept; not where this rank has no callers of its own.
@@ -175,57 +175,57 @@ class Claims:
     def __init__(self, rank: int):
         self.rank, self.hold = rank, True
         self.num_held = 0
-        self._arriving: dict[int, ToldCall] = {}  # by number: calls of which more questions may come
-        self._unclaimed: list[ToldCall] = []
+        self._arriving: dict[int, RemoteCall] = {}  # by number: calls of which more requests may come
+        self._unclaimed: list[RemoteCall] = []
         self._waiting: list[Call] = []
 
-    def arrive(self, arrival: Arrival) -> "ToldCall":
-        """The call that gets the outputs of this question of rank 0."""
-        told = self._arriving.get(arrival.number)
-        if told is None:
-            told = self._arriving[arrival.number] = ToldCall(arrival, self)
-            self._unclaimed.append(told)
-            call = next((call for call in self._waiting if call.digest == told.digest), None)
+    def arrive(self, arrival: Arrival) -> "RemoteCall":
+        """The call that gets the outputs of this request of rank 0."""
+        remote = self._arriving.get(arrival.number)
+        if remote is None:
+            remote = self._arriving[arrival.number] = RemoteCall(arrival, self)
+            self._unclaimed.append(remote)
+            call = next((call for call in self._waiting if call.digest == remote.digest), None)
             if call is not None:
                 self._waiting.remove(call)
-                self._bind(told, call)
-        told.add(arrival)
-        if len(told.questions) == arrival.size:
+                self._bind(remote, call)
+        remote.add(arrival)
+        if len(remote.requests) == arrival.size:
             del self._arriving[arrival.number]
-        for call in [call for call in self._waiting if told.ordinal is not None and call.ordinal == told.ordinal]:
-            self._compare(call, told)
-        return told
+        for call in [call for call in self._waiting if call.ordinal == remote.ordinal is not None]:
+            self._compare(call, remote)
+        return remote
 
     def claim(self, call: Call) -> None:
         """A caller of this rank asks: it gets the answers that rank 0 has asked for, or waits for them."""
-        for told in self._unclaimed:
-            if told.digest == call.digest:
-                return self._bind(told, call)
+        for remote in self._unclaimed:
+            if remote.digest == call.digest:
+                return self._bind(remote, call)
         self._waiting.append(call)
-        for told in [told for told in self._unclaimed if told.ordinal is not None and told.ordinal == call.ordinal]:
-            self._compare(call, told)
+        for remote in [remote for remote in self._unclaimed if call.ordinal == remote.ordinal is not None]:
+            self._compare(call, remote)
 
     def withdraw(self, call: Call) -> None:
         """The caller does not want its answers any more. They are computed all the same, while rank 0 wants them."""
         if call in self._waiting:
             self._waiting.remove(call)
-        call.client = Unwanted()
+        call.client = Discard()
         call.ended.set()
 
     def refuse_overdue(self) -> None:
         """Refuse the calls that rank 0 does not seem to make."""
         now = time.monotonic()
         for call in list(self._waiting):
-            others = [told for told in self._unclaimed if now - max(call.since, told.since) > MISMATCH]
+            others = [remote for remote in self._unclaimed if now - max(call.since, remote.since) > MISMATCH]
             if others:
-                self._refuse(call, f"rank 0 asks for something else: {_shown(others[0].questions[0])}")
+                self._refuse(call, f"rank 0 asks for something else: {_shown(others[0].requests[0])}")
             elif now - call.since > ABSENT:
                 self._refuse(call, f"rank 0 has not asked for it for {ABSENT:g} s")
 
     def end(self, error: BaseException) -> None:
         """No call that waits will be answered."""
         for call in self._waiting:
-            call.client.end(error)
+            tell(call.client, error)
             call.ended.set()
         self._waiting.clear()
 
@@ -239,72 +239,75 @@ class Claims:
         """Let go of the outputs that have been held for longest."""
         self._unclaimed.pop(0).drop()
 
-    def _bind(self, told: "ToldCall", call: Call) -> None:
-        if told in self._unclaimed:
-            self._unclaimed.remove(told)
-        told.bind(call)
+    def _bind(self, remote: "RemoteCall", call: Call) -> None:
+        if remote in self._unclaimed:
+            self._unclaimed.remove(remote)
+        remote.bind(call)
 
-    def _compare(self, call: Call, told: "ToldCall") -> None:
-        """Refuse a call whose number among the ordered calls is `told`'s, if they are known to differ."""
-        if len(call.questions) != told.size:
-            return self._refuse(call, f"it has {len(call.questions)} prompts here, {told.size} on rank 0")
-        mine = Counter(question.content for question in call.questions)
-        for position, question in enumerate(told.questions):
-            if not mine[question.content]:
-                return self._refuse(call, f"prompt {position} of rank 0 is {_difference(question, call.questions)}")
-            mine[question.content] -= 1
+    def _compare(self, call: Call, remote: "RemoteCall") -> None:
+        """Refuse a call whose number among the ordered calls is `remote`'s, if they are known to differ."""
+        if len(call.requests) != remote.size:
+            return self._refuse(call, f"it has {len(call.requests)} prompts here, {remote.size} on rank 0")
+        mine = Counter(parent.content for parent in call.requests)
+        for position, parent in enumerate(remote.requests):
+            if not mine[parent.content]:
+                return self._refuse(call, f"prompt {position} of rank 0 is {_difference(parent, call.requests)}")
+            mine[parent.content] -= 1
 
     def _refuse(self, call: Call, difference: str) -> None:
         self._waiting.remove(call)
         which = "a call" if call.ordinal is None else f"call {call.ordinal} of generate and chat"
-        call.client.end(
-            RequestError(
-                "prompt",
-                f"{which} on rank {self.rank} that rank 0 does not make: {difference}",
-                "the same prompts with the same parameters on every rank, in whatever order",
-                "make the same calls on every rank, or ask on rank 0 only and call follow() on the others",
-            )
+        error = RequestError(
+            "prompt",
+            f"{which} on rank {self.rank} that rank 0 does not make: {difference}",
+            "the same prompts with the same parameters on every rank, in whatever order",
+            "make the same calls on every rank, or ask on rank 0 only and call follow() on the others",
         )
+        tell(call.client, error)
         call.ended.set()
 
 
-class ToldCall(Call):
-    """A call of rank 0 on another rank. Its client is Held until a call of this rank is bound to it."""
+class RemoteCall(Call):
+    """A call of rank 0 on another rank. Its client is a Buffer until a call of this rank is bound to it."""
 
-    def __init__(self, arrival: Arrival, claims: Claims):
-        super().__init__([], Held(claims) if claims.hold else Unwanted())
+    def __init__(self, arrival: Arrival, matcher: CallMatcher):
+        super().__init__([], Buffer(matcher) if matcher.hold else Discard())
         self.size, self.open, self.ordinal = arrival.size, arrival.size, arrival.ordinal
-        self.__dict__["digest"] = arrival.digest  # of all questions, which are still to come
-        self._claims = claims
+        self.__dict__["digest"] = arrival.digest  # of all requests, which are still to come
+        self._matcher = matcher
         self._bound: Call | None = None
         self._free: dict[str, deque[int]] = defaultdict(deque)  # by content: positions in the bound call, not yet taken
         self.positions: dict[int, int] = {}  # by rank 0's position: the position in the bound call
 
     def add(self, arrival: Arrival) -> None:
-        """One more question; they arrive in rank 0's order."""
-        self.questions.append(arrival.question)
+        """One more request; they arrive in rank 0's order."""
+        self.requests.append(arrival.parent)
         if self._bound is not None:
-            self.positions[arrival.position] = self._free[arrival.question.content].popleft()
+            self.positions[arrival.position] = self._free[arrival.parent.content].popleft()
 
     def bind(self, call: Call) -> None:
         """Whoever made `call` gets the outputs: those that were held now, later ones as they come."""
         self._bound = call
-        for position, question in enumerate(call.questions):
-            self._free[question.content].append(position)
-        for position, question in enumerate(self.questions):
-            self.positions[position] = self._free[question.content].popleft()
+        for position, parent in enumerate(call.requests):
+            self._free[parent.content].append(position)
+        for position, parent in enumerate(self.requests):
+            self.positions[position] = self._free[parent.content].popleft()
         held, self.client, self.watches = self.client, Renumbered(self, call), call.watches
-        if isinstance(held, Held):
-            self._claims.num_held -= len(held.outputs)
-            held.replay(self.client)
+        if isinstance(held, Buffer):
+            self._matcher.num_held -= len(held.outputs)
+            try:
+                held.replay(self.client)
+            except BaseException as error:  # a callback's: its caller shall raise it
+                client, call.client = call.client, Discard()
+                tell(client, error)
         if self.ended.is_set():
             call.ended.set()
 
     def drop(self) -> None:
         """Nobody will ask for it."""
-        if isinstance(self.client, Held):
-            self._claims.num_held -= len(self.client.outputs)
-        self.client = Unwanted()
+        if isinstance(self.client, Buffer):
+            self._matcher.num_held -= len(self.client.outputs)
+        self.client = Discard()
 
     def finish(self) -> None:
         """Nothing more will come."""
@@ -316,11 +319,11 @@ class ToldCall(Call):
 class Renumbered:
     """Client of a call of rank 0 that a call of this rank is bound to."""
 
-    def __init__(self, told: ToldCall, call: Call):
-        self._told, self._call = told, call
+    def __init__(self, remote: RemoteCall, call: Call):
+        self._remote, self._call = remote, call
 
     def put(self, prompt: int, answer: int, output: Output) -> bool:
-        return self._call.client.put(self._told.positions[prompt], answer, output)
+        return self._call.client.put(self._remote.positions[prompt], answer, output)
 
     def after_step(self, new: int) -> None:
         self._call.client.after_step(new)
@@ -329,19 +332,19 @@ class Renumbered:
         self._call.client.end(error)
 
 
-class Held:
+class Buffer:
     """Client in place of one that has not asked yet."""
 
-    def __init__(self, claims: Claims):
-        self._claims = claims
+    def __init__(self, matcher: CallMatcher):
+        self._matcher = matcher
         self.outputs: list[tuple[int, int, Output]] = []
         self.error: BaseException | None = None
 
     def put(self, prompt: int, answer: int, output: Output) -> bool:
         self.outputs.append((prompt, answer, output))
-        self._claims.num_held += 1
-        if self._claims.num_held > MAX_HELD:
-            self._claims.forget_oldest()
+        self._matcher.num_held += 1
+        if self._matcher.num_held > MAX_HELD:
+            self._matcher.forget_oldest()
         return False
 
     def after_step(self, new: int) -> None:
@@ -360,7 +363,7 @@ class Held:
             client.after_step(sum(len(output.token_ids) for _, _, output in self.outputs))
 
 
-class Unwanted:
+class Discard:
     """Client of a call whose answers nobody wants on this rank."""
 
     def put(self, prompt: int, answer: int, output: Output) -> bool:
@@ -373,17 +376,25 @@ class Unwanted:
         pass
 
 
-def _shown(question: Question) -> str:
+def tell(client: Client, error: BaseException) -> None:
+    """Tell a client why nothing more will come, though the client itself may have failed."""
+    try:
+        client.end(error)
+    except Exception as again:
+        log.debug("a client cannot be told of the end", exc_info=again)
+
+
+def _shown(parent: ParentRequest) -> str:
     """A prompt, in few words."""
-    ids = ", ".join(map(str, question.prompt_token_ids[:8])) + (", ..." if len(question.prompt_token_ids) > 8 else "")
-    return f"a prompt of {len(question.prompt_token_ids)} tokens ({ids})"
+    ids = ", ".join(map(str, parent.prompt_token_ids[:8])) + (", ..." if len(parent.prompt_token_ids) > 8 else "")
+    return f"a prompt of {len(parent.prompt_token_ids)} tokens ({ids})"
 
 
-def _difference(question: Question, others: Sequence[Question]) -> str:
-    """How rank 0's question differs from all of this rank's."""
+def _difference(parent: ParentRequest, others: Sequence[ParentRequest]) -> str:
+    """How rank 0's request differs from all of this rank's."""
     for other in others:
-        if other.prompt_token_ids == question.prompt_token_ids:
-            theirs, ours = asdict(question.params), asdict(other.params)
+        if other.prompt_token_ids == parent.prompt_token_ids:
+            theirs, ours = asdict(parent.params), asdict(other.params)
             name = next((name for name in ours if ours[name] != theirs[name]), "n")
             return f"asked with {name}={theirs[name]!r}, here with {name}={ours[name]!r}"
-    return f"{_shown(question)}, which is not among those here"
+    return f"{_shown(parent)}, which is not among those here"

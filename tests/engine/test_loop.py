@@ -13,7 +13,7 @@ import pytest
 
 from glimmer.config import SamplingParams
 from glimmer.engine.loop import Loop
-from glimmer.engine.ranks import Call, Question
+from glimmer.engine.ranks import Call, ParentRequest
 from glimmer.engine.sequence import FinishReason
 from glimmer.errors import EngineError
 
@@ -55,9 +55,9 @@ class Asker:
         self.events.put(error)
 
 
-def question(id: str, prompt, n: int = 1, **params) -> Question:
+def parent(id: str, prompt, n: int = 1, **params) -> ParentRequest:
     params = SamplingParams(**{"temperature": 0, "max_tokens": 8, "ignore_eos": True, "n": n, **params})
-    return Question(id, tuple(prompt), params, id, ())
+    return ParentRequest(id, tuple(prompt), params, id, ())
 
 
 def alone(prompt, count: int = 8) -> list[int]:
@@ -83,9 +83,9 @@ def loop():
     loop.close()
 
 
-def ask(loop: Loop, *questions: Question, **options) -> tuple[Asker, Call]:
+def ask(loop: Loop, *requests: ParentRequest, **options) -> tuple[Asker, Call]:
     asker = Asker(**options)
-    call = Call(questions, asker)
+    call = Call(requests, asker)
     loop.submit(call)
     return asker, call
 
@@ -97,7 +97,7 @@ def test_calls_of_many_threads(loop):
         source = random.Random(number)
         for i in range(20):
             prompts = [[source.randrange(50) for _ in range(source.randrange(1, 9))] for _ in range(3)]
-            asker, call = ask(loop, *(question(f"{number}-{i}-{j}", p, n=2) for j, p in enumerate(prompts)))
+            asker, call = ask(loop, *(parent(f"{number}-{i}-{j}", p, n=2) for j, p in enumerate(prompts)))
             if i % 5 == 4:
                 loop.cancel(call)
                 assert call.ended.is_set()
@@ -115,15 +115,15 @@ def test_calls_of_many_threads(loop):
 
 @pytest.mark.parametrize("fail", ["put", "after_step"])
 def test_a_client_that_fails_loses_its_own_requests_only(loop, fail):
-    good, first = ask(loop, question("good", [1, 2]))
-    bad, second = ask(loop, question("bad 1", [3]), question("bad 2", [4], max_tokens=40), fail=fail)
+    good, first = ask(loop, parent("good", [1, 2]))
+    bad, second = ask(loop, parent("bad 1", [3]), parent("bad 2", [4], max_tokens=40), fail=fail)
     assert first.ended.wait(SECONDS) and second.ended.wait(SECONDS)
     assert good.tokens[0, 0] == alone([1, 2])
     assert isinstance(bad.events.get(timeout=SECONDS), ZeroDivisionError if fail == "put" else KeyboardInterrupt)
 
 
 def test_enough_ends_an_answer_early(loop):
-    asker, call = ask(loop, question("a", [1], max_tokens=60), question("b", [2]), enough=5)
+    asker, call = ask(loop, parent("a", [1], max_tokens=60), parent("b", [2]), enough=5)
     assert call.ended.wait(SECONDS)
     assert asker.tokens == {(0, 0): alone([1], 5), (1, 0): alone([2], 5)}
     assert set(asker.reasons.values()) == {FinishReason.ABORT}
@@ -131,12 +131,12 @@ def test_enough_ends_an_answer_early(loop):
 
 def test_a_cancelled_call_is_gone_when_cancel_returns(loop):
     for wait in (0, 0.002, 0.01):
-        _, call = ask(loop, *(question(f"{wait}-{i}", [i], max_tokens=60) for i in range(20)))
+        _, call = ask(loop, *(parent(f"{wait}-{i}", [i], max_tokens=60) for i in range(20)))
         time.sleep(wait)
         loop.cancel(call)
         assert call.ended.is_set() and not loop.engine.busy and not loop._answers and not loop._queue
         loop.cancel(call)
-    never = Call([question("never", [1])], Asker())
+    never = Call([parent("never", [1])], Asker())
     loop.cancel(never)
     assert never.ended.is_set()
 
@@ -146,14 +146,14 @@ def test_answers_begin_as_there_is_room_for_them(loop):
     loop.engine.runner.forward = lambda batch, forward=loop.engine.runner.forward: (
         most.append(len(loop.engine.scheduler.waiting) + len(loop.engine.scheduler.running)) or forward(batch)
     )
-    asker, call = ask(loop, *(question(str(i), [i], n=50, max_tokens=2) for i in range(3)))
+    asker, call = ask(loop, *(parent(str(i), [i], n=50, max_tokens=2) for i in range(3)))
     assert call.ended.wait(SECONDS)
     assert all(asker.tokens[i, a] == alone([i], 2) for i in range(3) for a in range(50))
     assert max(most) <= 16, "8 at work and 8 that wait"
 
 
 def test_run_is_between_two_steps(loop):
-    _, call = ask(loop, question("a", [1], max_tokens=60))
+    _, call = ask(loop, parent("a", [1], max_tokens=60))
     assert loop.run(lambda: threading.current_thread().name) == "glimmer-engine"
     with pytest.raises(ZeroDivisionError):
         loop.run(lambda: 1 // 0)
@@ -170,7 +170,7 @@ def test_a_dead_engine_is_heard_of_by_everyone_at_once(loop):
         return schedule()
 
     loop.engine.scheduler.schedule = failing
-    askers = [ask(loop, question(str(i), [i], max_tokens=60)) for i in range(3)]
+    askers = [ask(loop, parent(str(i), [i], max_tokens=60)) for i in range(3)]
     entered.set()
     for asker, call in askers:
         assert call.ended.wait(SECONDS)
@@ -178,27 +178,27 @@ def test_a_dead_engine_is_heard_of_by_everyone_at_once(loop):
             pass
         assert "AssertionError: a bug" in error.found
     with pytest.raises(EngineError, match="a bug"):
-        ask(loop, question("late", [1]))
-    late = Call([question("later", [1])], Asker())
+        ask(loop, parent("late", [1]))
+    late = Call([parent("later", [1])], Asker())
     loop.cancel(late)
     assert late.ended.is_set()
 
 
 def test_closing_tells_whoever_waits(loop):
-    asker, call = ask(loop, *(question(str(i), [i], max_tokens=60) for i in range(30)))
+    asker, call = ask(loop, *(parent(str(i), [i], max_tokens=60) for i in range(30)))
     loop.close()
     assert call.ended.is_set()
     while not isinstance(error := asker.events.get(timeout=SECONDS), EngineError):
         pass
     assert "closed" in error.found
     with pytest.raises(EngineError, match="closed"):
-        ask(loop, question("late", [1]))
+        ask(loop, parent("late", [1]))
     loop.close()
 
 
 def test_an_engine_that_nobody_needs_is_forgotten(loop):
     other = Loop(scripted.scripted_engine())
-    _, call = ask(other, question("a", [1]))
+    _, call = ask(other, parent("a", [1]))
     assert call.ended.wait(SECONDS)
     (thread := other._thread) and thread.join(SECONDS)
     del thread
@@ -210,6 +210,6 @@ def test_an_engine_that_nobody_needs_is_forgotten(loop):
 
 def test_a_finalizer_in_the_loop_s_thread_may_cancel(loop):
     """The garbage collector may run the end of a forgotten stream anywhere: also in the engine's own thread."""
-    _, call = ask(loop, question("a", [1], max_tokens=60))
+    _, call = ask(loop, parent("a", [1], max_tokens=60))
     loop.run(lambda: loop.cancel(call))
     assert call.ended.wait(SECONDS)

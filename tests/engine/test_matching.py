@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from glimmer.config import SamplingParams
 from glimmer.engine import ranks
-from glimmer.engine.ranks import Abort, Arrival, Call, Claims, Question, Stop, from_json, to_json
+from glimmer.engine.ranks import Abort, Arrival, Call, CallMatcher, ParentRequest, Stop, from_json, to_json
 from glimmer.engine.sequence import Output
 from glimmer.errors import RequestError
 
@@ -31,24 +31,24 @@ class Asker:
         self.error = error
 
 
-def question(id: str, prompt: tuple[int, ...], **params) -> Question:
-    return Question(id, prompt, SamplingParams(temperature=0, **params), f"seed {id}", (1,))
+def parent(id: str, prompt: tuple[int, ...], **params) -> ParentRequest:
+    return ParentRequest(id, prompt, SamplingParams(temperature=0, **params), f"seed {id}", (1,))
 
 
 def arrivals(call: Call, number: int) -> list[Arrival]:
-    size = len(call.questions)
-    return [Arrival(number, size, call.digest, call.ordinal, i, q, call) for i, q in enumerate(call.questions)]
+    size = len(call.requests)
+    return [Arrival(number, size, call.digest, call.ordinal, i, q, call) for i, q in enumerate(call.requests)]
 
 
-def told(arrival: Arrival) -> Arrival:
+def received(arrival: Arrival) -> Arrival:
     """As it arrives on another rank."""
     return from_json(json.loads(json.dumps(to_json(arrival))))
 
 
 def test_records_survive_the_journey():
     params = dict(logit_bias={7: 1.5, 3: -2.0}, stop=["x", "y"], stop_token_ids=[4], seed=2**100, n=3, top_p=0.9)
-    asked = Arrival(5, 2, "digest", None, 1, question("8", (1, 2, 3), **params))
-    assert told(asked) == asked and told(asked).question.content == asked.question.content
+    asked = Arrival(5, 2, "digest", None, 1, parent("8", (1, 2, 3), **params))
+    assert received(asked) == asked and received(asked).parent.content == asked.parent.content
     assert [from_json(to_json(record)) for record in (Abort("3.1"), Stop())] == [Abort("3.1"), Stop()]
 
 
@@ -60,19 +60,19 @@ def test_every_call_gets_the_answers_to_its_own_prompts(seed, calls, kinds):
     leading = []
     for number in range(calls):
         prompts = [(source.randrange(kinds),) * source.randrange(1, 3) for _ in range(source.randrange(1, 4))]
-        asked = [question(f"{number}{i}", p, n=1 + sum(p) % 2) for i, p in enumerate(prompts)]
+        asked = [parent(f"{number}{i}", p, n=1 + sum(p) % 2) for i, p in enumerate(prompts)]
         leading.append(Call(asked, Asker()))
-    following = [Call(source.sample(call.questions, len(call.questions)), Asker()) for call in leading]
+    following = [Call(source.sample(call.requests, len(call.requests)), Asker()) for call in leading]
     events: list = source.sample(following, len(following))
     for number in range(len(leading)):
         events.insert(source.randrange(len(events) + 1), number)
-    claims, work = Claims(1), []  # work: outputs that are still to come, for arrivals already made
+    matcher, work = CallMatcher(1), []  # work: outputs that are still to come, for arrivals already made
     for event in events:
         if isinstance(event, Call):
-            claims.claim(event)
+            matcher.claim(event)
         else:
             for arrival in arrivals(leading[event], event):
-                work.append((claims.arrive(told(arrival)), arrival))
+                work.append((matcher.arrive(received(arrival)), arrival))
                 if source.random() < 0.5:
                     bring(*work.pop(source.randrange(len(work))))
     for call, arrival in work:
@@ -80,21 +80,21 @@ def test_every_call_gets_the_answers_to_its_own_prompts(seed, calls, kinds):
     taken = []
     for call in following:
         assert call.ended.is_set() and call.client.error is None
-        for position, asked in enumerate(call.questions):
+        for position, asked in enumerate(call.requests):
             answers = [call.client.got[position, answer] for answer in range(asked.params.n)]
             assert all(answer[:-1] == list(asked.prompt_token_ids) for answer in answers), "somebody else's answer"
             taken += [answer[-1] for answer in answers]
         assert call.client.new == sum(len(answer) for answer in call.client.got.values())
     assert sorted(taken) == sorted(
-        10 * int(q.id) + a for call in leading for q in call.questions for a in range(q.params.n)
+        10 * int(q.id) + a for call in leading for q in call.requests for a in range(q.params.n)
     )
-    assert claims.num_held == 0
+    assert matcher.num_held == 0
 
 
 def bring(call: Call, arrival: Arrival) -> None:
-    """The answers to one question: its prompt, and a token that no other answer has."""
-    for answer in range(arrival.question.params.n):
-        tokens = (*arrival.question.prompt_token_ids, 10 * int(arrival.question.id) + answer)
+    """The answers to one request: its prompt, and a token that no other answer has."""
+    for answer in range(arrival.parent.params.n):
+        tokens = (*arrival.parent.prompt_token_ids, 10 * int(arrival.parent.id) + answer)
         call.client.put(arrival.position, answer, Output("", tokens))
         call.client.after_step(len(tokens))
     call.open -= 1
@@ -102,16 +102,16 @@ def bring(call: Call, arrival: Arrival) -> None:
         call.finish()
 
 
-def refused(claims: Claims, mine: Call, theirs: Call, theirs_first: bool) -> str:
+def refused(matcher: CallMatcher, mine: Call, theirs: Call, theirs_first: bool) -> str:
     if theirs_first:
         for arrival in arrivals(theirs, 0):
-            claims.arrive(told(arrival))
-        claims.claim(mine)
+            matcher.arrive(received(arrival))
+        matcher.claim(mine)
     else:
-        claims.claim(mine)
+        matcher.claim(mine)
         for arrival in arrivals(theirs, 0):
-            claims.arrive(told(arrival))
-    claims.refuse_overdue()
+            matcher.arrive(received(arrival))
+    matcher.refuse_overdue()
     if mine.client.error is None:
         return ""
     assert isinstance(mine.client.error, RequestError) and mine.ended.is_set()
@@ -120,14 +120,14 @@ def refused(claims: Claims, mine: Call, theirs: Call, theirs_first: bool) -> str
 
 @pytest.mark.parametrize("theirs_first", [True, False])
 def test_the_first_difference_of_counted_calls_is_named(theirs_first):
-    def call(*questions: Question, ordinal: int | None = 4) -> Call:
-        made = Call(questions, Asker())
+    def call(*requests: ParentRequest, ordinal: int | None = 4) -> Call:
+        made = Call(requests, Asker())
         made.ordinal = ordinal
         return made
 
-    a, b, c = question("0", (1, 2)), question("1", (3,)), question("2", (5, 6, 7, 8, 9, 10, 11, 12, 13, 14))
-    hot = question("3", (3,), max_tokens=7)
-    differ = lambda mine, theirs: refused(Claims(1), mine, theirs, theirs_first)
+    a, b, c = parent("0", (1, 2)), parent("1", (3,)), parent("2", (5, 6, 7, 8, 9, 10, 11, 12, 13, 14))
+    hot = parent("3", (3,), max_tokens=7)
+    differ = lambda mine, theirs: refused(CallMatcher(1), mine, theirs, theirs_first)
     assert differ(call(a, b), call(b, a)) == ""
     assert "call 4 of generate and chat on rank 1 that rank 0 does not make" in differ(call(a), call(b))
     assert "it has 1 prompts here, 2 on rank 0" in differ(call(a), call(a, b))
@@ -140,45 +140,45 @@ def test_the_first_difference_of_counted_calls_is_named(theirs_first):
 
 def test_calls_that_are_not_counted_are_refused_after_a_time(monkeypatch):
     monkeypatch.setattr(ranks, "MISMATCH", -1.0)
-    a, b = Call([question("0", (1,))], Asker()), Call([question("1", (2,))], Asker())
-    assert "rank 0 asks for something else: a prompt of 1 tokens (2)" in refused(Claims(1), a, b, True)
+    a, b = Call([parent("0", (1,))], Asker()), Call([parent("1", (2,))], Asker())
+    assert "rank 0 asks for something else: a prompt of 1 tokens (2)" in refused(CallMatcher(1), a, b, True)
     monkeypatch.setattr(ranks, "ABSENT", -1.0)
-    alone, claims = Call([question("0", (1,))], Asker()), Claims(1)
-    claims.claim(alone)
-    claims.refuse_overdue()
+    alone, matcher = Call([parent("0", (1,))], Asker()), CallMatcher(1)
+    matcher.claim(alone)
+    matcher.refuse_overdue()
     assert "rank 0 has not asked for it" in alone.client.error.found
 
 
 def test_what_nobody_asks_for_is_let_go(monkeypatch):
     monkeypatch.setattr(ranks, "MAX_HELD", 5)
-    claims, calls = Claims(1), [Call([question(str(i), (i,))], Asker()) for i in range(4)]
+    matcher, calls = CallMatcher(1), [Call([parent(str(i), (i,))], Asker()) for i in range(4)]
     for number, call in enumerate(calls):
         (arrival,) = arrivals(call, number)
-        mine = claims.arrive(told(arrival))
+        mine = matcher.arrive(received(arrival))
         for _ in range(2):
             mine.client.put(0, 0, Output("", (1,)))
-    assert claims.num_held <= 5
-    last = Call(calls[3].questions, Asker())
-    claims.claim(last)
+    assert matcher.num_held <= 5
+    last = Call(calls[3].requests, Asker())
+    matcher.claim(last)
     assert last.client.got == {(0, 0): [1, 1]}
-    claims.release()
-    assert claims.num_held == 0
-    (arrival,) = arrivals(Call([question("9", (9,))], Asker()), 9)
-    claims.arrive(told(arrival)).client.put(0, 0, Output("", (1,)))
-    assert claims.num_held == 0
+    matcher.release()
+    assert matcher.num_held == 0
+    (arrival,) = arrivals(Call([parent("9", (9,))], Asker()), 9)
+    matcher.arrive(received(arrival)).client.put(0, 0, Output("", (1,)))
+    assert matcher.num_held == 0
 
 
 def test_a_caller_that_leaves_gets_nothing_more():
-    claims, theirs = Claims(1), Call([question("0", (1,))], Asker())
+    matcher, theirs = CallMatcher(1), Call([parent("0", (1,))], Asker())
     for first in (True, False):
-        mine = Call(theirs.questions, Asker())
-        claims.claim(mine)
+        mine = Call(theirs.requests, Asker())
+        matcher.claim(mine)
         if first:
-            claims.withdraw(mine)
+            matcher.withdraw(mine)
         (arrival,) = arrivals(theirs, int(first))
-        call = claims.arrive(told(arrival))
-        claims.withdraw(mine)
+        call = matcher.arrive(received(arrival))
+        matcher.withdraw(mine)
         call.client.put(0, 0, Output("", (1,)))
-        assert mine.client is not None and mine.ended.is_set() and claims.num_held == int(first)
-        claims.release() if first else None
-        claims.hold = True
+        assert mine.client is not None and mine.ended.is_set() and matcher.num_held == int(first)
+        matcher.release() if first else None
+        matcher.hold = True
