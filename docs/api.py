@@ -10,7 +10,16 @@ import pdoc
 
 import glimmer
 
-MODULES = ("glimmer", "glimmer.config", "glimmer.llm", "glimmer.errors")
+MODULES = (
+    "glimmer",
+    "glimmer.config",
+    "glimmer.llm",
+    "glimmer.errors",
+    "glimmer.backends.base",
+    "glimmer.checkpoint.formats.base",
+    "glimmer.group",
+    "glimmer.parallel",
+)
 
 
 def main(directory: str) -> None:
