@@ -19,7 +19,8 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest
 
-# While editing: without the tests that are marked slow, which start processes or train.
+# While editing: without the tests that are marked slow. These are the ops of every backend against the reference, the
+# model against transformers, what starts processes, and what measures time or memory.
 quick: .venv/ready
 	$(BIN)/python -m pytest -m "not slow"
 

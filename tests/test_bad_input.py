@@ -281,6 +281,7 @@ AIR = {
 }
 
 
+@pytest.mark.slow
 def test_not_enough_memory_for_the_weights(refused, tmp_path):
     """All of GLM-4.5-Air, in true headers: refused from these alone, within seconds, with both figures."""
     directory = empty_checkpoint(tmp_path / "air", AIR)
@@ -380,6 +381,7 @@ def test_broken_weights_in_the_head(rows, directory):
 # ---- real processes ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_exit_code_and_streams_of_a_real_process(tmp_path):
     command = [sys.executable, "-m", "glimmer", "predict", "--model", "/nowhere/at all", "x"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

@@ -16,6 +16,8 @@ from glimmer.errors import ConfigError
 from glimmer.group import Group
 from glimmer.parallel import Mesh
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = str(Path(__file__).with_name("ranks.py"))
 CPU = torch.device("cpu")
 

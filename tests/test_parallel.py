@@ -21,6 +21,8 @@ from glimmer.group import Group, share
 from glimmer.model.names import check_tensor_parallel, tensor_parallel_sizes
 from glimmer.parallel import connect, local_rank, lost_peer, world
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = str(Path(__file__).with_name("answer.py"))
 WIDE = {
     "num_attention_heads": 8,

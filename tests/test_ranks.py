@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = str(Path(__file__).with_name("rank_programs.py"))
 SECONDS = 150  # after which a process is killed, and the test has failed
 

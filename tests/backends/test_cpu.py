@@ -110,6 +110,7 @@ def codes(request) -> bool:
     return request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads, width", [((24, 2), 128), ((96, 8), 64), ((3, 1), 16), ((4, 4), 44)], ids=str)
 def test_a_row_of_attention_is_the_same_alone_in_a_batch_and_in_a_chunk(
     heads, width, dtype, codes, ops, noise, threads
@@ -128,6 +129,7 @@ def test_a_row_of_attention_is_the_same_alone_in_a_batch_and_in_a_chunk(
             assert same(some.attend((s, p, p + 1))[0], whole[s][p : p + 1])
 
 
+@pytest.mark.slow
 def test_a_row_of_attention_over_many_keys_is_the_same_however_they_are_divided(dtype, codes, ops, noise, threads):
     """Alone, its splits are tasks of their own; beside others, one thread does them all."""
     some = Sequences(ops, noise, dtype, codes, [5000, 2100, 2049, 2048], (6, 2), 64)

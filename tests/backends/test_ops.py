@@ -21,6 +21,8 @@ from glimmer.backends.timed import Timed
 from glimmer.batch import Batch
 from glimmer.weight import ExpertWeights, Kind, Weight
 
+pytestmark = pytest.mark.slow
+
 try:
     from glimmer.backends import cpu
 except ImportError:

@@ -360,6 +360,7 @@ def whole(tmp_path_factory) -> bytes:
     return path.read_bytes()
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(
     edits=st.lists(st.tuples(st.integers(0, 260), st.integers(0, 255)), max_size=4),
@@ -395,6 +396,7 @@ ENTRIES = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     header=st.dictionaries(st.text(max_size=5), ENTRIES, max_size=4),
@@ -455,6 +457,7 @@ print(*load(True), status("VmHWM") - high, *load(False), status("VmHWM") - high)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_resident_memory_is_one_tensor(directory):
     count, nbytes = 70, 3 << 20

@@ -201,6 +201,7 @@ def test_fp8_ignores_by_name(tmp_path):
 # ---- official sizes ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config, mtp, tensors, parameters",
     [
@@ -224,6 +225,7 @@ def test_empty_checkpoints_have_official_counts(tmp_path, config, mtp, tensors, 
     assert ModelConfig.load(tmp_path).num_nextn_predict_layers == int(mtp is not None)
 
 
+@pytest.mark.slow
 def test_empty_fp8_checkpoint(tmp_path):
     checkpoint = Checkpoint(empty_checkpoint(tmp_path, AIR, fp8=True))
     formats.check(ModelConfig.load(tmp_path).quantization_config)

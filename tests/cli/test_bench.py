@@ -13,6 +13,8 @@ from glimmer.backends.selection import choose
 from glimmer.cli import bench
 from glimmer.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -106,6 +106,7 @@ def test_the_demo_model_is_never_silent(tmp_path):
     assert done.returncode == 0 and "the small demo model answers" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_lost_stderr_decides_nothing():
     for lost in ("2>&-", "2>/dev/full"):
         command = f'"{sys.executable}" -m glimmer doctor --fly {lost}; echo $?'

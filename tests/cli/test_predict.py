@@ -512,6 +512,7 @@ def test_ctrl_c_while_libraries_are_loading_is_no_traceback(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["predict", "bench", "doctor"])
 def test_ctrl_c_while_a_command_is_loading_is_one_line(tmp_path, command):
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt  # as if somebody had just typed it")
@@ -542,6 +543,7 @@ def test_help_tells_of_every_name(capsys):
     assert max(map(len, out.splitlines())) <= 120
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_bars(tmp_path, checkpoint):
     """stderr is a pseudo-terminal of 24 x 100 characters."""
     reader, terminal = os.openpty()

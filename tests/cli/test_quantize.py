@@ -44,6 +44,7 @@ def logits(directory: Path, **settings) -> list[dict]:
     return [{token: found.logprob for token, found in position.items()} for position in positions]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("kind, group", HOW, ids=str)
 def test_it_loads_as_what_loading_would_have_made(kind, group, variant, checkpoint, tmp_path):
@@ -200,6 +201,7 @@ print(before, kib("VmHWM"))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_memory_is_that_of_a_few_matrices(checkpoint, tmp_path):
     config = TINY | {"hidden_size": 1024, "moe_intermediate_size": 512, "n_routed_experts": 32, "vocab_size": 8000,

@@ -31,6 +31,7 @@ def answers(llm: LLM, prompts: list[dict], params: SamplingParams | list[Samplin
     return [(o.token_ids, [step[token].logprob for token, step in zip(o.token_ids, o.logprobs)]) for o in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count, most", [(1, 64), (3, 64), (12, 64), (12, 8)])
 def test_the_same_bits(llm, count, most, monkeypatch):
     monkeypatch.setattr(capture, "MAX_BATCH", most)

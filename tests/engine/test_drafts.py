@@ -110,6 +110,7 @@ def some_request(id: str, source: random.Random, max_model_len: int, beginnings:
     return Request(id, tuple(prompt), params, id, eos_token_ids=(0, 1, 2))
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**32),

@@ -82,6 +82,7 @@ def test_a_closed_profile_leaves_nothing_behind(llm, fail):
     assert profile.steps == 3
 
 
+@pytest.mark.slow
 def test_limits_where_there_are_kernels(llm):
     limits = llm.limits()
     assert (limits is None) == (llm.kernels is None)

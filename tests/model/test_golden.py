@@ -14,6 +14,8 @@ from glimmer import LLM, SamplingParams
 from glimmer.backends.base import ExpertSet
 from glimmer.engine.sequence import Chunk, Request, Sequence, Step
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = (1, 2, 16, 17, 100, 300)  # around the block of 16, and long
 TOKENS = 292  # the tokenizer's; the vocabulary is padded to 320
 ANSWER = 8

@@ -9,6 +9,8 @@ import pytest
 
 from glimmer import LLM, SamplingParams
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("glimmer.backends.cpu", reason="the reference promises no such thing")
 
 # Wide enough for groups of 32 on both sides of every matrix, and for several panels.

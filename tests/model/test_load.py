@@ -226,6 +226,7 @@ def test_a_configuration_of_another_model_is_found_out(key, value, names, checkp
 # ---- the published models, from headers ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config, count, total, main",
     [
@@ -389,6 +390,7 @@ print(before, kib("VmHWM"), loader.nbytes)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize(
     "dtype, mtp, quantization",
