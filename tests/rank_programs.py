@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import random
+import signal
 import sys
 import threading
 import time
@@ -130,13 +131,36 @@ def raises(llm: LLM) -> dict[str, Any]:
     return {}
 
 
+def dies(llm: LLM) -> dict[str, Any]:
+    """The rank that OUT ends with dies in the middle of a stream, the others wait for their answers in two threads."""
+    long = SamplingParams(max_tokens=200, ignore_eos=True, temperature=0)
+    heard: list[GlimmerError] = []
+
+    def caller() -> None:
+        try:
+            llm.generate("b", long)
+        except GlimmerError as error:
+            heard.append(error)
+
+    thread = threading.Thread(target=caller)
+    thread.start()
+    try:
+        for number, _ in enumerate(llm.stream("a", long)):
+            if number == 3 and sys.argv[3].endswith(str(llm.rank)):
+                os.kill(os.getpid(), signal.SIGKILL)
+    finally:
+        thread.join()
+        assert len(heard) == 1, "the other thread has not heard of it"
+    return {}
+
+
 def ends(llm: LLM) -> dict[str, Any]:
     """The end of the program is the end of the LLM."""
     return answers(llm, [1, 2])
 
 
 PROGRAMS: dict[str, Callable[[LLM], dict[str, Any]]] = {
-    program.__name__: program for program in (everywhere, serve, others, more, hotter, raises, ends)
+    program.__name__: program for program in (everywhere, serve, others, more, hotter, raises, dies, ends)
 }
 
 if __name__ == "__main__":

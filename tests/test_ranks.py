@@ -87,3 +87,11 @@ def test_the_end_of_a_program_is_orderly(model, tmp_path):
         assert [code for code, _ in ranks] == [0, 0], ranks
     ranks = run("raises", model, tmp_path / "out")
     assert [code for code, _ in ranks] == [7, 7], ranks
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_is_named_and_the_other_ends_in_good_order(victim, model, tmp_path):
+    ranks = run("dies", model, tmp_path / f"out.{victim}")
+    code, said = ranks[1 - victim]
+    assert ranks[victim][0] == -9 and code == 1, ranks
+    assert f"lost rank {victim}" in said and "Traceback" not in said

@@ -20,8 +20,10 @@ import itertools
 import logging
 import queue
 import threading
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from glimmer.engine.engine import Engine
@@ -47,7 +49,7 @@ T = TypeVar("T")
 LINGER = 0.05  # seconds that the thread of a single process waits for the next request before it ends
 HEARTBEAT = 0.5  # seconds between two messages of an idle rank 0
 BEGIN = 3600.0  # seconds that a rank waits with its first request until all ranks have one, or follow
-LEAVE = 2.0  # seconds that `close` on several ranks waits for rank 0's last message, and for the last step
+LEAVE = 1.0  # seconds that `close` on several ranks waits for rank 0's last message, and for the last step
 LAST_STEP = 600.0  # seconds that `close` waits for the last step of a single process
 MESSAGE = 1 << 20  # bytes that rank 0 sends at the head of a step, about; one request may be longer
 
@@ -83,6 +85,7 @@ class Loop:
         self._running = False  # a thread is in _run
         self._together = self._group.size == 1  # all ranks' threads have begun
         self._thread: threading.Thread | None = None
+        self._latest: threading.Thread | None = None  # the same, also after its last turn: until it has ended
         self._end: EngineError | None = None  # why there is no engine any more
         self._over = threading.Event()  # set with the end
 
@@ -162,9 +165,9 @@ class Loop:
     def close(self) -> None:
         """End the thread; whoever still waits hears that the engine is closed. May be called again."""
         with self._guard:
-            thread = self._thread
+            thread = self._latest
             if not self._running or not self._together:
-                return self._stop(self._end or CLOSED)
+                self._stop(CLOSED)
         if thread is None or thread is threading.current_thread():
             return
         if self._group.rank == 0:
@@ -190,8 +193,10 @@ class Loop:
         with self._guard:
             if self._running or self._end is not None:
                 return
+            if self._latest is None:
+                self._close_at_exit()
             self._running, self._thread = True, threading.current_thread()
-        atexit.register(self.close)  # it is called before the process groups are destroyed: they were registered first
+            self._latest = self._thread
         try:
             self._group.wait_for_all("answers requests", BEGIN)
             self._together = True
@@ -199,10 +204,18 @@ class Loop:
                 pass
         except BaseException as error:
             log.debug("the engine has failed", exc_info=error)
+            self._group.close()  # the other ranks hear of it; first, for whoever is told here may end the process
             self._stop(failure("the engine", error))
-            self._group.close()  # the other ranks hear of it
-        finally:
-            atexit.unregister(self.close)
+
+    def _close_at_exit(self) -> None:
+        """Have the interpreter close the loop before it ends, and before it destroys the process groups.
+
+        A thread that still uses tensors while the interpreter is finalised would abort the process. (What was
+        registered last is called first; the process groups were registered when they were made.)
+        """
+        close = partial(_close, weakref.ref(self))
+        atexit.register(close)
+        weakref.finalize(self, atexit.unregister, close).atexit = False
 
     def _turn(self) -> bool:
         """The inbox, what begins and ends, one step. False if there shall be no further turn."""
@@ -389,6 +402,13 @@ class Loop:
         """After the end: answer what is in the inbox."""
         while not self._inbox.empty():
             self._inbox.get_nowait()()
+
+
+def _close(reference: "weakref.ref[Loop]") -> None:
+    """Close a loop, unless nobody needs it any more."""
+    loop = reference()
+    if loop is not None:
+        loop.close()
 
 
 def _copy(error: EngineError) -> EngineError:
