@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "glimmer"
 FILES = sorted(p.relative_to(ROOT) for p in PACKAGE.rglob("*.py"))
 
-FLOORS = (
+LEVELS = (
     ("errors",),
     ("config", "weight", "batch", "group"),
     ("checkpoint", "backends", "parallel", "device", "text"),
@@ -18,9 +18,9 @@ FLOORS = (
     ("llm",),
     ("cli", "mindformers", "__main__", "__init__"),
 )
-FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+LEVEL = {package: number for number, level in enumerate(LEVELS) for package in level}
 
-# Beyond the order of floors: what a room must not import even from below.
+# Beyond the order of levels: what a package must not import even from below.
 FORBIDDEN = {
     "errors": ("torch",),
     "config": ("torch", "transformers"),
@@ -61,7 +61,7 @@ FORBIDDEN = {
 COMMAND_LINE = tuple(f"glimmer/{name}.py" for name in ("cli/options", "cli/exits", "cli/main", "mindformers/launch"))
 
 
-def room(path: Path) -> str:
+def package(path: Path) -> str:
     return path.parts[1] if len(path.parts) > 2 else path.stem
 
 
@@ -85,16 +85,16 @@ def begins(name: str, prefix: str) -> bool:
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_imports_go_down(path):
     tree = ast.parse((ROOT / path).read_text())
-    own = room(path)
-    assert own in FLOOR, f"{path}: give {own!r} a floor in this test"
+    own = package(path)
+    assert own in LEVEL, f"{path}: give {own!r} a level in this test"
     for name, line in imports(tree):
         for forbidden in (*FORBIDDEN.get(own, ()), *FORBIDDEN.get(f"{own}/{path.stem}", ())):
             allowed = name == "glimmer.engine.profile.Profile"  # the type of what LLM.profile returns
             assert allowed or not begins(name, forbidden), f"{path}:{line} imports {name}"
         if begins(name, "glimmer") and name.count(".") >= 1:
             other = name.split(".")[1]
-            if other in FLOOR and other != own:
-                assert FLOOR[other] < FLOOR[own] or FLOOR[own] == len(FLOORS) - 1, f"{path}:{line} imports up: {name}"
+            if other in LEVEL and other != own:
+                assert LEVEL[other] < LEVEL[own] or LEVEL[own] == len(LEVELS) - 1, f"{path}:{line} imports up: {name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
@@ -114,7 +114,7 @@ def attributes(tree: ast.AST) -> set[str]:
 def test_words_that_belong_to_one_file(path):
     tree = ast.parse((ROOT / path).read_text())
     said = attributes(tree)
-    if room(path) not in ("device", "backends"):
+    if package(path) not in ("device", "backends"):
         assert not {a for a in said if a.startswith(("torch.cuda", "torch.npu"))}, f"{path} names a device"
         strings = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
         kinds = {"cpu", "cuda", "npu", "gloo", "nccl", "hccl"} if path.stem != "options" else {"gloo", "nccl", "hccl"}
