@@ -256,6 +256,8 @@ def _token_ids(value: Any, where: str) -> tuple[int, ...]:
 class EngineConfig:
     """How to run a model, under vLLM's names. Every default is written here and in no other file.
 
+    backend                     the code that computes: "cpu" (our kernels), "reference" (plain torch, the definition);
+                                "auto": what GLIMMER_BACKEND names, else the fastest that serves the device
     max_model_len               tokens of prompt and answer together; None: as many as the model and the cache allow
     block_size                  tokens in one block of the KV cache
     max_num_seqs                requests computed in one step, at most
@@ -274,6 +276,7 @@ class EngineConfig:
     model: str
     dtype: str = "auto"
     device: str = "auto"
+    backend: str = "auto"
     tensor_parallel_size: int = 1
     max_model_len: int | None = None
     seed: int = 0

@@ -25,22 +25,23 @@ log = logging.getLogger("glimmer")
 HOST = torch.device("cpu")
 
 
-def choose(device: torch.device, threads: int = 1, cache: KVCacheSpec | None = None) -> Backend:
+def choose(device: torch.device, threads: int = 1, cache: KVCacheSpec | None = None, backend: str = "auto") -> Backend:
     """The backend for a device. threads: as many of the CPU's as compute. cache: what its KV cache shall hold.
 
-    Raises ConfigError when GLIMMER_BACKEND names no backend that serves this device here.
+    backend: its name; "auto": what GLIMMER_BACKEND names, else the fastest. Raises ConfigError when there is none of
+    that name for this device here.
     """
-    asked = os.environ.get("GLIMMER_BACKEND", "")
-    available = names(device)
-    if asked and asked not in available:
+    variable = os.environ.get("GLIMMER_BACKEND", "") if backend == "auto" else ""
+    asked, available = variable or backend, names(device)
+    if asked not in ("auto", *available):
         raise ConfigError(
-            f"GLIMMER_BACKEND={asked!r}",
-            " or ".join(map(repr, available)),
-            "unset GLIMMER_BACKEND, or set it to one of these",
+            f"GLIMMER_BACKEND={asked!r}" if variable else f"backend={asked!r}",
+            " or ".join(map(repr, ("auto", *available))) + f", which serve {device.type} here",
+            "unset GLIMMER_BACKEND, or set it to one of these" if variable else "choose one of these",
         )
     if device.type == HOST.type and _missing is not None:
         _say_what_is_missing()
-    if (asked or available[0]) == Reference.name:
+    if (asked if asked != "auto" else available[0]) == Reference.name:
         return Reference(device, threads)
     if cache is None or cpu.fits_strips(cache):
         return cpu.Cpu(device, threads)

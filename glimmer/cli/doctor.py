@@ -7,20 +7,25 @@ from typing import TYPE_CHECKING
 from glimmer import __version__
 from glimmer.cli.lazy import lazy
 from glimmer.cli.options import ENGINE, Command, pick
+from glimmer.config import EngineConfig
 
 if TYPE_CHECKING:
-    from glimmer import device as devices
-    from glimmer.backends import selection
-else:
-    selection, devices = lazy("glimmer.backends.selection"), lazy("glimmer.device")
+    import torch
 
+    from glimmer import device as devices
+    from glimmer.backends import base, selection
+else:
+    torch, devices = lazy("torch"), lazy("glimmer.device")
+    base, selection = lazy("glimmer.backends.base"), lazy("glimmer.backends.selection")
+
+HEAD_DIM = 128  # of every published model of the family
 LIBRARIES = ("torch", "tokenizers", "safetensors", "jinja2", "omegaconf", "torch-npu")
 
 COMMAND = Command(
     "doctor",
     "What this machine has, which libraries, and which operations will serve on a device.",
     "[options]",
-    {"engine": pick(ENGINE, "device")},
+    {"engine": pick(ENGINE, "device", "backend", "threads", "block_size")},
 )
 
 
@@ -28,9 +33,11 @@ def main(argv: list[str]) -> int:
     """Print the findings; 0 always, for a finding is not a failure."""
     if COMMAND.asks_for_help(argv):
         return 0
-    device = devices.resolve(COMMAND.read(argv).take("device", "auto"), 0)
-    kind, threads = device.type, devices.share_cores(1)
-    ops = selection.choose(device, threads)
+    asked = COMMAND.read(argv)
+    device = devices.resolve(asked.take("device", "auto"), 0)
+    kind, threads = device.type, devices.share_cores(1, asked.take("threads"))
+    cache = base.KVCacheSpec(1, asked.take("block_size", EngineConfig.block_size), 1, HEAD_DIM, torch.bfloat16)
+    ops = selection.choose(device, threads, cache, asked.take("backend", "auto"))
     rows = [
         ("glimmer", f"{__version__} on Python {platform.python_version()}, {platform.system()} {platform.machine()}"),
         *devices.describe(),

@@ -155,7 +155,7 @@ WORDS = {
     "device": Words(
         "NAME", "auto, cpu, cuda or npu", "auto: the fastest there is", choices=("auto", "cpu", "cuda", "npu")
     ),
-    "backend": Words("NAME", "the code that computes; reference is the slow definition", "auto: the fastest there is"),
+    "backend": Words("NAME", "cpu (our kernels) or reference (plain torch)", "auto: the fastest there is"),
     "tensor_parallel_size": Words(
         "N", "processes that share the model", "as many as were started", ("-tp", "--tp-size", "--tp")
     ),

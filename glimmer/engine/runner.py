@@ -61,7 +61,7 @@ class Runner:
             dtype=torch.int8 if config.kv_cache_dtype == "int8" else dtype,
         )
         threads = devices.share_cores(group.local_size, config.threads)
-        self.backend = selection.choose(device, threads, spec)
+        self.backend = selection.choose(device, threads, spec, config.backend)
         log.info("operations: %s", _served(self.backend.table()))
         with Checkpoint(config.model) as checkpoint:
             loader = WeightLoader(

@@ -5,6 +5,7 @@ import torch
 
 from glimmer.backends.selection import choose
 from glimmer.cli import doctor
+from glimmer.cli.main import main
 
 
 @pytest.mark.parametrize("only", ["", "reference"])
@@ -26,3 +27,17 @@ def test_every_op_is_listed(capsys):
     assert [line.split() for line in out.splitlines() if line.startswith("op ")] == [
         ["op", op, backend] for op, backend in choose(torch.device("cpu")).table()
     ]
+
+
+def test_a_block_size_that_plain_torch_serves_is_said(capsys):
+    assert doctor.main(["--device", "cpu", "--block-size", "5"]) == 0
+    assert {"op attention", "op store_kv_"} == {
+        line.rsplit(None, 1)[0].rstrip()
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith(("op attention", "op store_kv_")) and line.endswith(" reference")
+    }
+
+
+def test_a_backend_that_is_not_here_is_refused(capsys):
+    assert main(["doctor", "--device", "cpu", "--backend", "tpu"]) == 2
+    assert "backend='tpu'" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 
 import pytest
@@ -77,3 +78,17 @@ def test_a_format_that_we_cannot_read_is_named_before_its_files_are_opened(check
         file.unlink()
     with pytest.raises(ConfigError, match="gptq"):
         LLM(str(directory), max_model_len=64)
+
+
+@pytest.mark.parametrize("setting, found", [({"backend": "tpu"}, "backend='tpu'"), ({}, "GLIMMER_BACKEND='tpu'")])
+def test_a_backend_that_is_not_here_is_refused_before_anything_is_loaded(setting, found, checkpoint, monkeypatch):
+    monkeypatch.setenv("GLIMMER_BACKEND", "tpu")
+    with pytest.raises(ConfigError, match=re.escape(found)) as refused:
+        LLM(str(checkpoint()), max_model_len=64, device="cpu", **setting)
+    assert "'reference'" in refused.value.expected
+
+
+def test_a_backend_is_chosen_by_name(checkpoint, monkeypatch):
+    monkeypatch.setenv("GLIMMER_BACKEND", "tpu")  # which a setting overrules
+    llm = LLM(str(checkpoint()), max_model_len=64, device="cpu", backend="reference")
+    assert llm.kernels is None and {who for _, who in llm._runner.backend.table()} == {"reference"}
