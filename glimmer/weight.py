@@ -107,11 +107,6 @@ class Weight:
         return out, 2 * inner if self.kind == Kind.INT4 else inner
 
     @property
-    def group(self) -> int | None:
-        """group_size, under the name by which the backends still know it."""
-        return self.group_size
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
         return sum(tensor.nbytes for tensor in (self.codes, self.scales, self.zeros) if tensor is not None)

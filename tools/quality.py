@@ -24,8 +24,7 @@ from glimmer.backends.base import KVCacheSpec
 from glimmer.batch import Batch
 from glimmer.checkpoint.files import Checkpoint
 from glimmer.config import ModelConfig
-from glimmer.model.glm4_moe import Glm4Moe
-from glimmer.model.load import WeightLoader
+from glimmer.model.load import WeightLoader, build_model
 from glimmer.parallel import Group
 from glimmer.text.tokenizer import Tokenizer
 
@@ -60,11 +59,10 @@ class Reader:
         self.device = device
         with Checkpoint(directory) as checkpoint, torch.inference_mode():
             ops = selection.choose(device, devices.share_cores(1))
-            asked = False, quantization, group_size
-            loader = WeightLoader(config, checkpoint, Group(), torch.bfloat16, *asked, packed_bytes=ops.packed_bytes)
             residual = devices.residual_dtype(device, torch.bfloat16)
-            self.model = Glm4Moe(config, Group(), ops, residual, None).eval()
-            loader.fill(self.model, device)
+            self.model = build_model(config, checkpoint, Group(), ops, residual).eval()
+            loader = WeightLoader(self.model, checkpoint, torch.bfloat16, quantization, group_size)
+            loader.load()
         self.nbytes = loader.nbytes
         heads, layers = config.num_key_value_heads, config.num_hidden_layers
         self.blocks = list(range(-(-LONGEST // BLOCK)))

@@ -206,10 +206,6 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def pack_matrices(self, matrices: Iterable[Sequence[Weight]], count: int, dtype: torch.dtype) -> Packed:
-        """`count` matrices, each made of parts whose rows follow each other; takes one at a time."""
-
-    @abstractmethod
     def packed_bytes(self, weight: Weight) -> int:
         """Bytes that a Weight, perhaps without values, takes once packed."""
 

@@ -324,15 +324,6 @@ class Cpu(Reference):
         assert packed is not None, "a layer without experts"
         return packed
 
-    def pack_matrices(self, matrices: Iterable[Sequence[Weight]], count: int, dtype: torch.dtype) -> _native.Packed:
-        packed: _native.Packed | None = None
-        for e, parts in enumerate(matrices):
-            if packed is None:
-                packed = self._empty(parts, _kind(parts[0], dtype), count, len(parts))
-            self._fill(packed, e, parts, dtype)
-        assert packed is not None, "a layer without experts"
-        return packed
-
     def packed_bytes(self, weight: Weight) -> int:
         if weight.kind != Kind.INT4 or weight.scales is None:
             return weight.nbytes

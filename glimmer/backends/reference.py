@@ -141,9 +141,6 @@ class Reference(Backend):
         gate_up, down = zip(*pairs)
         return ExpertSet(PackedWeights(gate_up), PackedWeights(down))
 
-    def pack_matrices(self, matrices: Iterable[Sequence[Weight]], count: int, dtype: torch.dtype) -> Packed:
-        return PackedWeights([Weight.join(parts, dtype, self.device) for parts in matrices])
-
     def packed_bytes(self, weight: Weight) -> int:
         return weight.nbytes
 

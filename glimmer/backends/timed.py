@@ -141,9 +141,6 @@ class Timed(Backend):
     def pack_experts(self, experts: Iterable[ExpertWeights], count: int, dtype: torch.dtype) -> ExpertSet:
         return self.inner.pack_experts(experts, count, dtype)
 
-    def pack_matrices(self, matrices: Iterable[Sequence[Weight]], count: int, dtype: torch.dtype) -> Packed:
-        return self.inner.pack_matrices(matrices, count, dtype)
-
     def packed_bytes(self, weight: Weight) -> int:
         return self.inner.packed_bytes(weight)
 

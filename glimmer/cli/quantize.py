@@ -29,12 +29,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from glimmer import group
+    from glimmer.backends import selection
     from glimmer.checkpoint import files, formats
-    from glimmer.model import load, names
+    from glimmer.model import load
 else:
     torch, group = lazy("torch"), lazy("glimmer.group")
     files, formats = lazy("glimmer.checkpoint.files"), lazy("glimmer.checkpoint.formats")
-    load, names = lazy("glimmer.model.load"), lazy("glimmer.model.names")
+    load, selection = lazy("glimmer.model.load"), lazy("glimmer.backends.selection")
 
 SHARD = 4 << 30  # bytes of tensors in a file
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")  # not copied
@@ -89,8 +90,10 @@ def quantize(model: Path, out: Path, quantization: str, group_size: int | None) 
     partial = out.absolute().parent / f".{out.name}.{os.getpid()}.partial"
     formats.check(config.quantization_config)
     with files.Checkpoint(model) as checkpoint:
-        mtp = formats.holds(checkpoint, f"{names.mtp_prefix(config)}eh_proj")
-        loader = load.WeightLoader(config, checkpoint, group.Group(), torch.bfloat16, mtp, quantization, group_size)
+        backend = selection.choose(selection.HOST, torch.get_num_threads())
+        mtp = load.has_mtp(config, checkpoint)
+        empty = load.build_model(config, checkpoint, group.Group(), backend, torch.bfloat16, mtp)
+        loader = load.WeightLoader(empty, checkpoint, torch.bfloat16, quantization, group_size)
         try:
             partial.mkdir()
             try:

@@ -22,8 +22,7 @@ from glimmer.config import EngineConfig, ModelConfig
 from glimmer.engine.capture import StepCapture
 from glimmer.engine.sequence import Step
 from glimmer.errors import ConfigError, NotEnoughMemory
-from glimmer.model.glm4_moe import Glm4Moe
-from glimmer.model.load import WeightLoader
+from glimmer.model.load import WeightLoader, build_model
 from glimmer.model.names import check_tensor_parallel
 from glimmer.parallel import Group
 
@@ -64,13 +63,10 @@ class Runner:
         self.backend = selection.choose(device, threads, spec, config.backend)
         log.info("operations: %s", _served(self.backend.table()))
         with Checkpoint(config.model) as checkpoint:
-            loader = WeightLoader(
-                model_config, checkpoint, group, dtype, quantization=config.quantization, group_size=config.group_size,
-                packed_bytes=self.backend.packed_bytes,
-            )  # fmt: skip
-            self.kv_cache_config = make_kv_cache_config(config, model_config, group, self.backend, spec, loader.nbytes)
             residual = devices.residual_dtype(device, dtype)
-            self.model = Glm4Moe(model_config, group, self.backend, residual, loader.mtp).eval()
+            self.model = build_model(model_config, checkpoint, group, self.backend, residual).eval()
+            loader = WeightLoader(self.model, checkpoint, dtype, config.quantization, config.group_size)
+            self.kv_cache_config = make_kv_cache_config(config, model_config, group, self.backend, spec, loader.nbytes)
             done = 0
 
             def progress(nbytes: int) -> None:
@@ -80,7 +76,7 @@ class Runner:
                     on_load(done, loader.nbytes)
 
             with torch.inference_mode():
-                loader.fill(self.model, device, progress)
+                loader.load(progress)
         if on_load is not None:
             on_load(loader.nbytes, loader.nbytes)
         self.kv = self.backend.allocate_kv(spec, self.kv_cache_config.num_blocks)

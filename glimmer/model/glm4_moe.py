@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from glimmer.backends.base import Backend, ExpertSet, KVCache, RouteRule
+from glimmer.backends.base import Backend, KVCache, RouteRule
 from glimmer.batch import Batch
 from glimmer.config import ModelConfig
 from glimmer.group import Group
@@ -73,20 +73,6 @@ class DenseMLP(MLP):
         return self.group.all_reduce(super().forward(x))
 
 
-class RoutedExperts(nn.Module):
-    """The two matrices of every expert; this rank holds M columns of each."""
-
-    def __init__(self, backend: Backend):
-        super().__init__()
-        self.backend = backend
-        self.gate_up_proj = Experts(backend)
-        self.down_proj = Experts(backend)
-
-    def forward(self, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
-        experts = ExpertSet(self.gate_up_proj.packed, self.down_proj.packed)
-        return self.backend.experts(x, ids, scores, experts)                         # (T, H) float32
-
-
 class Router(nn.Module):
     """Chooses K experts for each token. Float32 throughout, and the correction bias chooses but does not weigh."""
 
@@ -100,8 +86,8 @@ class Router(nn.Module):
             norm_topk_prob=config.norm_topk_prob,
             routed_scaling_factor=config.routed_scaling_factor,
         )
-        self.proj = Linear(backend)
-        self.e_score_correction_bias = Vector()
+        self.proj = Linear(backend, keep_float32=True)
+        self.e_score_correction_bias = Vector(backend)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.backend.route(self.proj(x), self.e_score_correction_bias.value, self.rule) # (T, K) (T, K)
@@ -114,12 +100,12 @@ class MoE(nn.Module):
         super().__init__()
         self.backend, self.group = backend, group
         self.gate = Router(config, backend)
-        self.experts = RoutedExperts(backend)
+        self.experts = Experts(backend)
         self.shared_experts = MLP(backend)
 
     def forward(self, x: Tensor) -> Tensor:
         ids, scores = self.gate(x)                                                   # (T, K) (T, K)
-        y = self.experts(x, ids, scores)                                             # (T, H) a partial sum
+        y = self.experts(x, ids, scores)                                             # (T, H) float32, a partial sum
         self.backend.add_(y, self.shared_experts(x))                                 # (T, H) also partial
         return self.group.all_reduce(y)                                              # one sum serves both
 
@@ -155,11 +141,11 @@ class MTP(nn.Module):
         first, _ = group.split(config.vocab_size)
         self.enorm = RMSNorm(backend, config.rms_norm_eps)
         self.hnorm = RMSNorm(backend, config.rms_norm_eps)
-        self.eh_proj = Linear(backend)
+        self.eh_proj = Linear(backend, min_bits=8)
         self.block = Block(config, group, backend, dense=False)
         self.norm = RMSNorm(backend, config.rms_norm_eps)
         self.embed_tokens = Embedding(backend, first) if own_embedding else None
-        self.head = Linear(backend) if own_head else None
+        self.head = Linear(backend, min_bits=8) if own_head else None
 
 
 class Glm4Moe(nn.Module):
@@ -184,7 +170,8 @@ class Glm4Moe(nn.Module):
             for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(backend, config.rms_norm_eps)
-        self.lm_head = Linear(backend)
+        self.lm_head = Linear(backend, min_bits=8)
+        self.mtp_parts = mtp
         self.mtp = MTP(config, group, backend, *mtp) if mtp is not None else None
 
     def use(self, backend: Backend, group: Group) -> None:

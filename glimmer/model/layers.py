@@ -1,85 +1,153 @@
-"""Linear, Experts, RMSNorm, Embedding: where weights meet the backend.
+"""Layer: a place of the model that holds parameters, and whose forward pass is one call of an op of the backend.
 
-A leaf is empty until load.py fills it; then it holds what its backend packed, and a forward pass is one call of an op.
-Not here: names on disk, and which part is this rank's (names.py).
+Linear, Experts, RMSNorm, Embedding and Vector each say what they hold: in which precision it must be kept, which
+matrices are packed as one, and how what the loader has read becomes what the backend computes with (`load`).
+Not here: names on disk and which part of a matrix is this rank's (names.py), reading and quantising (load.py).
 """
 
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from glimmer.backends.base import Backend, Packed
-from glimmer.weight import Weight
+from glimmer.backends.base import Backend, ExpertSet, Packed
+from glimmer.weight import ExpertWeights, Weight
+
+T = TypeVar("T")
 
 
-class Linear(nn.Module):
-    """y = x @ W.T + b, (T, in) -> (T, out). W may be several matrices of the checkpoint, one under the other."""
+@dataclass(frozen=True)
+class LayerWeights:
+    """What a checkpoint has for one layer: this rank's part of it, quantised as it will be held.
+
+    vectors   the weight of a norm, or the biases of the matrices in their order
+    units     what is packed at once: the matrices of a Linear, or of one expert. A unit is read when it is asked for,
+              and its tensors may be views into files, which stay cheap until the next unit is asked for
+    count     how many units there are
+    dtype     in what vectors and plain values are kept
+    """
+
+    vectors: Sequence[Tensor]
+    units: Iterator[Sequence[Weight]]
+    count: int
+    dtype: torch.dtype
+
+
+class Layer(nn.Module, ABC):
+    """A layer is empty until `load`, which is called once.
+
+    keep_float32   kept in float32, whatever the dtype of the model
+    plain          matrices are held as plain values: never quantised while loading, and dequantised where they are
+                   stored quantised
+    min_bits       the fewest bits of a code to which matrices may be quantised while loading
+    """
+
+    keep_float32: bool = False
+    plain: bool = False
+    min_bits: int = 4
 
     def __init__(self, backend: Backend):
         super().__init__()
         self.backend = backend
-        self.packed: Packed | None = None
+
+    @abstractmethod
+    def load(self, weights: LayerWeights) -> None:
+        """Keep what the checkpoint has for this layer, in the form and on the device of the backend."""
+
+    def packed_together(self, unit: Sequence[T]) -> tuple[Sequence[T], ...]:
+        """The matrices of a unit, divided into those that are packed as one; over all units, these must be of one
+        kind and group size."""
+        return (unit,)
+
+    def _copy(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor as it is kept: always a copy, since what was read is a view into a file."""
+        return tensor.to(self.backend.device, dtype, copy=True)
+
+
+class Linear(Layer):
+    """y = x @ W.T + b, (T, in) -> (T, out). W may be several matrices of the checkpoint, one above the other.
+
+    keep_float32: the weights are plain and in float32 (the router). min_bits: see Layer.
+    """
+
+    packed: Packed
+
+    def __init__(self, backend: Backend, keep_float32: bool = False, min_bits: int = 4):
+        super().__init__(backend)
+        self.keep_float32 = self.plain = keep_float32
+        self.min_bits = min_bits
         self.bias: Tensor | None = None
 
-    def fill(self, parts: Sequence[Weight], bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
-        self.packed = self.backend.pack_linear(parts, dtype)
-        self.bias = None if bias is None else bias.to(device, dtype)
+    def load(self, weights: LayerWeights) -> None:
+        self.packed = self.backend.pack_linear(next(weights.units), weights.dtype)
+        self.bias = self._copy(torch.cat(list(weights.vectors)), weights.dtype) if weights.vectors else None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.backend.linear(x, self.packed, self.bias)
 
 
-class Experts(nn.Module):
-    """One matrix for each expert; MoE owns two of these and hands both to one op."""
+class Experts(Layer):
+    """All routed experts of a layer, each with the matrices gate, up and down; this rank has M columns of each."""
 
-    def __init__(self, backend: Backend):
-        super().__init__()
-        self.backend = backend
-        self.packed: Packed | None = None
+    packed: ExpertSet
 
-    def fill(self, experts: Iterable[Sequence[Weight]], count: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.packed = self.backend.pack_matrices(experts, count, dtype)
+    def load(self, weights: LayerWeights) -> None:
+        experts = (ExpertWeights(gate_up, down) for gate_up, (down,) in map(self.packed_together, weights.units))
+        self.packed = self.backend.pack_experts(experts, weights.count, weights.dtype)
+
+    def packed_together(self, unit: Sequence[T]) -> tuple[Sequence[T], ...]:
+        return unit[:2], unit[2:]
+
+    def forward(self, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
+        return self.backend.experts(x, ids, scores, self.packed)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Layer):
     """Over the last dimension. With a residual: (normed, residual + x) in one op."""
 
+    weight: Tensor
+
     def __init__(self, backend: Backend, eps: float):
-        super().__init__()
-        self.backend, self.eps = backend, eps
-        self.weight: Tensor | None = None
+        super().__init__(backend)
+        self.eps = eps
 
-    def fill(self, weight: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-        self.weight = weight.to(device, dtype, copy=True)
+    def load(self, weights: LayerWeights) -> None:
+        (weight,) = weights.vectors
+        self.weight = self._copy(weight, weights.dtype)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None):
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if residual is None:
             return self.backend.rms_norm(x, self.weight, self.eps)
         return self.backend.add_rms_norm(x, residual, self.weight, self.eps)
 
 
-class Embedding(nn.Module):
+class Embedding(Layer):
     """Rows first..first+len of the vocabulary; tokens of other ranks give zeros."""
 
-    def __init__(self, backend: Backend, first: int):
-        super().__init__()
-        self.backend, self.first = backend, first
-        self.table: Tensor | None = None
+    plain = True
+    table: Tensor
 
-    def fill(self, table: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-        self.table = table.to(device, dtype, copy=True)
+    def __init__(self, backend: Backend, first: int):
+        super().__init__(backend)
+        self.first = first
+
+    def load(self, weights: LayerWeights) -> None:
+        (table,) = next(weights.units)
+        self.table = self._copy(table.codes, weights.dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.backend.embed(tokens, self.table, self.first)
 
 
-class Vector(nn.Module):
-    """A float32 vector that takes part in routing: the experts' correction bias."""
+class Vector(Layer):
+    """A float32 vector that takes part in routing: the correction bias of the experts."""
 
-    def __init__(self):
-        super().__init__()
-        self.value = None
+    keep_float32 = True
+    value: Tensor
 
-    def fill(self, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-        self.value = value.to(device, torch.float32, copy=True)
+    def load(self, weights: LayerWeights) -> None:
+        (value,) = weights.vectors
+        self.value = self._copy(value, weights.dtype)

@@ -1,247 +1,333 @@
-"""names x checkpoint -> a filled model, with every name accounted for.
+"""A checkpoint -> the layers of a model, with every name accounted for.
 
-`WeightLoader` looks at headers only: what is missing, superfluous or misshapen is refused, and the bytes of this
-rank's share are known, before the first weight is read. `WeightLoader.fill` then walks the leaves; each asks for its
-own slices, which are copied once from the memory-mapped files into the form that the backend wants, quantised on the
-way where that is asked for. Norms, biases, the router and the embedding stay as they are; under int4 the matrices
-that face the vocabulary, and eh_proj, become int8 (docs/numerics.md says why).
+`WeightLoader` looks at headers only: what is missing, superfluous, misshapen, or of formats that cannot be computed
+together is refused, and the bytes of this rank's share are known, before the first weight is read. `load` then walks
+the layers; each takes its own slices, which are copied once from the memory-mapped files into the form that the backend
+packs, quantised on the way where that is asked for. What a layer needs (float32, plain values, no fewer bits than 8) it
+says itself (layers.py; docs/numerics.md says why). Not here: names and cuts (names.py), formats (checkpoint/).
 """
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
+from glimmer.backends.base import Backend
 from glimmer.backends.selection import host_quantizer
 from glimmer.checkpoint import formats
 from glimmer.checkpoint.files import Checkpoint
+from glimmer.checkpoint.formats.base import FLOATS, Matrix
 from glimmer.config import ModelConfig
 from glimmer.errors import CheckpointError, ConfigError
+from glimmer.group import Group
 from glimmer.model import names
 from glimmer.model.glm4_moe import Glm4Moe
-from glimmer.parallel import Group
-from glimmer.weight import GROUP_SIZE, Weight, layout
+from glimmer.model.layers import Layer, LayerWeights
+from glimmer.model.names import ParamSpec, Shard
+from glimmer.weight import GROUP_SIZE, Kind, Weight, layout
 
+# Models with more layers, or more experts in all layers, need as many tensors: the largest of the family has 92 layers
+# and 14,240 experts.
+MAX_LAYERS, MAX_EXPERTS = 1000, 100_000
 SHOWN = 8  # names in an error message; the rest is counted
 MTP_ONLY = ("eh_proj.", "enorm.", "hnorm.", "embed_tokens.", "shared_head.")  # what an ordinary layer does not have
-INT8_PARAMS = ("lm_head", "mtp.head", "mtp.eh_proj")  # leaves that are int8 where the others are int4
+
+Progress = Callable[[int], object]  # is told the bytes that have been loaded since the last call
+
+
+def build_model(
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    group: Group,
+    backend: Backend,
+    residual_dtype: torch.dtype,
+    mtp: bool = False,
+) -> Glm4Moe:
+    """The model that config.json describes, without weights; mtp: with its MTP layer.
+
+    Raises ConfigError when it has more layers or experts than the checkpoint can fill, before they are built, and
+    CheckpointError when there is no MTP layer.
+    """
+    layers, experts, tensors = config.num_hidden_layers, config.n_routed_experts, len(checkpoint.names())
+    if layers > max(tensors, MAX_LAYERS) or layers * experts > max(tensors, MAX_EXPERTS):
+        raise ConfigError(
+            f"config.json says num_hidden_layers={layers} and n_routed_experts={experts};"
+            f" there are {tensors:,} tensors in {checkpoint.directory}",
+            "tensors for all layers and experts",
+            "use the config.json that belongs to these weights",
+        )
+    return Glm4Moe(config, group, backend, residual_dtype, _mtp_parts(config, checkpoint) if mtp else None)
+
+
+def has_mtp(config: ModelConfig, checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint has an MTP layer."""
+    return formats.holds(checkpoint, f"{names.mtp_prefix(config)}eh_proj")
+
+
+def _mtp_parts(config: ModelConfig, checkpoint: Checkpoint) -> tuple[bool, bool]:
+    """Whether the MTP layer has an embedding and a head of its own; CheckpointError if there is no such layer."""
+    prefix = names.mtp_prefix(config)
+    if not has_mtp(config, checkpoint):
+        raise CheckpointError(
+            f"no MTP layer in {checkpoint.directory} ({prefix}eh_proj.weight is not there)",
+            "a checkpoint with its multi-token-prediction layer, for drafting",
+            "run without drafting, or add the file that holds the layer (GLM-4.7: mtp.safetensors)",
+        )
+    return formats.holds(checkpoint, f"{prefix}embed_tokens"), formats.holds(checkpoint, f"{prefix}shared_head.head")
 
 
 class WeightLoader:
-    """What this rank will read. Raises CheckpointError with the names when the checkpoint is not exactly the model.
+    """What this rank will read into the layers of `model`.
 
-    nbytes: bytes of this rank's weights once loaded in `dtype`, or as quantised on disk or by us (quantization: None,
-    "int8" or "int4", the latter in groups of `group_size`, 32 if None). packed_bytes: as of Ops; by default, what a
-    Weight takes.
-    mtp: as Glm4Moe wants it, or None when not asked for.
+    nbytes: bytes of this rank's weights once its backend has packed them, plain values in `dtype`. quantization: None,
+    "int8" or "int4", to quantise while loading, int4 in groups of group_size columns (None: 32). Raises CheckpointError
+    with the names when the checkpoint is not exactly the model, and ConfigError when it is quantised already.
     """
 
     def __init__(
         self,
-        config: ModelConfig,
+        model: Glm4Moe,
         checkpoint: Checkpoint,
-        group: Group,
         dtype: torch.dtype,
-        mtp: bool = False,
         quantization: str | None = None,
         group_size: int | None = None,
-        packed_bytes: Callable[[Weight], int] = lambda weight: weight.nbytes,
     ):
+        self._config = config = model.config
         formats.check(config.quantization_config)
-        self.checkpoint, self.dtype, self._config, self._packed_bytes = checkpoint, dtype, config, packed_bytes
-        self._asked = None if quantization is None else (quantization, group_size or GROUP_SIZE)
+        self.model, self.checkpoint, self.dtype, self._backend = model, checkpoint, dtype, model.backend
+        self._asked = None if quantization is None else (Kind(quantization), group_size or GROUP_SIZE)
+        self._look = partial(formats.stored, checkpoint, quantization_config=config.quantization_config)
         self._read = partial(formats.read, checkpoint, quantization_config=config.quantization_config)
-        self._prefix = names.mtp_prefix(config)
-        self.mtp = self._copies() if mtp else None
-        self.param_specs = list(names.param_specs(config, group, self.mtp, self._shard_alignment))
-        self.nbytes = self._account()
-
-    def _shard_alignment(self, module: str, width: int) -> int:
-        """How many inputs of a matrix belong together, so that no process should get only some of them."""
-        if self._asked is not None:
-            group = layout(self._asked[0], width, self._asked[1])[1]
-        else:
-            held = formats.holds(self.checkpoint, module)
-            group = formats.stored(self.checkpoint, module).group_size if held else None
-        return group if group is not None and width % group == 0 else 1
-
-    def _copies(self) -> tuple[bool, bool]:
-        """Which copies the MTP layer brings along; CheckpointError if there is no such layer."""
-        if not formats.holds(self.checkpoint, f"{self._prefix}eh_proj"):
-            raise CheckpointError(
-                f"no MTP layer in {self.checkpoint.directory} ({self._prefix}eh_proj.weight is not there)",
-                "a checkpoint with its multi-token-prediction layer, for drafting",
-                "run without drafting, or add the file that holds the layer (GLM-4.7: mtp.safetensors)",
-            )
-        own = ("embed_tokens", "shared_head.head")
-        return tuple(formats.holds(self.checkpoint, self._prefix + name) for name in own)
-
-    def _account(self) -> int:
-        """Compare both sides, names and shapes; return the bytes of our cut."""
-        missing, misshapen, wanted, total = [], [], set(), 0
+        self.param_specs = list(names.param_specs(config, model.group, model.mtp_parts, self._shard_alignment))
+        self._layers = {spec.layer: _layer(model, spec) for spec in self.param_specs}
+        self._stored: dict[str, Matrix] = {}  # by the name of the matrix
+        self._account()
+        self._scales_dtypes = {spec.layer: self._scales_dtype(spec) for spec in self.param_specs}
         for spec in self.param_specs:
-            width = 4 if spec.keep_float32 else self.dtype.itemsize
-            for shard in (shard for group in spec.groups for shard in group):
-                if not formats.holds(self.checkpoint, shard.name):
-                    missing.append(f"{shard.name}.weight")
-                    continue
-                stored = formats.stored(self.checkpoint, shard.name)
-                wanted.update(stored.tensors)
-                if stored.shape != shard.shape:
-                    misshapen.append(
-                        f"{shard.name}.weight is {list(stored.shape)}, config.json says {list(shard.shape)}"
-                    )
-                total += self._nbytes(spec, shard)
-            for name, length, cut in spec.vectors:
-                wanted.add(name)
-                if name not in self.checkpoint:
-                    missing.append(name)
-                elif self.checkpoint.shape(name) != (length,):
-                    misshapen.append(f"{name} is {list(self.checkpoint.shape(name))}, config.json says {[length]}")
-                elif self.checkpoint.dtype(name) not in formats.FLOATS:
-                    dtype = str(self.checkpoint.dtype(name)).removeprefix("torch.")
-                    misshapen.append(f"{name} is {dtype}, where bfloat16, float16 or float32 can be read")
-                total += (length if cut is None else cut[1] - cut[0]) * width
-        superfluous = sorted(self.checkpoint.names() - wanted - self._left_out())
-        self._refuse("missing", missing, "download the checkpoint's missing files, or restore its own config.json")
-        self._refuse("of another shape or type", misshapen, "use the config.json that belongs to these weights")
-        self._refuse("superfluous", superfluous, "use the config.json that belongs to these weights")
-        return total
+            self._check_packed_together(spec)
+        self.nbytes = sum(self._nbytes(spec, spec.units) + self._vector_bytes(spec) for spec in self.param_specs)
 
-    def _left_out(self) -> set[str]:
-        """What we knowingly leave: the MTP layer, when nobody asked for it. An ordinary layer there is not it."""
-        layer = {name for name in self.checkpoint.names() if name.startswith(self._prefix)}
-        is_mtp = any(name.removeprefix(self._prefix).startswith(MTP_ONLY) for name in layer)
-        return layer if self.mtp is None and is_mtp else set()
-
-    def _refuse(self, what: str, found: list[str], todo: str) -> None:
-        if found:
-            listed = ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
-            raise CheckpointError(
-                f"{len(found)} tensor{'s' * (len(found) > 1)} {what} in {self.checkpoint.directory}: {listed}",
-                f"exactly the tensors of a glm4_moe with {self._config.num_hidden_layers} layers and"
-                f" {self._config.n_routed_experts} experts, as config.json describes it",
-                todo,
-            )
-
-    def fill(self, model: Glm4Moe, device: torch.device, progress: Callable[[int], None] = lambda nbytes: None) -> None:
-        """Read our cuts into `model`. progress is told the bytes of nbytes that each group of matrices makes up."""
-        threads = model.backend.threads
+    def load(self, progress: Progress = lambda nbytes: None) -> None:
+        """Read our cuts into the layers. progress is told the bytes of nbytes that each unit of matrices makes up."""
         with _one_thread():
             for spec in self.param_specs:
-                leaf, dtype = model.get_submodule(spec.leaf), torch.float32 if spec.keep_float32 else self.dtype
-                vectors = [formats.vector(self.checkpoint, name, cut) for name, _, cut in spec.vectors]
-                matrices = self._matrices(spec, threads, progress)
-                if not spec.groups:
-                    leaf.fill(vectors[0], dtype, device)
-                elif len(spec.groups) > 1 or ".experts." in spec.leaf:
-                    leaf.fill(matrices, len(spec.groups), dtype, device)
-                for weights in matrices:  # that nobody has taken: one group
-                    if spec.leaf.endswith("embed_tokens"):
-                        leaf.fill(weights[0].dequantize(dtype), dtype, device)
-                    else:
-                        leaf.fill(weights, torch.cat(vectors) if vectors else None, dtype, device)
+                layer = self._layers[spec.layer]
+                with closing(self._units(spec, progress)) as units:
+                    layer.load(LayerWeights(self._vectors(spec), units, len(spec.units), self._dtype(layer)))
+                    assert next(units, None) is None, f"{spec.layer} has not taken all of its matrices"
                 self.checkpoint.release()
 
-    def tensors(self, progress: Callable[[int], None] = lambda nbytes: None) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors of a checkpoint that holds what `fill` would make of this one, matrix by matrix."""
-        with _one_thread() as threads:
+    def tensors(self, progress: Progress = lambda nbytes: None) -> Generator[tuple[str, Tensor]]:
+        """Names and tensors of a checkpoint that holds what `load` would make of this one, matrix by matrix."""
+        with _one_thread():
             for spec in self.param_specs:
-                for weights, shards in zip(self._matrices(spec, threads, progress), spec.groups):
-                    for shard, weight in zip(shards, weights):
-                        yield from ((f"{shard.name}.{end}", tensor) for end, tensor in formats.encode(weight).items())
-                for name, _, cut in spec.vectors:
-                    yield name, formats.vector(self.checkpoint, name, cut)
+                with closing(self._units(spec, progress)) as units:
+                    for weights, shards in zip(units, spec.units, strict=True):
+                        for shard, weight in zip(shards, weights, strict=True):
+                            for end, tensor in formats.encode(weight).items():
+                                yield f"{shard.name}.{end}", tensor
+                yield from zip((name for name, *_ in spec.vectors), self._vectors(spec), strict=True)
                 self.checkpoint.release()
 
     def outline(self) -> Iterator[tuple[str, Tensor]]:
         """What `tensors` will give, without values (torch's meta device)."""
         for spec in self.param_specs:
-            for shard in (shard for group in spec.groups for shard in group):
-                dtype = self.checkpoint.dtype(formats.stored(self.checkpoint, shard.name).tensors[0])
-                blank = formats.encode(self._outline(spec, shard, dtype))
-                yield from ((f"{shard.name}.{end}", tensor) for end, tensor in blank.items())
+            for shard in spec.shards:
+                stored = self._stored[shard.name]
+                dtype = self._dtype(self._layers[spec.layer])
+                dtype = dtype if stored.kind.scaled else self.checkpoint.dtype(stored.tensors[0])
+                for end, tensor in formats.encode(self._outline(spec, shard, dtype)).items():
+                    yield f"{shard.name}.{end}", tensor
             for name, _, cut in spec.vectors:
                 yield name, formats.vector(self.checkpoint, name, cut).to("meta")
 
-    def kinds(self) -> dict[str, tuple[str, int | None]]:
-        """(kind, group) that each matrix of the checkpoint becomes, by name."""
-        shards = ((spec, shard) for spec in self.param_specs for group in spec.groups for shard in group)
-        return {shard.name: self._target(spec, shard) for spec, shard in shards}
+    def kinds(self) -> dict[str, tuple[Kind, int | None]]:
+        """(kind, group_size) that each matrix of the checkpoint becomes, by name."""
+        return {shard.name: self._target(spec, shard) for spec in self.param_specs for shard in spec.shards}
 
-    def _matrices(self, spec: names.ParamSpec, threads: int, progress: Callable[[int], None]) -> Iterator[list[Weight]]:
-        """Group after group: one at a time, or, where codes must be made, one for each thread.
+    # ---- accounting, from headers ----------------------------------------------------------------------------------
 
-        A group is taken to be done with, its pages are given back and its bytes reported, when the next is asked for.
-        """
-        quantised = spec.groups and self._target(spec, spec.groups[0][0])[0] not in ("plain", "fp8")
-        width = threads if quantised else 1
-        quantize = host_quantizer(threads) if self._quantises(spec) else Weight.quantize
-        with ThreadPoolExecutor(width, initializer=lambda: torch.set_num_threads(1)) as workers:
-            work = map if width == 1 or len(spec.groups) == 1 else workers.map
-            for i in range(0, len(spec.groups), width):
-                yield from work(partial(self._weights, spec, quantize=quantize), spec.groups[i : i + width])
-                self.checkpoint.release()
-                progress(sum(self._nbytes(spec, shard) for g in spec.groups[i : i + width] for shard in g))
+    def _account(self) -> None:
+        """Compare the names and shapes of both sides."""
+        missing: list[str] = []
+        misshapen: list[str] = []
+        wanted: set[str] = set()
+        for spec in self.param_specs:
+            for shard in spec.shards:
+                if not formats.holds(self.checkpoint, shard.name):
+                    missing.append(f"{shard.name}.weight")
+                    continue
+                stored = self._stored[shard.name] = self._look(shard.name)
+                wanted.update(stored.tensors)
+                if stored.shape != shard.shape:
+                    said = f"config.json says {list(shard.shape)}"
+                    misshapen.append(f"{shard.name}.weight is {list(stored.shape)}, {said}")
+            for name, length, _ in spec.vectors:
+                wanted.add(name)
+                if name not in self.checkpoint:
+                    missing.append(name)
+                elif self.checkpoint.shape(name) != (length,):
+                    misshapen.append(f"{name} is {list(self.checkpoint.shape(name))}, config.json says {[length]}")
+                elif self.checkpoint.dtype(name) not in FLOATS:
+                    dtype = str(self.checkpoint.dtype(name)).removeprefix("torch.")
+                    misshapen.append(f"{name} is {dtype}, where bfloat16, float16 or float32 can be read")
+        superfluous = sorted(self.checkpoint.names() - wanted - self._left_out())
+        self._refuse("missing", missing, "download the checkpoint's missing files, or restore its own config.json")
+        self._refuse("of another shape or type", misshapen, "use the config.json that belongs to these weights")
+        self._refuse("superfluous", superfluous, "use the config.json that belongs to these weights")
 
-    def _weights(
-        self, spec: names.ParamSpec, shards: tuple[names.Shard, ...], quantize: Callable[..., Weight] = Weight.quantize
-    ) -> list[Weight]:
-        """Our cuts of matrices that are computed together, as they will be held; quantize: as the op of ops."""
-        weights = [self._read(shard.name, shard.rows, shard.cols) for shard in shards]
-        if self._quantises(spec):
-            weights = [quantize(weight, *self._target(spec, shard)) for weight, shard in zip(weights, shards)]
-        if len({(w.kind, w.group_size) for w in weights}) > 1:
-            kind = lambda w: w.kind if w.group_size is None else f"{w.kind} in groups of {w.group_size}"
-            kinds = ", ".join(f"{shard.name}: {kind(weight)}" for shard, weight in zip(shards, weights))
+    def _left_out(self) -> set[str]:
+        """What we knowingly leave: the MTP layer, when nobody asked for it. An ordinary layer there is not it."""
+        prefix = names.mtp_prefix(self._config)
+        layer = {name for name in self.checkpoint.names() if name.startswith(prefix)}
+        is_mtp = any(name.removeprefix(prefix).startswith(MTP_ONLY) for name in layer)
+        return layer if is_mtp and self.model.mtp_parts is None else set()
+
+    def _refuse(self, what: str, found: list[str], todo: str) -> None:
+        if found:
             raise CheckpointError(
-                f"matrices that are computed together are stored in different formats ({kinds})",
-                "one format for q, k and v, and one for gate and up",
-                "use a checkpoint that quantises them alike",
+                f"{len(found)} tensor{'s' * (len(found) > 1)} {what} in {self.checkpoint.directory}: {_some(found)}",
+                f"exactly the tensors of a glm4_moe with {self._config.num_hidden_layers} layers and"
+                f" {self._config.n_routed_experts} experts, as config.json describes it",
+                todo,
             )
-        return weights
 
-    def _quantises(self, spec: names.ParamSpec) -> bool:
-        """Whether we quantise this leaf's matrices while loading."""
-        return self._asked is not None and not spec.keep_float32 and not spec.leaf.endswith("embed_tokens")
+    def _check_packed_together(self, spec: ParamSpec) -> None:
+        """Refuse matrices of different kinds or group sizes of which a backend makes one."""
+        layer = self._layers[spec.layer]
+        for units in zip(*(layer.packed_together(unit) for unit in spec.units), strict=True):
+            targets = {shard.name: self._target(spec, shard) for unit in units for shard in unit}
+            if len(set(targets.values())) > 1:
+                usual, _ = Counter(targets.values()).most_common(1)[0]
+                one = next(name for name, target in targets.items() if target == usual)
+                shown = [one, *(name for name, target in targets.items() if target != usual)]
+                raise CheckpointError(
+                    "matrices that are computed together are stored in different formats"
+                    f" ({_some([f'{name}: {_format(*targets[name])}' for name in shown])})",
+                    "one format for q, k and v, one for gate and up of all experts of a layer, and one for their down",
+                    "use a checkpoint that quantises them alike",
+                )
 
-    def _target(self, spec: names.ParamSpec, shard: names.Shard) -> tuple[str, int | None]:
-        """(kind, group) of the Weight that a shard becomes."""
-        stored = formats.stored(self.checkpoint, shard.name)
-        if spec.leaf.endswith("embed_tokens"):
-            return "plain", None
-        if not self._quantises(spec):
+    def _shard_alignment(self, module: str, width: int) -> int:
+        """How many inputs of a matrix belong together, so that no process should get only some of them."""
+        if self._asked is not None:
+            size = layout(self._asked[0], width, self._asked[1])[1]
+        else:
+            size = self._look(module).group_size if formats.holds(self.checkpoint, module) else None
+        return size if size is not None and width % size == 0 else 1
+
+    def _nbytes(self, spec: ParamSpec, units: Sequence[Sequence[Shard]]) -> int:
+        """Bytes of our cut of some units, once packed."""
+        dtype = self._dtype(self._layers[spec.layer])
+        return sum(self._backend.packed_bytes(self._outline(spec, shard, dtype)) for unit in units for shard in unit)
+
+    def _vector_bytes(self, spec: ParamSpec) -> int:
+        lengths = (length if cut is None else cut[1] - cut[0] for _, length, cut in spec.vectors)
+        return sum(lengths) * self._dtype(self._layers[spec.layer]).itemsize
+
+    # ---- what a matrix becomes -------------------------------------------------------------------------------------
+
+    def _dtype(self, layer: Layer) -> torch.dtype:
+        """In what a layer keeps plain values and vectors."""
+        return torch.float32 if layer.keep_float32 else self.dtype
+
+    def _target(self, spec: ParamSpec, shard: Shard) -> tuple[Kind, int | None]:
+        """(kind, group_size) of the Weight that a shard becomes."""
+        layer, stored = self._layers[spec.layer], self._stored[shard.name]
+        if layer.plain:
+            return Kind.PLAIN, None
+        if self._asked is None:
             return stored.kind, stored.group_size
-        if stored.kind not in ("plain", "fp8"):
+        asked, group_size = self._asked
+        if not stored.kind.floating:
             raise ConfigError(
-                f"quantization={self._asked[0]!r} for a checkpoint in which {shard.name} is {stored.kind} already",
+                f"quantization={str(asked)!r} for a checkpoint in which {shard.name} is {stored.kind} already",
                 "a checkpoint in bf16, fp16, fp32 or FP8, to be quantised while loading",
                 "leave quantization out: what is quantised on disk is used as it is",
             )
-        kind, group = layout("int8" if spec.leaf in INT8_PARAMS else self._asked[0], shard.shape[1], self._asked[1])
-        return layout(kind, shard.local_shape[1], group)  # as the whole is laid out, where the cut allows it
+        whole = layout(asked.at_least(layer.min_bits), shard.shape[1], group_size)
+        return layout(whole[0], shard.local_shape[1], whole[1])  # as the whole is laid out, where the cut allows it
 
-    def _nbytes(self, spec: names.ParamSpec, shard: names.Shard) -> int:
-        """Bytes of our cut once loaded."""
-        outline = self._outline(spec, shard, torch.float32 if spec.keep_float32 else self.dtype)
-        return self._packed_bytes(outline)
+    def _scales_dtype(self, spec: ParamSpec) -> torch.dtype:
+        """A type that holds every stored scale of a layer, whose matrices share one layout."""
+        matrices = [self._stored[shard.name] for shard in spec.shards]
+        dtypes = {self.checkpoint.dtype(matrix.tensors[1]) for matrix in matrices if matrix.kind.scaled}
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
-    def _outline(self, spec: names.ParamSpec, shard: names.Shard, dtype: torch.dtype) -> Weight:
+    def _outline(self, spec: ParamSpec, shard: Shard, dtype: torch.dtype) -> Weight:
         """The Weight that a shard becomes, without values; dtype: if they are plain."""
-        zeros = self._quantises(spec) or formats.stored(self.checkpoint, shard.name).zeros
-        kind, group = self._target(spec, shard)
-        scales_dtype = torch.bfloat16  # ours
-        if kind == "int4" and not self._quantises(spec):
-            scales_dtype = self.checkpoint.dtype(formats.stored(self.checkpoint, shard.name).tensors[1])
-        return Weight.empty(kind, shard.local_shape, group, zeros, dtype, scales_dtype=scales_dtype)
+        (kind, group_size), stored = self._target(spec, shard), self._stored[shard.name]
+        if kind is not stored.kind and not kind.floating:
+            return Weight.quantized(kind, shard.local_shape, group_size)
+        scales_dtype = self._scales_dtypes[spec.layer]
+        return Weight.empty(kind, shard.local_shape, group_size, stored.zeros, dtype, scales_dtype=scales_dtype)
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+
+    def _vectors(self, spec: ParamSpec) -> list[Tensor]:
+        return [formats.vector(self.checkpoint, name, cut) for name, _, cut in spec.vectors]
+
+    def _units(self, spec: ParamSpec, progress: Progress) -> Generator[Sequence[Weight]]:
+        """Unit after unit: one at a time, or, where codes must be made or unpacked, one for each thread.
+
+        A unit is taken to be done with, its pages are given back and its bytes reported, when the next is asked for.
+        """
+        if not spec.units:
+            return
+        width = 1 if self._target(spec, spec.units[0][0])[0].floating else self._backend.threads
+        read = partial(self._weights, spec)
+        with ThreadPoolExecutor(width, initializer=torch.set_num_threads, initargs=(1,)) as workers:
+            work = map if width == 1 or len(spec.units) == 1 else workers.map
+            for i in range(0, len(spec.units), width):
+                units = spec.units[i : i + width]
+                yield from work(read, units)
+                self.checkpoint.release()
+                progress(self._nbytes(spec, units))
+
+    @cached_property
+    def _quantize(self) -> Callable[[Weight, str, int | None], Weight]:
+        """The op for matrices in the host's memory, where all are read, whatever device serves the model."""
+        return host_quantizer(self._backend.threads)
+
+    def _weights(self, spec: ParamSpec, unit: Sequence[Shard]) -> list[Weight]:
+        """Our cuts of the matrices of a unit, as they will be held."""
+        dtype, scales_dtype = self._dtype(self._layers[spec.layer]), self._scales_dtypes[spec.layer]
+        weights = []
+        for shard in unit:
+            weight, (kind, group_size) = self._read(shard.name, shard.rows, shard.cols), self._target(spec, shard)
+            if kind is self._stored[shard.name].kind:
+                weight = replace(weight, scales_dtype=scales_dtype)
+            elif kind.floating:
+                weight = Weight(kind, weight.dequantize(dtype))
+            else:
+                weight = self._quantize(weight, kind, group_size)
+            weights.append(weight)
+        return weights
+
+
+def _layer(model: Glm4Moe, spec: ParamSpec) -> Layer:
+    layer = model.get_submodule(spec.layer)
+    assert isinstance(layer, Layer), f"{spec.layer} is a {type(layer).__name__}"
+    return layer
+
+
+def _format(kind: Kind, group_size: int | None) -> str:
+    return str(kind) if group_size is None else f"{kind} in groups of {group_size}"
+
+
+def _some(found: Sequence[str]) -> str:
+    """The first of several, and how many more there are."""
+    return ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
 
 
 @contextmanager
-def _one_thread() -> Iterator[int]:
-    """torch computes with one thread here; the number that it had before.
+def _one_thread() -> Iterator[None]:
+    """torch computes with one thread here, and afterwards with as many as before.
 
     Loading is thousands of small copies: a second thread gains a fifth on an idle machine, and on a busy one it waits
     at every one of them. Quantising an expert is work enough for a thread of its own.
@@ -249,6 +335,6 @@ def _one_thread() -> Iterator[int]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield threads
+        yield
     finally:
         torch.set_num_threads(threads)

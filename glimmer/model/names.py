@@ -1,9 +1,10 @@
-"""The table: for each leaf of the model, the checkpoint's tensors that fill it and this rank's cut of them.
+"""The names of a checkpoint: for each layer of the model, the tensors that fill it and this rank's part of them.
 
-`param_specs` walks the model in the order of its layers. Cuts are half-open ranges of rows (outputs) or columns
+`param_specs` lists them in the order of the model's layers. Cuts are half-open ranges of rows (outputs) or columns
 (inputs); None means whole. Heads must divide (key-value heads are copied when there are more ranks than heads);
-widths and the vocabulary need not, because Group.split gives some ranks one more, or one group more: the
-columns of a quantised matrix that share a scale stay together. Not here: reading (load.py) and packing (backends/).
+widths and the vocabulary need not, because Group.split gives some ranks one more, or one group of columns more: the
+columns of a quantised matrix that share a scale stay together. Not here: in which precision a layer keeps its
+parameters (layers.py), reading (load.py) and packing (backends/).
 """
 
 from collections.abc import Callable, Iterator
@@ -11,12 +12,11 @@ from dataclasses import dataclass
 
 from glimmer.config import ModelConfig
 from glimmer.errors import ConfigError
-from glimmer.parallel import Group
+from glimmer.group import Group
 
 Cut = tuple[int, int] | None
-ShardAlignment = Callable[
-    [str, int], int
-]  # (name of a matrix that is cut along its inputs, their number) -> inputs that stay together
+# (name of a matrix that is cut along its inputs, their number) -> how many inputs stay together
+ShardAlignment = Callable[[str, int], int]
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,22 @@ class Shard:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """What fills one leaf. `groups` has one tuple of shards, or one for each expert; norms and vectors have none.
+    """What fills one layer of the model.
 
-    leaf     path in the model
-    groups   matrices whose rows follow each other
-    vectors  (name, whole length, cut): a norm's weight, the correction bias, or the biases of the shards, in order
-    keep_float32  kept in float32 whatever the model's dtype (router)
+    layer    path in the model
+    units    matrices that the layer packs at once: those whose rows follow each other in a Linear, the one of an
+             Embedding, or gate, up and down of each expert; norms and vectors have none
+    vectors  (name, whole length, cut): the weight of a norm, the correction bias, or the biases of the shards, in order
     """
 
-    leaf: str
-    groups: tuple[tuple[Shard, ...], ...] = ()
+    layer: str
+    units: tuple[tuple[Shard, ...], ...] = ()
     vectors: tuple[tuple[str, int, Cut], ...] = ()
-    keep_float32: bool = False
+
+    @property
+    def shards(self) -> Iterator[Shard]:
+        """The matrices of all units."""
+        return (shard for unit in self.units for shard in unit)
 
 
 def tensor_parallel_sizes(config: ModelConfig) -> list[int]:
@@ -81,7 +85,7 @@ def param_specs(
     mtp: tuple[bool, bool] | None,
     shard_alignment: ShardAlignment = lambda name, width: 1,
 ) -> Iterator[ParamSpec]:
-    """Every leaf once. mtp as in Glm4Moe: None, or whether the MTP layer has its own embedding and its own head."""
+    """Every layer once. mtp as in Glm4Moe: None, or whether the MTP layer has its own embedding and its own head."""
     hidden, vocabulary = config.hidden_size, group.split(config.vocab_size)
     table = (config.vocab_size, hidden)
     yield ParamSpec("embed_tokens", ((Shard("model.embed_tokens", table, rows=vocabulary),),))
@@ -118,12 +122,11 @@ def _block(
         return
     experts = config.n_routed_experts
     correction = (f"{theirs}.gate.e_score_correction_bias", experts, None)
-    yield ParamSpec(f"{ours}.gate.proj", ((Shard(f"{theirs}.gate", (experts, hidden)),),), keep_float32=True)
-    yield ParamSpec(f"{ours}.gate.e_score_correction_bias", vectors=(correction,), keep_float32=True)
+    yield ParamSpec(f"{ours}.gate.proj", ((Shard(f"{theirs}.gate", (experts, hidden)),),))
+    yield ParamSpec(f"{ours}.gate.e_score_correction_bias", vectors=(correction,))
     width = config.moe_intermediate_size
-    each = [list(_mlp(width, hidden, group, shard_alignment, ours, f"{theirs}.experts.{e}")) for e in range(experts)]
-    for i, leaf in enumerate(("gate_up_proj", "down_proj")):
-        yield ParamSpec(f"{ours}.experts.{leaf}", tuple(pair[i].groups[0] for pair in each))
+    each = [_gate_up_down(width, hidden, group, shard_alignment, f"{theirs}.experts.{e}") for e in range(experts)]
+    yield ParamSpec(f"{ours}.experts", tuple(each))
     shared = f"{ours}.shared_experts", f"{theirs}.shared_experts"
     yield from _mlp(width * config.n_shared_experts, hidden, group, shard_alignment, *shared)
 
@@ -148,9 +151,18 @@ def _attention(config: ModelConfig, group: Group, ours: str, theirs: str) -> Ite
 def _mlp(
     width: int, hidden: int, group: Group, shard_alignment: ShardAlignment, ours: str, theirs: str
 ) -> Iterator[ParamSpec]:
+    gate, up, down = _gate_up_down(width, hidden, group, shard_alignment, theirs)
+    yield ParamSpec(f"{ours}.gate_up_proj", ((gate, up),))
+    yield ParamSpec(f"{ours}.down_proj", ((down,),))
+
+
+def _gate_up_down(
+    width: int, hidden: int, group: Group, shard_alignment: ShardAlignment, theirs: str
+) -> tuple[Shard, Shard, Shard]:
+    """The matrices of a feed-forward part; each rank has the same columns of its width in all three."""
     size = shard_alignment(f"{theirs}.down_proj", width)
     size = size if width // size >= group.size else 1  # no rank goes without
-    cut = tuple(size * place for place in group.split(width // size))
+    start, stop = group.split(width // size)
+    cut = (size * start, size * stop)
     gate, up = (Shard(f"{theirs}.{name}", (width, hidden), rows=cut) for name in ("gate_proj", "up_proj"))
-    yield ParamSpec(f"{ours}.gate_up_proj", ((gate, up),))
-    yield ParamSpec(f"{ours}.down_proj", ((Shard(f"{theirs}.down_proj", (hidden, width), cols=cut),),))
+    return gate, up, Shard(f"{theirs}.down_proj", (hidden, width), cols=cut)

@@ -304,8 +304,8 @@ def values(weight: Weight) -> Tensor:
     columns = []
     for i in range(weight.shape[1]):
         nibble = weight.codes[:, i // 2].long() // (16 if i % 2 else 1) % 16
-        zero = 8 if weight.zeros is None else weight.zeros[:, i // weight.group].double()
-        columns.append((nibble - zero) * weight.scales[:, i // weight.group].double())
+        zero = 8 if weight.zeros is None else weight.zeros[:, i // weight.group_size].double()
+        columns.append((nibble - zero) * weight.scales[:, i // weight.group_size].double())
     return torch.stack(columns, 1)
 
 
@@ -315,7 +315,7 @@ def test_linear_of_integers(how, rows, inner, out, served, dtype, noise):
     """Rows that int8 expresses exactly, each group with the largest code and a power of two: nothing is rounded."""
     ops, device = served
     weight = integer_weight(how, noise, out, inner)
-    group = weight.group or inner
+    group = weight.group_size or inner
     x = noise(rows, inner, scale=50).round().clamp(-127, 127)
     x[:, ::group] = torch.where(x[:, ::group] < 0, -127, 127)
     x = (x * 2.0 ** -torch.arange(5, 5 + rows)[:, None].clamp(max=20)).to(dtype)
@@ -325,7 +325,7 @@ def test_linear_of_integers(how, rows, inner, out, served, dtype, noise):
     assert found.dtype == dtype and found.shape == (rows, out)
     truth = x.double() @ values(weight).T + b.double()
     # Exact but for float32: two products a group, one sum more for each, the bias; and one rounding to the result.
-    steps = 4 + 3 * (inner // group if weight.group else 1)
+    steps = 4 + 3 * (inner // group if weight.group_size else 1)
     size = x.double().abs() @ values(weight).abs().T + b.double().abs()
     allowed = steps * 2**-24 * size + torch.finfo(dtype).eps * truth.abs()
     assert ((found.cpu().double() - truth).abs() <= allowed).all()
@@ -341,7 +341,7 @@ def test_linear_of_integers_is_off_by_half_a_step_of_its_inputs(how, rows, inner
     found = call(lambda x: ops.linear(x, ops.pack_linear([weight], dtype), None), device, x).cpu().double()
     w = weight.dequantize().double()
     truth, allowed = x.double() @ w.T, torch.finfo(dtype).eps * (x.double() @ w.T).abs()
-    for part, matrix in zip(x.double().split(weight.group or inner, 1), w.split(weight.group or inner, 1)):
+    for part, matrix in zip(x.double().split(weight.group_size or inner, 1), w.split(weight.group_size or inner, 1)):
         half = part.abs().amax(1, keepdim=True) / 254
         allowed += 1.001 * half * matrix.abs().sum(1)
     error = (found - truth).abs()
@@ -731,7 +731,7 @@ def test_quantize(inner, group, served, dtype, noise):
     values = noise(37, inner + 6, dtype=dtype)[:, :inner]  # rows that lie apart
     values[3], values[5, 1], values[7, 0], values[9], values[11] = 0, torch.nan, -torch.inf, 1e-38, values[11].abs()
     found, expected = (q(Weight("plain", values), "int4", group) for q in (served[0].quantize, Weight.quantize))
-    assert (found.kind, found.group, found.shape) == (expected.kind, expected.group, expected.shape)
+    assert (found.kind, found.group_size, found.shape) == (expected.kind, expected.group_size, expected.shape)
     assert torch.equal(found.scales.nan_to_num(), found.scales.bfloat16().float().nan_to_num())
     ours, theirs = found.dequantize(), expected.dequantize()
     assert torch.equal(ours.isnan(), theirs.isnan()) and ours[[5, 7]].isnan().any(1).all()

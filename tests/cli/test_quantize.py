@@ -14,12 +14,13 @@ from checkpoints import TINY, empty_checkpoint
 from safetensors.torch import load_file
 
 from glimmer import LLM, SamplingParams
+from glimmer.backends import selection
 from glimmer.checkpoint.files import INDEX, Checkpoint
 from glimmer.cli import quantize
 from glimmer.cli.main import main
 from glimmer.config import EngineConfig, ModelConfig
 from glimmer.errors import CheckpointError, ConfigError
-from glimmer.model.load import WeightLoader
+from glimmer.model.load import WeightLoader, build_model
 from glimmer.parallel import Group
 
 HOW = [("int8", None), ("int4", None), ("int4", 128)]
@@ -31,7 +32,8 @@ def tensors(directory: Path, **asked) -> dict[str, torch.Tensor]:
     config = ModelConfig.load(directory)
     with Checkpoint(directory) as checkpoint:
         mtp = any(name.endswith("eh_proj.weight") for name in checkpoint.names())
-        loader = WeightLoader(config, checkpoint, Group(), torch.float32, mtp, **asked)
+        model = build_model(config, checkpoint, Group(), selection.choose(selection.HOST), torch.float32, mtp)
+        loader = WeightLoader(model, checkpoint, torch.float32, **asked)
         return {name: tensor.clone() for name, tensor in loader.tensors()}
 
 

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from glimmer import LLM, SamplingParams
-from glimmer.backends.base import ExpertSet
+from glimmer.backends.base import ExpertSet, Packed
 from glimmer.engine.sequence import Chunk, Request, Sequence, Step
+from glimmer.weight import Weight
 
 pytestmark = pytest.mark.slow
 
@@ -297,13 +298,18 @@ def test_fp8_in_bfloat16(fp8, engine):
     assert kl[0] <= 1.5 * kl[1], kl
 
 
+def weights_of(packed: Packed | ExpertSet) -> list[Weight]:
+    """What the reference holds of a layer."""
+    parts = (packed.gate_up, packed.down) if isinstance(packed, ExpertSet) else (packed,)
+    return [weight for part in parts for weight in part.weights]
+
+
 def test_fp8_stays_one_byte(fp8, engine, monkeypatch):
     """No layer widens its codes for good, and what the checkpoint leaves plain is left plain."""
     monkeypatch.setenv("GLIMMER_BACKEND", "reference")  # whose packed matrices show their codes
     model = engine(fp8[0], seed=1)._runner.model  # an engine of its own, not one that other tests have loaded
-    packed = {name: leaf.packed for name, leaf in model.named_modules() if getattr(leaf, "packed", None) is not None}
-    weights = lambda p: (*p.gate_up.weights, *p.down.weights) if isinstance(p, ExpertSet) else p.weights
-    kinds = {name: {w.kind for w in weights(p)} for name, p in packed.items()}
+    packed = {name: weights_of(layer.packed) for name, layer in model.named_modules() if hasattr(layer, "packed")}
+    kinds = {name: {w.kind for w in weights} for name, weights in packed.items()}
     plain = {name for name, kind in kinds.items() if kind != {"fp8"}}
     assert plain == {"lm_head"} | {f"layers.{i}.mlp.gate.proj" for i in (1, 2, 3)}
-    assert all(w.codes.dtype == torch.float8_e4m3fn for n, p in packed.items() if n not in plain for w in weights(p))
+    assert all(w.codes.dtype == torch.float8_e4m3fn for n, p in packed.items() if n not in plain for w in p)

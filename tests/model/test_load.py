@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from glimmer.checkpoint.files import Checkpoint
 from glimmer.config import EngineConfig, ModelConfig
 from glimmer.engine.runner import Runner
 from glimmer.errors import CheckpointError, ConfigError
+from glimmer.model import load
 from glimmer.model.glm4_moe import Glm4Moe
-from glimmer.model.load import WeightLoader
+from glimmer.model.load import WeightLoader, build_model
 from glimmer.parallel import Group
 
 CPU, ALONE = torch.device("cpu"), Group()
@@ -71,8 +73,16 @@ AIR = GLM_45 | {
 }
 
 
+def loader(
+    config: ModelConfig, checkpoint: Checkpoint, group: Group = ALONE, dtype: torch.dtype = torch.bfloat16, mtp=False
+) -> WeightLoader:
+    """The loader of a model that is yet to be loaded."""
+    model = build_model(config, checkpoint, group, selection.choose(CPU), torch.float32, mtp).eval()
+    return WeightLoader(model, checkpoint, dtype)
+
+
 def plan(directory: Path, group: Group = ALONE, dtype: torch.dtype = torch.bfloat16, mtp: bool = False) -> WeightLoader:
-    return WeightLoader(ModelConfig.load(directory), Checkpoint(directory), group, dtype, mtp)
+    return loader(ModelConfig.load(directory), Checkpoint(directory), group, dtype, mtp)
 
 
 # ---- every name accounted for --------------------------------------------------------------------------------------
@@ -223,6 +233,25 @@ def test_a_configuration_of_another_model_is_found_out(key, value, names, checkp
         plan(directory)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(num_hidden_layers=10**6),
+        dict(num_hidden_layers=10**12),
+        dict(n_routed_experts=10**6),
+        dict(num_hidden_layers=900, n_routed_experts=10**5),
+    ],
+    ids=str,
+)
+def test_a_model_that_is_far_too_large_is_refused_before_it_is_built(changes, checkpoint, tmp_path, monkeypatch):
+    directory = shutil.copytree(checkpoint(), tmp_path / "copy")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+    monkeypatch.setattr(load, "Glm4Moe", None)
+    with pytest.raises(ConfigError, match=f"num_hidden_layers={changes.get('num_hidden_layers', 4)} and"):
+        plan(directory)
+
+
 # ---- the published models, from headers ----------------------------------------------------------------------------
 
 
@@ -242,10 +271,10 @@ def test_published_models(config, count, total, main, tmp_path):
     with Checkpoint(empty_checkpoint(tmp_path, config)) as checkpoint:
         assert len(checkpoint.names()) == count
         assert sum(math.prod(checkpoint.shape(n)) for n in checkpoint.names()) == total
-        whole = WeightLoader(model, checkpoint, Group(), torch.bfloat16)
+        whole = loader(model, checkpoint)
         assert whole.nbytes == 2 * main + 2 * router * (model.num_hidden_layers - model.first_k_dense_replace)
-        asked = WeightLoader(model, checkpoint, Group(), torch.bfloat16, mtp=True)
-        assert asked.mtp == (True, True) and asked.nbytes - whole.nbytes == 2 * (total - main) + 2 * router
+        asked = loader(model, checkpoint, mtp=True)
+        assert asked.model.mtp_parts == (True, True) and asked.nbytes - whole.nbytes == 2 * (total - main) + 2 * router
         assert checkpoint.unread() == sorted(checkpoint.names()), "planning looks at headers only"
 
 
@@ -255,8 +284,8 @@ def test_the_mtp_layer_of_later_members(stored, own, tmp_path):
     config = GLM_45 | {"num_hidden_layers": 4, "n_routed_experts": 8}
     model = ModelConfig.from_dict(config)
     with Checkpoint(empty_checkpoint(tmp_path, config, mtp=stored)) as checkpoint:
-        without, asked = (WeightLoader(model, checkpoint, Group(), torch.bfloat16, mtp) for mtp in (False, True))
-        assert without.mtp is None and asked.mtp == (own, own)
+        without, asked = (loader(model, checkpoint, mtp=mtp) for mtp in (False, True))
+        assert without.model.mtp_parts is None and asked.model.mtp_parts == (own, own)
         copies = 2 * 2 * config["vocab_size"] * config["hidden_size"]
         assert (asked.nbytes - without.nbytes > copies) == own
         layer = [name for name in checkpoint.names() if name.startswith("model.layers.4.")]
@@ -283,7 +312,7 @@ def test_shares_add_up(config, fp8, tmp_path):
                 wanted += times * width * math.prod(shape)
                 if quantised:  # scales go with their rows; where columns are cut, every rank has them all
                     wanted += 4 * shape[0] * (size if name.endswith(("o_proj.weight", "down_proj.weight")) else times)
-            shares = [WeightLoader(model, checkpoint, Group(rank, size), torch.bfloat16).nbytes for rank in range(size)]
+            shares = [loader(model, checkpoint, Group(rank, size)).nbytes for rank in range(size)]
             assert sum(shares) == wanted, f"{size} ranks"
             assert max(shares) - min(shares) < 0.01 * max(shares)
 
@@ -312,10 +341,8 @@ class Share(Group):
 def loaded(directory: Path, rank: int, size: int) -> Glm4Moe:
     group = Share(rank, size)
     asked = plan(directory, group, torch.float32, mtp=True)
-    backend = selection.choose(CPU)
-    model = Glm4Moe(ModelConfig.load(directory), group, backend, torch.float32, asked.mtp).eval()
-    asked.fill(model, CPU)
-    return model
+    asked.load()
+    return asked.model
 
 
 ODD = dict(
@@ -340,8 +367,8 @@ def test_partial_sums_of_all_ranks_make_the_whole(variant, checkpoint):
 
     def parts(model: Glm4Moe) -> dict[str, Tensor]:
         layer = model.layers[1]
-        heads = layer.self_attn.kv_heads
-        kv = model.backend.allocate_kv(KVCacheSpec(1, 16, heads, config.head_dim, torch.float32), 1)[0]
+        spec = KVCacheSpec(1, 16, layer.self_attn.kv_heads, config.head_dim, torch.float32)
+        (kv,) = model.backend.allocate_kv(spec, 1)
         ids, scores = layer.mlp.gate(x)
         return {
             "embed_tokens": model.embed_tokens(tokens),
@@ -372,8 +399,7 @@ from pathlib import Path
 from glimmer.backends import selection
 from glimmer.checkpoint.files import Checkpoint
 from glimmer.config import EngineConfig, ModelConfig
-from glimmer.model.glm4_moe import Glm4Moe
-from glimmer.model.load import WeightLoader
+from glimmer.model.load import WeightLoader, build_model
 from glimmer.parallel import Group
 
 def kib(key):
@@ -381,11 +407,11 @@ def kib(key):
 
 directory, dtype, group = sys.argv[1], getattr(torch, sys.argv[2]), Group(rank=1, size=4)
 quantization = sys.argv[3] or None
-config, checkpoint, ops = ModelConfig.load(directory), Checkpoint(directory), selection.choose(torch.device("cpu"))
-loader = WeightLoader(config, checkpoint, group, dtype, quantization=quantization)
-model = Glm4Moe(config, group, ops, torch.float32, loader.mtp)
+config, checkpoint, backend = ModelConfig.load(directory), Checkpoint(directory), selection.choose(torch.device("cpu"))
+model = build_model(config, checkpoint, group, backend, torch.float32)
+loader = WeightLoader(model, checkpoint, dtype, quantization)
 before = kib("VmHWM")
-loader.fill(model, torch.device("cpu"))
+loader.load()
 print(before, kib("VmHWM"), loader.nbytes)
 """
 
@@ -393,15 +419,16 @@ print(before, kib("VmHWM"), loader.nbytes)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize(
-    "dtype, mtp, quantization",
+    "dtype, mtp, quantization, backend",
     [
-        ("bfloat16", "full", ""),
-        ("float32", None, ""),
-        ("bfloat16", None, "int8"),
-        ("bfloat16", None, "int4"),
+        ("bfloat16", "full", "", ""),
+        ("float32", None, "", "reference"),
+        ("float32", None, "", ""),
+        ("bfloat16", None, "int8", ""),
+        ("bfloat16", None, "int4", ""),
     ],
 )
-def test_peak_memory_is_the_share_and_one_tensor(dtype, mtp, quantization, tmp_path):
+def test_peak_memory_is_the_share_and_one_tensor(dtype, mtp, quantization, backend, tmp_path):
     config = GLM_45 | {
         "hidden_size": 1024,
         "num_attention_heads": 16,
@@ -415,7 +442,9 @@ def test_peak_memory_is_the_share_and_one_tensor(dtype, mtp, quantization, tmp_p
     }
     empty_checkpoint(tmp_path, config, mtp=mtp)
     command = [sys.executable, "-c", CHILD, str(tmp_path), dtype, quantization]
-    child = subprocess.run(command, capture_output=True, text=True)
+    child = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"GLIMMER_BACKEND": backend}, timeout=120
+    )
     assert child.returncode == 0, child.stderr
     before, peak, share = map(int, child.stdout.split())
     with Checkpoint(tmp_path) as checkpoint:
@@ -424,4 +453,7 @@ def test_peak_memory_is_the_share_and_one_tensor(dtype, mtp, quantization, tmp_p
     assert size > 400 << 20 and share < (250 << 20)
     rounding = 24 << 20  # a stretch that changes its type on the way, and packed matrices in huge pages
     most = share + largest + rounding
-    assert share < (peak - before) << 10 <= most, f"{peak - before} KiB more for a share of {share >> 10}"
+    halved = dtype == "float32" and backend == ""  # our kernels keep what bfloat16 holds in half of the bytes
+    assert share * (0.8 if halved else 1) < (peak - before) << 10 <= most, (
+        f"{peak - before} KiB more for a share of {share >> 10}"
+    )

@@ -13,8 +13,7 @@ from glimmer.batch import Batch
 from glimmer.checkpoint.files import INDEX, Checkpoint
 from glimmer.config import ModelConfig
 from glimmer.errors import CheckpointError
-from glimmer.model.glm4_moe import Glm4Moe
-from glimmer.model.load import WeightLoader
+from glimmer.model.load import WeightLoader, build_model
 from glimmer.parallel import Group
 from glimmer.weight import Weight
 
@@ -30,7 +29,9 @@ SETTINGS = {
 
 
 def plan(directory, mtp: bool, dtype: torch.dtype = torch.float32) -> WeightLoader:
-    return WeightLoader(ModelConfig.load(directory), Checkpoint(directory), Group(), dtype, mtp)
+    config, checkpoint = ModelConfig.load(directory), Checkpoint(directory)
+    model = build_model(config, checkpoint, Group(), selection.choose(CPU), torch.float32, mtp).eval()
+    return WeightLoader(model, checkpoint, dtype)
 
 
 class Drafter:
@@ -38,16 +39,16 @@ class Drafter:
 
     def __init__(self, directory):
         config, asked = ModelConfig.load(directory), plan(directory, mtp=True)
-        self.model = Glm4Moe(config, Group(), selection.choose(torch.device("cpu")), torch.float32, asked.mtp).eval()
-        asked.fill(self.model, CPU)
+        asked.load()
+        self.model = asked.model
         layers, heads = config.num_hidden_layers + 1, config.num_key_value_heads
-        spec = KVCacheSpec(layers, BLOCK, heads, config.head_dim, torch.float32)
-        self.cache = self.model.backend.allocate_kv(spec, BLOCKS)
+        self.kv = self.model.backend.allocate_kv(
+            KVCacheSpec(layers, BLOCK, heads, config.head_dim, torch.float32), BLOCKS
+        )
 
     def batch(self, tokens: torch.Tensor, start: int = 0) -> Batch:
-        count = len(tokens)
-        places = range(start, start + count)
-        return Batch.of(tokens.tolist(), places, places, [range(BLOCKS)], range(count), [count], [start + count])
+        places, stop = range(start, start + len(tokens)), start + len(tokens)
+        return Batch.of(tokens.tolist(), places, places, [range(BLOCKS)], range(len(tokens)), [len(tokens)], [stop])
 
     @torch.inference_mode()
     def guess(self, tokens: torch.Tensor, *cuts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,8 +56,8 @@ class Drafter:
         parts, ends = [], [*cuts, len(tokens) - 1]
         for a, b in zip([0, *ends], ends):
             batch = self.batch(tokens[a:b], a)
-            hidden = self.model(batch, self.cache)
-            parts.append(self.model.draft(hidden, tokens[a + 1 : b + 1], batch, self.cache))
+            hidden = self.model(batch, self.kv)
+            parts.append(self.model.draft(hidden, tokens[a + 1 : b + 1], batch, self.kv))
         hidden = torch.cat(parts)
         return hidden, self.model.draft_logits(hidden)
 
@@ -119,14 +120,12 @@ def test_copies_are_used_where_they_are(checkpoint, reference, tmp_path):
     main.model.embed_tokens.table = main.model.embed_tokens.table.flip(0)
     with Checkpoint(directory) as opened:
         head = opened.tensor("lm_head.weight").float().flip(0)
-    main.model.lm_head.packed = selection.choose(torch.device("cpu")).pack_linear(
-        [Weight("plain", head)], torch.float32
-    )
+    main.model.lm_head.packed = main.model.backend.pack_linear([Weight("plain", head)], torch.float32)
     drafter = Drafter(source)
     with torch.inference_mode():
         batch = drafter.batch(TOKENS[:-1])
-        hidden = drafter.model(batch, drafter.cache)
-        expected = main.model.draft(hidden, TOKENS[1:], batch, main.cache)
+        hidden = drafter.model(batch, drafter.kv)
+        expected = main.model.draft(hidden, TOKENS[1:], batch, main.kv)
         assert torch.equal(own[0], expected)
         assert torch.equal(own[1], main.model.draft_logits(expected))
 
@@ -136,7 +135,7 @@ def test_chaining_feeds_the_draft_its_own_hidden_state(checkpoint):
     drafter = Drafter(checkpoint(dtype="float32", mtp="full"))
     first, _ = drafter.guess(TOKENS)
     with torch.inference_mode():
-        again = drafter.model.draft(first, TOKENS[1:], drafter.batch(TOKENS[:-1]), drafter.cache)
+        again = drafter.model.draft(first, TOKENS[1:], drafter.batch(TOKENS[:-1]), drafter.kv)
         logits = drafter.model.draft_logits(again)
     assert logits.isfinite().all() and not torch.allclose(again, first, atol=0.1)
 
@@ -149,9 +148,9 @@ def test_chaining_feeds_the_draft_its_own_hidden_state(checkpoint):
 def test_never_loaded_unless_asked(stored, fp8, checkpoint, engine):
     directory = checkpoint(mtp=stored, fp8=fp8)
     without, unasked, asked = plan(checkpoint(fp8=fp8), False), plan(directory, False), plan(directory, True)
-    assert unasked.mtp is None and unasked.nbytes == without.nbytes
-    assert [e.leaf for e in unasked.param_specs] == [e.leaf for e in without.param_specs]
-    assert asked.mtp == ((False, False) if stored == "without_copies" else (True, True))
+    assert unasked.model.mtp_parts is None and unasked.nbytes == without.nbytes
+    assert [s.layer for s in unasked.param_specs] == [s.layer for s in without.param_specs]
+    assert asked.model.mtp_parts == ((False, False) if stored == "without_copies" else (True, True))
     assert asked.nbytes > unasked.nbytes
     llm = engine(directory)
     assert llm._runner.model.mtp is None
@@ -187,7 +186,7 @@ def test_asked_for_but_not_there(stored, checkpoint, tmp_path):
             (directory / INDEX).write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"model\.layers\.4\.eh_proj\.weight"):
         plan(directory, mtp=True)
-    assert plan(directory, mtp=False).mtp is None
+    assert plan(directory, mtp=False).model.mtp_parts is None
 
 
 def test_every_tensor_of_the_layer_counts_when_it_is_asked_for(checkpoint, tmp_path):
@@ -197,14 +196,14 @@ def test_every_tensor_of_the_layer_counts_when_it_is_asked_for(checkpoint, tmp_p
     save_file(tensors, directory / "mtp.safetensors")
     with pytest.raises(CheckpointError, match=r"1 tensor missing.*model\.layers\.4\.mlp\.experts\.5\.up_proj\.weight"):
         plan(directory, mtp=True)
-    assert plan(directory, mtp=False).mtp is None
+    assert plan(directory, mtp=False).model.mtp_parts is None
     save_file(
         tensors | {"model.layers.4.mlp.experts.5.up_proj.weight": gone, "model.layers.4.surprise": gone.clone()},
         directory / "mtp.safetensors",
     )
     with pytest.raises(CheckpointError, match=r"1 tensor superfluous.*model\.layers\.4\.surprise"):
         plan(directory, mtp=True)
-    assert plan(directory, mtp=False).mtp is None
+    assert plan(directory, mtp=False).model.mtp_parts is None
 
 
 def test_one_layer_less_in_the_configuration_is_no_mtp_layer(checkpoint, tmp_path):

@@ -1,16 +1,19 @@
 """The table of names and cuts: all ranks together hold every element, and heads stay with the heads they read."""
 
-import itertools
 from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 from checkpoints import TINY, tensors
 from hypothesis import given
 from hypothesis import strategies as st
 
+from glimmer.backends.reference import Reference
 from glimmer.config import ModelConfig
 from glimmer.errors import ConfigError
+from glimmer.model.glm4_moe import Glm4Moe
+from glimmer.model.layers import Embedding, Experts, Layer, Linear, RMSNorm, Vector
 from glimmer.model.names import check_tensor_parallel, mtp_prefix, param_specs, tensor_parallel_sizes
 from glimmer.parallel import Group
 
@@ -49,11 +52,11 @@ def names_on_disk(changes: dict, mtp: str | None) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("changes", [*MODELS.values(), dict(attention_bias=False), dict(first_k_dense_replace=0)])
 def test_one_rank_reads_every_name_once(changes, copies):
     found = {}
-    for entry in param_specs(config(**changes), Group(), copies):
-        for part in itertools.chain.from_iterable(entry.groups):
+    for spec in param_specs(config(**changes), Group(), copies):
+        for part in spec.shards:
             assert f"{part.name}.weight" not in found and part.local_shape == part.shape
             found[f"{part.name}.weight"] = part.shape
-        for name, length, cut in entry.vectors:
+        for name, length, cut in spec.vectors:
             assert name not in found and cut in (None, (0, length))
             found[name] = (length,)
     stored = None if copies is None else "full" if copies[0] else "without_copies"
@@ -70,12 +73,12 @@ def test_all_ranks_hold_everything(changes):
         held: dict[str, list] = {}
         shapes = {}
         for rank in range(size):
-            for entry in param_specs(model, Group(rank, size), (True, True)):
-                for part in itertools.chain.from_iterable(entry.groups):
+            for spec in param_specs(model, Group(rank, size), (True, True)):
+                for part in spec.shards:
                     assert part.rows is None or part.cols is None
                     held.setdefault(part.name, []).append(part.rows or part.cols)
                     shapes[part.name] = part.shape[1 if part.cols else 0]
-                for name, length, cut in entry.vectors:
+                for name, length, cut in spec.vectors:
                     held.setdefault(name, []).append(cut)
                     shapes[name] = length
         for name, cuts in held.items():
@@ -111,7 +114,7 @@ def test_query_heads_meet_their_key_head(heads, groups, size):
         return
     d = model.head_dim
     for rank in {0, size // 2, size - 1}:
-        q, k, v = next(e for e in param_specs(model, Group(rank, size), None) if e.leaf.endswith("qkv_proj")).groups[0]
+        q, k, v = next(s for s in param_specs(model, Group(rank, size), None) if s.layer.endswith("qkv_proj")).units[0]
         assert k.rows == v.rows
         queries, keys = (range(cut.rows[0] // d, cut.rows[1] // d) for cut in (q, k))
         assert len(queries) == heads // size and len(keys) == max(1, groups // size)
@@ -136,3 +139,35 @@ def test_other_sizes_are_refused_with_the_list(size):
 def test_mtp_prefix_is_no_other_layer_s():
     """layers.4. is not layers.46."""
     assert mtp_prefix(replace(config(), num_hidden_layers=4)) == "model.layers.4."
+
+
+@pytest.mark.parametrize("parts", [None, (True, True), (False, False)], ids=["no MTP", "copies", "no copies"])
+@pytest.mark.parametrize("changes", [*MODELS.values(), dict(attention_bias=False), dict(first_k_dense_replace=0)])
+def test_every_layer_declares_what_it_holds(changes, parts):
+    """The layers of the model are those that are named, each gets what its class takes, and no other module holds
+    anything."""
+    model = Glm4Moe(config(**changes), Group(), Reference(torch.device("cpu")), torch.float32, parts)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
+    specs = {spec.layer: spec for spec in param_specs(model.config, model.group, parts)}
+    assert layers.keys() == specs.keys()
+    assert not list(model.parameters()) and not list(model.buffers())
+    for name, layer in layers.items():
+        units, vectors = [len(unit) for unit in specs[name].units], len(specs[name].vectors)
+        match layer:
+            case Linear():
+                assert len(units) == 1 and vectors in (0, units[0])
+            case Experts():
+                assert units == [3] * model.config.n_routed_experts and not vectors
+                gate, up, down = specs[name].units[0]
+                assert layer.packed_together((gate, up, down)) == ((gate, up), (down,))
+            case Embedding():
+                assert units == [1] and not vectors and layer.plain
+            case RMSNorm() | Vector():
+                assert not units and vectors == 1
+            case _:
+                raise AssertionError(f"{name} is a {type(layer).__name__}")
+    exact = {name for name, layer in layers.items() if layer.keep_float32}
+    assert exact == {name for name in layers if name.endswith(("gate.proj", "correction_bias"))}
+    assert all(layers[name].plain for name in exact if name.endswith("proj"))
+    fine = {name for name, layer in layers.items() if layer.min_bits > 4}
+    assert fine == {"lm_head", *({"mtp.eh_proj"} if parts else ()), *({"mtp.head"} if parts and parts[1] else ())}

@@ -7,22 +7,23 @@ codes stored in float32: what remains between the two is that activations become
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import empty_checkpoint, tensors
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from glimmer import LLM, SamplingParams
-from glimmer.backends import selection
+from glimmer.backends.base import ExpertSet
+from glimmer.backends.reference import Reference
+from glimmer.checkpoint import formats
 from glimmer.checkpoint.files import Checkpoint
 from glimmer.config import ModelConfig
 from glimmer.errors import CheckpointError, ConfigError
-from glimmer.model.glm4_moe import Glm4Moe
-from glimmer.model.load import WeightLoader
+from glimmer.model.load import WeightLoader, build_model
 from glimmer.parallel import Group
 from glimmer.weight import Weight
 
@@ -39,6 +40,28 @@ def logprobs(directory: Path, **settings) -> Tensor:
     llm.close()
     rows = [[position[token].logprob for token in sorted(position)] for position in answer.prompt_logprobs[1:]]
     return torch.tensor(rows)
+
+
+def loader_of(
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    group: Group,
+    dtype: torch.dtype,
+    mtp: bool = False,
+    quantization: str | None = None,
+    group_size: int | None = None,
+) -> WeightLoader:
+    """The loader of a model of the reference's, whose packed form is a Weight."""
+    model = build_model(config, checkpoint, group, Reference(CPU), torch.float32, mtp)
+    return WeightLoader(model, checkpoint, dtype, quantization, group_size)
+
+
+def weights_of(layer: nn.Module) -> dict[str, Sequence[Weight]]:
+    """What the reference has packed for a layer; of experts, gate and up apart from down."""
+    packed = getattr(layer, "packed", None)
+    if isinstance(packed, ExpertSet):
+        return {"gate_up_proj": packed.gate_up.weights, "down_proj": packed.down.weights}
+    return {} if packed is None else {"": packed.weights}
 
 
 def divergence(p: Tensor, q: Tensor) -> float:
@@ -148,16 +171,15 @@ def test_values_of_others_are_exact_on_every_rank(name, twins):
         for rank in range(size):
             group = Group(rank, size)
             with Checkpoint(coded) as ours, Checkpoint(plain) as theirs:
-                there = WeightLoader(ModelConfig.load(coded), ours, group, torch.float32, True)
-                here = WeightLoader(config, theirs, group, torch.float32, True)
+                there = loader_of(ModelConfig.load(coded), ours, group, torch.float32, True)
+                here = loader_of(config, theirs, group, torch.float32, True)
                 here.param_specs = there.param_specs  # cuts between groups, which a plain matrix does not have
-                for entry in there.param_specs:
-                    for parts in entry.groups:
-                        for a, b in zip(there._weights(entry, parts), here._weights(entry, parts)):
-                            assert torch.equal(a.dequantize(), b.dequantize()), entry.leaf
+                for spec in there.param_specs:
+                    for unit in spec.units:
+                        for a, b in zip(there._weights(spec, unit), here._weights(spec, unit)):
+                            assert torch.equal(a.dequantize(), b.dequantize()), spec.layer
     with Checkpoint(coded) as ours, pytest.raises(CheckpointError, match="groups of 32"):
-        loader = WeightLoader(ModelConfig.load(coded), ours, Group(1, 8), torch.float32)  # 2 groups for 8 ranks
-        loader.fill(Glm4Moe(config, Group(1, 8), selection.choose(torch.device("cpu")), torch.float32, None), CPU)
+        loader_of(ModelConfig.load(coded), ours, Group(1, 8), torch.float32).load()  # 2 groups for 8 ranks
 
 
 # ---- quantised while loading ---------------------------------------------------------------------------------------
@@ -181,17 +203,15 @@ def test_nbytes_and_kinds_are_those_of_what_is_held(variant, kind, group, checkp
     config = ModelConfig.load(directory)
     for size, rank in ((1, 0), (2, 1)):
         with Checkpoint(directory) as opened:
-            loader = WeightLoader(config, opened, Group(rank, size), torch.bfloat16, "mtp" in variant, kind, group)
-            model = Glm4Moe(config, Group(rank, size), selection.choose(torch.device("cpu")), torch.float32, loader.mtp)
+            loader = loader_of(config, opened, Group(rank, size), torch.bfloat16, "mtp" in variant, kind, group)
             done = []
-            loader.fill(model, CPU, done.append)
+            loader.load(done.append)
         held, kinds = 0, {}
-        for name, leaf in model.named_modules():
-            packed = getattr(leaf, "packed", None)
-            weights = packed if isinstance(packed, list) else [packed] if packed is not None else []
-            kinds |= {name: {w.kind for w in weights}} if weights else {}
-            held += sum(w.nbytes for w in weights)
-            vectors = (getattr(leaf, key, None) for key in ("bias", "weight", "table", "value"))
+        for name, layer in loader.model.named_modules():
+            for part, weights in weights_of(layer).items():
+                kinds[f"{name}.{part}" if part else name] = {w.kind for w in weights}
+                held += sum(w.nbytes for w in weights)
+            vectors = (getattr(layer, key, None) for key in ("bias", "weight", "table", "value"))
             held += sum(v.nbytes for v in vectors if isinstance(v, Tensor))
         assert held == loader.nbytes
         assert 0.9 * held < sum(done) <= held, "progress counts matrices, which are nearly everything"
@@ -210,14 +230,14 @@ def test_the_router_stays_as_it_is(checkpoint, monkeypatch):
     for kind in (None, "int4"):
         with Checkpoint(directory) as opened:
             config = ModelConfig.load(directory)
-            loader = WeightLoader(config, opened, Group(), torch.bfloat16, quantization=kind)
-            models.append(Glm4Moe(config, Group(), selection.choose(torch.device("cpu")), torch.float32, None))
-            loader.fill(models[-1], CPU)
+            loader = loader_of(config, opened, Group(), torch.bfloat16, quantization=kind)
+            loader.load()
+            models.append(loader.model)
     exact, coded = models
     for a, b in zip(exact.layers[1:], coded.layers[1:]):
-        (plain,), (same,) = (layer.mlp.gate.proj.packed.weights for layer in (a, b))
-        assert torch.equal(plain.codes, same.codes)
-        assert same.codes.dtype == torch.float32
+        (exactly,), (found,) = a.mlp.gate.proj.packed.weights, b.mlp.gate.proj.packed.weights
+        assert torch.equal(exactly.codes, found.codes)
+        assert found.codes.dtype == torch.float32
         assert torch.equal(a.mlp.gate.e_score_correction_bias.value, b.mlp.gate.e_score_correction_bias.value)
         assert torch.equal(a.input_layernorm.weight, b.input_layernorm.weight)
     assert torch.equal(exact.embed_tokens.table, coded.embed_tokens.table)
@@ -231,16 +251,15 @@ def test_ranks_cut_between_groups(group, size, checkpoint):
     config = ModelConfig.load(directory)
     with Checkpoint(directory) as opened:
         plans = [
-            WeightLoader(config, opened, Group(rank, size), torch.bfloat16, False, "int4", group)
-            for rank in range(size)
+            loader_of(config, opened, Group(rank, size), torch.bfloat16, False, "int4", group) for rank in range(size)
         ]
-        whole = WeightLoader(config, opened, Group(), torch.bfloat16, False, "int4", group)
-        for entries in zip(whole.param_specs, *(loader.param_specs for loader in plans)):
-            if not entries[0].leaf.endswith("mlp.down_proj") and "experts.down_proj" not in entries[0].leaf:
+        whole = loader_of(config, opened, Group(), torch.bfloat16, False, "int4", group)
+        for specs in zip(whole.param_specs, *(loader.param_specs for loader in plans)):
+            if not specs[0].layer.endswith(("mlp.down_proj", "experts.down_proj", "experts")):
                 continue
-            for i, parts in enumerate(entries[0].groups):
-                (expected,) = whole._weights(entries[0], parts)
-                cuts = [loader._weights(entry, entry.groups[i])[0] for loader, entry in zip(plans, entries[1:])]
+            for i, unit in enumerate(specs[0].units):
+                expected = whole._weights(specs[0], unit)[-1]  # down, after gate and up of an expert
+                cuts = [loader._weights(spec, spec.units[i])[-1] for loader, spec in zip(plans, specs[1:])]
                 found = torch.cat([cut.dequantize() for cut in cuts], 1)
                 assert torch.equal(found, expected.dequantize()) and all(cut.shape[1] for cut in cuts)
 
@@ -258,7 +277,7 @@ def test_a_published_size(kind, group, bits, tmp_path):
         "pad_token_id": 1, "torch_dtype": "bfloat16",
     }  # fmt: skip
     with Checkpoint(empty_checkpoint(tmp_path, config, mtp=None)) as opened:
-        loader = WeightLoader(ModelConfig.from_dict(config), opened, Group(), torch.bfloat16, False, kind, group)
+        loader = loader_of(ModelConfig.from_dict(config), opened, Group(), torch.bfloat16, False, kind, group)
         weights = sum(math.prod(opened.shape(name)) for name in opened.names()) - 1000 * 4096
         assert 8 * (loader.nbytes - 2 * 1000 * 4096) / weights == pytest.approx(bits, rel=0.002)
 
@@ -278,3 +297,130 @@ def test_formats_that_differ_within_one_product_are_refused(twins):
 
 def test_an_empty_weight_is_all_there_is():
     assert Weight.empty("fp8", (3, 8)).nbytes == 3 * 8 + 3 * 4
+
+
+# ---- formats that differ within one layer --------------------------------------------------------------------------
+
+
+def changed(directory: Path, changes: Callable[[dict[str, Tensor]], None]) -> Path:
+    """The same directory, with other tensors."""
+    held = load_file(directory / "model.safetensors")
+    changes(held)
+    save_file({name: tensor.contiguous() for name, tensor in held.items()}, directory / "model.safetensors")
+    return directory
+
+
+def stored_by_us(directory: Path, name: str, kind: str, group_size: int | None = None) -> dict[str, Tensor]:
+    """The tensors of one matrix of a checkpoint, quantised and written as `glimmer quantize` writes them."""
+    with Checkpoint(directory) as opened:
+        weight = formats.read(opened, name).quantize(kind, group_size)
+    return {f"{name}.{end}": tensor for end, tensor in formats.encode(weight).items()}
+
+
+@pytest.fixture
+def of_experts(checkpoint, tmp_path):
+    """of_experts(how, odd, theirs) -> a checkpoint with all experts quantised as `how`, but matrix `odd` of layer 2 as
+    `theirs` says."""
+
+    def write(how: tuple, odd: str, theirs: tuple) -> Path:
+        source = checkpoint(index=False, dtype="float32", **WIDE)
+        held = load_file(source / "model.safetensors")
+        for name in [name for name in held if ".mlp.experts." in name]:
+            module = name.removesuffix(".weight")
+            kind = theirs if module == f"model.layers.2.mlp.experts.{odd}" else how
+            if kind[0] != "plain":
+                del held[name]
+                held |= stored_by_us(source, module, *kind)
+        directory = shutil.copytree(source, tmp_path / "mixed")
+        save_file(held, directory / "model.safetensors")
+        return directory
+
+    return write
+
+
+INT8, INT4, WIDER = ("int8",), ("int4", 32), ("int4", 64)
+
+
+@pytest.mark.parametrize("odd", ["0.gate_proj", "3.up_proj", "7.down_proj", "0.down_proj"])
+@pytest.mark.parametrize(
+    "how, theirs, found",
+    [
+        (INT4, INT8, "int8"),
+        (INT8, INT4, "int4 in groups of 32"),
+        (INT8, ("plain",), "plain"),
+        (INT4, WIDER, "int4 in groups of 64"),
+        (WIDER, INT4, "int4 in groups of 32"),
+    ],
+)
+def test_experts_of_different_formats_are_refused_before_loading(how, theirs, found, odd, of_experts, monkeypatch):
+    directory = of_experts(how, odd, theirs)
+    monkeypatch.setattr(Checkpoint, "tensor", tensor_of_headers(Checkpoint.tensor))
+    with pytest.raises(CheckpointError, match="different formats") as caught:
+        LLM(str(directory), max_model_len=64)
+    assert f"model.layers.2.mlp.experts.{odd}: {found}" in caught.value.found
+    assert caught.value.found.count(": ") == 2, "one of the usual format, and the one that differs"
+    assert "gate and up of all experts" in caught.value.expected and "alike" in caught.value.todo
+
+
+def tensor_of_headers(read: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Checkpoint.tensor, refusing to read anything but the two numbers of a weight_shape."""
+
+    def tensor(self: Checkpoint, name: str, *cuts: object) -> Tensor:
+        assert name.endswith("_shape"), f"{name} is read"
+        return read(self, name, *cuts)
+
+    return tensor
+
+
+def test_down_may_differ_from_gate_and_up(checkpoint, tmp_path):
+    """One format for every gate and up, another for every down: both are packed as they are."""
+    source = checkpoint(index=False, dtype="float32", **WIDE)
+    held = load_file(source / "model.safetensors")
+    plain = dict(held)
+    for name in [name for name in held if ".mlp.experts." in name]:
+        del held[name]
+        module = name.removesuffix(".weight")
+        tensors = stored_by_us(source, module, *(INT8 if module.endswith("down_proj") else INT4))
+        held |= tensors
+        end = {tensor.removeprefix(f"{module}."): values for tensor, values in tensors.items()}
+        if "weight" in end:
+            plain[name] = end["weight"].float() * end["weight_scale"]
+    directory, twin = (shutil.copytree(source, tmp_path / kind) for kind in ("coded", "plain"))
+    save_file(held, directory / "model.safetensors")
+    save_file(plain, twin / "model.safetensors")
+    assert divergence(logprobs(twin), logprobs(directory)) < 0.3
+
+
+def test_scales_of_several_types_within_one_layer_are_all_kept(twins):
+    """float16 scales are packed in bfloat16 only where they are bfloat16 numbers: those of expert 0, not the others."""
+    coded, _ = twins("symmetric")
+
+    def some_in_bfloat16(held: dict[str, Tensor]) -> None:
+        for name in [name for name in held if name.endswith("weight_scale") and ".mlp.experts.0." in name]:
+            held[name] = held[name].bfloat16()
+
+    mixed = logprobs(changed(coded, some_in_bfloat16))
+    wide = logprobs(changed(coded, lambda held: held.update({k: v.float() for k, v in held.items() if "_scale" in k})))
+    assert torch.equal(mixed, wide)
+
+
+def test_what_must_be_plain_is_dequantised(checkpoint, tmp_path):
+    """A router and an embedding that somebody has quantised: the values of their codes, as the plain twin has them."""
+    source = checkpoint(index=False, dtype="float32", **WIDE)
+    names = ["model.embed_tokens", *(f"model.layers.{i}.mlp.gate" for i in (1, 2, 3))]
+    directories = coded, plain = [shutil.copytree(source, tmp_path / kind) for kind in ("coded", "plain")]
+
+    def quantised(held: dict[str, Tensor]) -> None:
+        for name in names:
+            del held[f"{name}.weight"]
+            held |= stored_by_us(source, name, "int4", 32)
+
+    def dequantised(held: dict[str, Tensor]) -> None:
+        with Checkpoint(source) as opened:
+            for name in names:
+                held[f"{name}.weight"] = formats.read(opened, name).quantize("int4", 32).dequantize()
+
+    for directory, change in zip(directories, (quantised, dequantised)):
+        changed(directory, change)
+    found, expected = logprobs(coded), logprobs(plain)
+    assert torch.equal(found, expected)

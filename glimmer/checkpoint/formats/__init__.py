@@ -61,25 +61,25 @@ def holds(checkpoint: Checkpoint, module: str) -> bool:
 
 def find(checkpoint: Checkpoint, module: str, config: Config) -> Format:
     """The format of the matrix of `module`. Raises CheckpointError when there is no matrix, or none that we explain."""
-    ends = list(dict.fromkeys(each.codes for each in FORMATS if each.codes_of(module) in checkpoint))
-    if len(ends) != 1:
+    found = list(dict.fromkeys(name for name in (each.codes_of(module) for each in FORMATS) if name in checkpoint))
+    if len(found) != 1:
         others = sorted(other for other in checkpoint.names() if other.rpartition(".")[0] == module)
         raise CheckpointError(
             f"no tensor {module}.weight in {checkpoint.directory}" + (f", only {', '.join(others)}" if others else "")
-            if not ends
-            else f"{' and '.join(f'{module}.{end}' for end in ends)} in {checkpoint.directory}",
+            if not found
+            else f"{' and '.join(found)} in {checkpoint.directory}",
             f"{module}.weight, in bf16, fp16, fp32, or quantised with its scales; or one of its packed forms",
             "finish the download, or use a checkpoint in a format that glimmer reads (docs/numerics.md)",
         )
-    possible = [each for each in FORMATS if each.codes == ends[0]]
-    name = possible[0].codes_of(module)
-    if len(checkpoint.shape(name)) != 2:
+    (name,) = found
+    possible = [each for each in FORMATS if each.codes_of(module) == name]
+    if len(checkpoint.shape(name)) != possible[0].dimensions:
         misfit(checkpoint, name, "a matrix (out, in)")
     for each in possible:
         if each.matches(checkpoint, module, config):
             return each
     dtypes = [str(dtype).removeprefix("torch.") for each in possible for dtype in each.codes_dtypes]
-    misfit(checkpoint, name, f"{', '.join(dtypes)}, the integers and 8-bit floats with scales")
+    misfit(checkpoint, name, f"{', '.join(dtypes)}, codes of 8 bits with their scales")
 
 
 def stored(checkpoint: Checkpoint, module: str, quantization_config: Config | None = None) -> Matrix:

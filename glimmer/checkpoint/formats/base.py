@@ -41,6 +41,7 @@ class Format(ABC):
 
     accepts        what of it can be read, in the words of a message to the user
     codes          last part of the name of the tensor with the codes: "weight" for a matrix X with X.weight
+    dimensions     of that tensor
     codes_dtypes   the types that this tensor may have, where they tell formats apart
     quant_method   as quantization_config names it; None: a checkpoint without one
     writes         the kind of Weight that `encode` takes; None: we never write this format
@@ -48,6 +49,7 @@ class Format(ABC):
 
     accepts: ClassVar[str]
     codes: ClassVar[str]
+    dimensions: ClassVar[int] = 2
     codes_dtypes: ClassVar[tuple[torch.dtype, ...]] = ()
     quant_method: ClassVar[str | None] = None
     writes: ClassVar[Kind | None] = None
