@@ -33,8 +33,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch exports them without saying so
 
 from glimmer.errors import ConfigError, EngineError
-from glimmer.group import Group as Group
-from glimmer.group import share as share
+from glimmer.group import Group
 
 GRACE = 3.0  # seconds that the survivors of a failed collective wait for a sign of life of each other
 SLICE = 1.0  # seconds between two looks at signals and at the deadline while a collective runs

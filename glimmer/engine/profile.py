@@ -17,7 +17,7 @@ from glimmer import device as devices
 from glimmer.backends.timed import Part, Timed
 from glimmer.engine.engine import Clock, Engine
 from glimmer.engine.runner import Runner
-from glimmer.parallel import Group
+from glimmer.group import Group
 
 
 class Profile:

@@ -22,9 +22,9 @@ from glimmer.config import EngineConfig, ModelConfig
 from glimmer.engine.capture import StepCapture
 from glimmer.engine.sequence import Step
 from glimmer.errors import ConfigError, NotEnoughMemory
+from glimmer.group import Group
 from glimmer.model.load import WeightLoader, build_model
 from glimmer.model.names import check_tensor_parallel
-from glimmer.parallel import Group
 
 log = logging.getLogger("glimmer")
 

@@ -41,7 +41,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary, batch: Batch, kv: KVCache) -> Tensor:
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))                    # (T, h + 2g, D)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), 1)           # (T, h, D) (T, g, D) (T, g, D)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         self.backend.rope_(q, k, *rotary)
         self.backend.store_kv_(k, v, kv, batch.slot_mapping)
@@ -59,7 +59,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(backend)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.backend.swiglu(self.gate_up_proj(x)))             # (T, H)
+        y: Tensor = self.down_proj(self.backend.swiglu(self.gate_up_proj(x)))        # (T, H)
+        return y
 
 
 class DenseMLP(MLP):
@@ -178,9 +179,9 @@ class Glm4Moe(nn.Module):
         """Compute from now on with another backend that shares the first one's layouts (a wrapper), and its group."""
         for module in self.modules():
             if hasattr(module, "backend"):
-                module.backend = backend
+                module.backend = backend  # type: ignore[assignment]  # torch declares attributes as tensors or modules
             if hasattr(module, "group"):
-                module.group = group
+                module.group = group  # type: ignore[assignment]
 
     def forward(self, batch: Batch, kv: Sequence[KVCache]) -> Tensor:
         """The hidden state of every row after the final norm, (T, H): what logits and the MTP layer start from."""
@@ -208,15 +209,17 @@ class Glm4Moe(nn.Module):
         hidden: (T, H) of `forward`, or of an earlier `draft` when chaining. tokens: (T,) each row's next token.
         """
         mtp = self.mtp
+        assert mtp is not None, "the model was built without its MTP layer"
         embedded = self.group.all_reduce((mtp.embed_tokens or self.embed_tokens)(tokens))
         x = mtp.eh_proj(torch.cat((mtp.enorm(embedded), mtp.hnorm(hidden)), -1))     # (T, H), the embedding first
         x, residual = torch.zeros_like(x), x.to(self.residual_dtype)
         x, residual = mtp.block(x, residual, self._rotary(batch.positions), batch, kv[len(self.layers)])
-        x, _ = mtp.norm(x, residual)
-        return x
+        drafted: Tensor = mtp.norm(x, residual)[0]
+        return drafted
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
         """(R, H) of `draft` -> (R, V) float32: guesses of the token two places after the row's own."""
+        assert self.mtp is not None, "the model was built without its MTP layer"
         return self.group.all_gather((self.mtp.head or self.lm_head)(hidden).float(), self.config.vocab_size)
 
     def _rotary(self, positions: Tensor) -> Rotary:

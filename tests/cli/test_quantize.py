@@ -20,8 +20,8 @@ from glimmer.cli import quantize
 from glimmer.cli.main import main
 from glimmer.config import EngineConfig, ModelConfig
 from glimmer.errors import CheckpointError, ConfigError
+from glimmer.group import Group
 from glimmer.model.load import WeightLoader, build_model
-from glimmer.parallel import Group
 
 HOW = [("int8", None), ("int4", None), ("int4", 128)]
 VARIANTS = [dict(), dict(mtp="full", use_qk_norm=True), dict(fp8=True, mtp="separate_file"),

@@ -9,7 +9,7 @@ import torch
 from glimmer.config import EngineConfig
 from glimmer.engine.engine import Engine
 from glimmer.engine.runner import KVCacheConfig, Runner
-from glimmer.parallel import Group
+from glimmer.group import Group
 
 VOCABULARY = 50
 

@@ -15,7 +15,7 @@ from glimmer.backends.base import KVCacheSpec
 from glimmer.config import EngineConfig, ModelConfig
 from glimmer.engine.runner import KVCacheConfig, make_kv_cache_config
 from glimmer.errors import ConfigError, NotEnoughMemory
-from glimmer.parallel import Group
+from glimmer.group import Group
 
 GIB = 1 << 30
 

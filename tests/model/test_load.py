@@ -21,10 +21,10 @@ from glimmer.checkpoint.files import Checkpoint
 from glimmer.config import EngineConfig, ModelConfig
 from glimmer.engine.runner import Runner
 from glimmer.errors import CheckpointError, ConfigError
+from glimmer.group import Group
 from glimmer.model import load
 from glimmer.model.glm4_moe import Glm4Moe
 from glimmer.model.load import WeightLoader, build_model
-from glimmer.parallel import Group
 
 CPU, ALONE = torch.device("cpu"), Group()
 
@@ -400,7 +400,7 @@ from glimmer.backends import selection
 from glimmer.checkpoint.files import Checkpoint
 from glimmer.config import EngineConfig, ModelConfig
 from glimmer.model.load import WeightLoader, build_model
-from glimmer.parallel import Group
+from glimmer.group import Group
 
 def kib(key):
     return next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key))

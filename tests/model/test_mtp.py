@@ -13,8 +13,8 @@ from glimmer.batch import Batch
 from glimmer.checkpoint.files import INDEX, Checkpoint
 from glimmer.config import ModelConfig
 from glimmer.errors import CheckpointError
+from glimmer.group import Group
 from glimmer.model.load import WeightLoader, build_model
-from glimmer.parallel import Group
 from glimmer.weight import Weight
 
 CPU, BLOCK, BLOCKS = torch.device("cpu"), 16, 8

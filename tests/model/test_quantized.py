@@ -23,8 +23,8 @@ from glimmer.checkpoint import formats
 from glimmer.checkpoint.files import Checkpoint
 from glimmer.config import ModelConfig
 from glimmer.errors import CheckpointError, ConfigError
+from glimmer.group import Group
 from glimmer.model.load import WeightLoader, build_model
-from glimmer.parallel import Group
 from glimmer.weight import Weight
 
 CPU = torch.device("cpu")
