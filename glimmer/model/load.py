@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from glimmer.backends.base import Backend
-from glimmer.backends.selection import host_quantizer
+from glimmer.backends.selection import HOST, host_quantizer
 from glimmer.checkpoint import formats
 from glimmer.checkpoint.files import Checkpoint
 from glimmer.checkpoint.formats.base import FLOATS, Matrix
@@ -291,8 +291,9 @@ class WeightLoader:
 
     @cached_property
     def _quantize(self) -> Callable[[Weight, str, int | None], Weight]:
-        """The op for matrices in the host's memory, where all are read, whatever device serves the model."""
-        return host_quantizer(self._backend.threads)
+        """The op for matrices in the host's memory, where all are read: that of the backend, if it computes there."""
+        here = self._backend.device.type == HOST.type
+        return self._backend.quantize if here else host_quantizer(self._backend.threads)
 
     def _weights(self, spec: ParamSpec, unit: Sequence[Shard]) -> list[Weight]:
         """Our cuts of the matrices of a unit, as they will be held."""
