@@ -117,6 +117,17 @@ def more(llm: LLM) -> dict[str, Any]:
     return {}
 
 
+def slow(llm: LLM) -> dict[str, Any]:
+    """Rank 1 asks for the last answers when rank 0 has closed."""
+    found = answers(llm, [0, 1])
+    if llm.rank == 1:
+        time.sleep(4)
+    found |= answers(llm, [2, 3])
+    if llm.rank == 0:
+        llm.close()
+    return found
+
+
 def hotter(llm: LLM) -> dict[str, Any]:
     """The prompts are the same, a parameter is not."""
     llm.generate(["a", "b"], SamplingParams(max_tokens=3, seed=1, temperature=0.5 + llm.rank))
@@ -160,7 +171,7 @@ def ends(llm: LLM) -> dict[str, Any]:
 
 
 PROGRAMS: dict[str, Callable[[LLM], dict[str, Any]]] = {
-    program.__name__: program for program in (everywhere, serve, others, more, hotter, raises, dies, ends)
+    program.__name__: program for program in (everywhere, serve, others, more, slow, hotter, raises, dies, ends)
 }
 
 if __name__ == "__main__":

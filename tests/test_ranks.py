@@ -60,6 +60,13 @@ def test_the_same_program_on_every_rank(model, tmp_path):
             assert mine[part] == expected[part], f"rank {rank}, {part}"
 
 
+def test_a_slower_rank_gets_its_last_answers_after_rank_0_has_closed(model, tmp_path):
+    expected = alone("slow", model, tmp_path / "alone")
+    ranks = run("slow", model, tmp_path / "out")
+    assert [code for code, _ in ranks] == [0, 0], ranks
+    assert found(tmp_path / "out", 0) == expected == found(tmp_path / "out", 1)
+
+
 def test_only_rank_0_has_requests(model, tmp_path):
     expected = alone("serve", model, tmp_path / "alone")
     ranks = run("serve", model, tmp_path / "out")

@@ -196,6 +196,13 @@ class CallMatcher:
             self._compare(call, remote)
         return remote
 
+    def holds(self, call: Call) -> bool:
+        """Whether rank 0 has made the same call, and nobody here has yet.
+
+        Answers are held after rank 0 has closed, too, for a rank that is slower.
+        """
+        return any(told.digest == call.digest for told in self._unclaimed)
+
     def claim(self, call: Call) -> None:
         """A caller of this rank asks: it gets the answers that rank 0 has asked for, or waits for them."""
         for remote in self._unclaimed:

@@ -91,7 +91,8 @@ class Router(nn.Module):
         self.e_score_correction_bias = Vector(backend)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.backend.route(self.proj(x), self.e_score_correction_bias.value, self.rule) # (T, K) (T, K)
+        bias = self.e_score_correction_bias.value
+        return self.backend.route(self.proj(x), bias, self.rule)                     # (T, K) (T, K)
 
 
 class MoE(nn.Module):
