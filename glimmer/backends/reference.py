@@ -54,7 +54,7 @@ class PackedWeights:
 
     @property
     def kind(self) -> str:
-        """How their values are kept."""
+        """How their values are stored."""
         return self.weights[0].kind
 
 
@@ -105,8 +105,8 @@ class Reference(Backend):
         if rule.n_group > 1:
             groups = choice.unflatten(-1, (rule.n_group, -1))  # (T, G, E/G)
             best = groups.topk(2, -1).values.sum(-1).topk(rule.topk_group, -1).indices  # (T, topk_group)
-            kept = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(-1, best, True)
-            choice = groups.masked_fill(~kept[..., None], float("-inf")).flatten(-2)
+            allowed = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(-1, best, True)
+            choice = groups.masked_fill(~allowed[..., None], float("-inf")).flatten(-2)
         ids = choice.topk(rule.top_k, -1).indices
         scores = scores.gather(-1, ids)
         if rule.norm_topk_prob:
@@ -163,9 +163,9 @@ class Reference(Backend):
         """Keys and values of an int8 cache are codes * scale, and all is float32 then."""
         h, g = q.shape[1], kv.num_kv_heads
         out = torch.empty_like(q)
-        starts = batch.query_start_loc_cpu.tolist()
+        query_start_loc = batch.query_start_loc_cpu.tolist()
         for s, length in enumerate(batch.seq_lens_cpu.tolist()):
-            first, last = starts[s], starts[s + 1]
+            first, last = query_start_loc[s], query_start_loc[s + 1]
             table = batch.block_tables[s, : -(-length // kv.block_size)]
             k, v = (x[table].flatten(0, 1)[:length] for x in (kv.keys, kv.values))
             if kv.quantized:
@@ -185,8 +185,8 @@ def _linear(x: Tensor, w: Weight) -> Tensor:
         case Kind.FP8:
             assert w.scales is not None
             codes, scales = quantize_fp8(x)
-            wide = torch.float32 if x.dtype == torch.float32 else torch.bfloat16  # holds every e4m3 value exactly
-            return _matmul(codes.to(wide), w.codes.to(wide)).float() * scales * w.scales.T
+            exact = torch.float32 if x.dtype == torch.float32 else torch.bfloat16  # holds every e4m3 value exactly
+            return _matmul(codes.to(exact), w.codes.to(exact)).float() * scales * w.scales.T
         case Kind.INT8:
             return _linear_int8(x, w)
         case Kind.INT4:

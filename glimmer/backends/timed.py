@@ -25,7 +25,7 @@ LIMIT_OF = {"bfloat16": "bfloat16", Kind.FP8: "bfloat16", Kind.INT8: "int8", Kin
 
 
 @dataclass
-class Part:
+class Cost:
     """What one part of the steps took: seconds, bytes read at least, operations by the limit that holds for them."""
 
     seconds: float = 0.0
@@ -54,10 +54,10 @@ class Timed(Backend):
     def __init__(self, inner: Backend, names: Mapping[int, str], synchronize: Callable[[], None]):
         super().__init__(inner.device, inner.threads)
         self.inner, self.names, self.synchronize = inner, names, synchronize
-        self._parts: defaultdict[str, Part] = defaultdict(Part)
+        self._parts: defaultdict[str, Cost] = defaultdict(Cost)
         self._chosen: list[tuple[Tensor, ExpertSet]] = []  # of whose experts only the distinct ones are read
 
-    def parts(self) -> dict[str, Part]:
+    def parts(self) -> dict[str, Cost]:
         """What each op took, linear ones by the names of their matrices."""
         for ids, experts in self._chosen:
             distinct = len(ids.unique())
@@ -67,7 +67,7 @@ class Timed(Backend):
         return dict(self._parts)
 
     @contextmanager
-    def measure(self, name: str) -> Iterator[Part]:
+    def measure(self, name: str) -> Iterator[Cost]:
         """The time of a block as a part's."""
         part = self._parts[name]
         self.synchronize()
@@ -126,10 +126,10 @@ class Timed(Backend):
     def attention(self, q: Tensor, kv: KVCache, batch: Batch, scale: float) -> Tensor:
         with self.measure("attention") as part:
             y = self.inner.attention(q, kv, batch, scale)
-        starts, lens = batch.query_start_loc_cpu.tolist(), batch.seq_lens_cpu.tolist()
-        rows = [stop - start for start, stop in pairwise(starts)]
-        pairs = sum(n * length - n * (n - 1) // 2 for n, length in zip(rows, lens))
-        part.add(sum(lens) * kv.token_bytes, _numbers(Kind.PLAIN, q), 4 * q.shape[1] * q.shape[2] * pairs)
+        query_start_loc, seq_lens = batch.query_start_loc_cpu.tolist(), batch.seq_lens_cpu.tolist()
+        rows = [stop - start for start, stop in pairwise(query_start_loc)]
+        pairs = sum(n * length - n * (n - 1) // 2 for n, length in zip(rows, seq_lens))
+        part.add(sum(seq_lens) * kv.token_bytes, _numbers(Kind.PLAIN, q), 4 * q.shape[1] * q.shape[2] * pairs)
         return y
 
     def quantize(self, weight: Weight, kind: str, group: int | None) -> Weight:

@@ -56,7 +56,7 @@ MESSAGE = 1 << 20  # bytes that rank 0 sends at the head of a step, about; one r
 CLOSED = EngineError("the engine is closed", "requests before close()", "make a new LLM")
 
 
-class Entry:
+class OpenRequest:
     """A parent request that is being answered, for the call whose `position`-th it is. Its answers begin one by one."""
 
     def __init__(self, parent: ParentRequest, call: Call, position: int):
@@ -74,9 +74,9 @@ class Loop:
         # finalizers, which run in any thread at any moment.
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._records: deque[Record] = deque()  # what begins and ends, in this order
-        self._entries: dict[str, Entry] = {}  # by the parent requests' ids: all that have not ended
-        self._queue: OrderedDict[str, Entry] = OrderedDict()  # those whose answers have not all begun, in order
-        self._answers: dict[str, tuple[Entry, int]] = {}  # by request id: what the engine works on
+        self._open_requests: dict[str, OpenRequest] = {}  # by the parent requests' ids: all that have not ended
+        self._queue: OrderedDict[str, OpenRequest] = OrderedDict()  # those whose answers have not all begun, in order
+        self._answers: dict[str, tuple[OpenRequest, int]] = {}  # by request id: what the engine works on
         self._watching: dict[Call, None] = {}  # calls whose clients want to know of every step
         self._matcher = CallMatcher(self._group.rank)  # of callers on ranks other than 0
         self._call_numbers, self._ordinals = itertools.count(), itertools.count(1)
@@ -94,7 +94,7 @@ class Loop:
     @property
     def idle(self) -> bool:
         """Nothing is being answered, and nobody has asked for anything."""
-        return not (self._entries or self._records or self.engine.busy) and self._inbox.empty()
+        return not (self._open_requests or self._records or self.engine.busy) and self._inbox.empty()
 
     def submit(self, call: Call) -> None:
         """Begin to answer. Raises EngineError if the engine is dead or closed, or within a client's method."""
@@ -273,8 +273,8 @@ class Loop:
             self._abort(record.id)
         else:
             call = record.call or self._matcher.arrive(record)
-            self._entries[record.parent.id] = Entry(record.parent, call, record.position)
-            self._queue[record.parent.id] = self._entries[record.parent.id]
+            self._open_requests[record.parent.id] = OpenRequest(record.parent, call, record.position)
+            self._queue[record.parent.id] = self._open_requests[record.parent.id]
             if call.watches:
                 self._watching[call] = None
 
@@ -282,13 +282,13 @@ class Loop:
         """Begin answers, as long as no more of them wait in the engine than can run at once."""
         scheduler = self.engine.scheduler
         while self._queue and len(scheduler.waiting) < scheduler.max_sequences:
-            entry = next(iter(self._queue.values()))
-            parent, answer = entry.parent, entry.begun
-            entry.begun += 1
-            if entry.begun == parent.params.n:
+            open_request = next(iter(self._queue.values()))
+            parent, answer = open_request.parent, open_request.begun
+            open_request.begun += 1
+            if open_request.begun == parent.params.n:
                 del self._queue[parent.id]
             request = parent.child(answer)
-            self._answers[request.id] = entry, answer
+            self._answers[request.id] = open_request, answer
             try:
                 self.engine.add(request, parent.constraints[answer] if parent.constraints else None)
             except Exception as error:
@@ -301,9 +301,9 @@ class Loop:
         """What a step brought, to those who asked for it."""
         new = dict.fromkeys(self._watching, 0)
         for output in outputs:
-            entry, answer = self._answers[output.request_id]
-            new[entry.call] = new.get(entry.call, 0) + len(output.token_ids)
-            self._put(entry, answer, output)
+            open_request, answer = self._answers[output.request_id]
+            new[open_request.call] = new.get(open_request.call, 0) + len(output.token_ids)
+            self._put(open_request, answer, output)
         for call, count in new.items():
             self._notify(call, count)
 
@@ -314,22 +314,22 @@ class Loop:
         except BaseException as error:  # a callback's: its caller shall raise it
             self._fail(call, error)
 
-    def _put(self, entry: Entry, answer: int, output: Output) -> None:
+    def _put(self, open_request: OpenRequest, answer: int, output: Output) -> None:
         """Hand an output to its client."""
         try:
-            enough = entry.call.client.put(entry.position, answer, output)
+            enough = open_request.call.client.put(open_request.position, answer, output)
         except Exception as error:
-            self._fail(entry.call, error)
+            self._fail(open_request.call, error)
             enough = False
         if output.finish_reason is not None:
             self._answers.pop(output.request_id, None)
-            entry.open -= 1
-            if entry.open == 0:
-                del self._entries[entry.parent.id]
-                entry.call.open -= 1
-                if entry.call.open == 0:
-                    self._watching.pop(entry.call, None)
-                    entry.call.finish()
+            open_request.open -= 1
+            if open_request.open == 0:
+                del self._open_requests[open_request.parent.id]
+                open_request.call.open -= 1
+                if open_request.call.open == 0:
+                    self._watching.pop(open_request.call, None)
+                    open_request.call.finish()
         elif enough and self._group.rank == 0:
             self._records.append(Abort(output.request_id))
 
@@ -370,29 +370,29 @@ class Loop:
     def _abort(self, id: str) -> None:
         """End a parent request, or one answer of it (REQUEST.ANSWER), whatever its state."""
         name, _, which = id.partition(".")
-        entry = self._entries.get(name)
-        if entry is None:
+        open_request = self._open_requests.get(name)
+        if open_request is None:
             return
-        for answer in [int(which)] if which else range(entry.parent.params.n):
+        for answer in [int(which)] if which else range(open_request.parent.params.n):
             request_id = f"{name}.{answer}"
-            if request_id in self._answers or answer >= entry.begun:
+            if request_id in self._answers or answer >= open_request.begun:
                 self.engine.abort(request_id)
-                self._put(entry, answer, Output(request_id, finish_reason=FinishReason.ABORT))
+                self._put(open_request, answer, Output(request_id, finish_reason=FinishReason.ABORT))
         if not which:
             self._queue.pop(name, None)
         if self._group.rank != 0:  # rank 0's client wanted it, others may still wait
-            self._notify(entry.call, 0)
+            self._notify(open_request.call, 0)
 
     def _stop(self, reason: EngineError) -> None:
         """The end: everyone who waits hears the reason, and so will everyone who asks later."""
         with self._guard:
             self._end, self._running, self._thread = self._end or reason, False, None
         arriving = [record.call for record in self._records if isinstance(record, Arrival) and record.call is not None]
-        for call in dict.fromkeys([*(entry.call for entry in self._entries.values()), *arriving]):
+        for call in dict.fromkeys([*(open_request.call for open_request in self._open_requests.values()), *arriving]):
             tell(call.client, _copy(reason))
             call.finish()
         self._matcher.end(_copy(reason))
-        for waiting in (self._records, self._entries, self._queue, self._answers, self._watching):
+        for waiting in (self._records, self._open_requests, self._queue, self._answers, self._watching):
             waiting.clear()
         with self._guard:
             self._drain()

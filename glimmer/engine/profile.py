@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from glimmer import device as devices
-from glimmer.backends.timed import Part, Timed
+from glimmer.backends.timed import Cost, Timed
 from glimmer.engine.engine import Clock, Engine
 from glimmer.engine.runner import Runner
 from glimmer.group import Group
@@ -23,7 +23,7 @@ from glimmer.group import Group
 class Profile:
     """with Profile(engine) as profile: ... then profile.steps, profile.seconds and profile.parts.
 
-    parts: {name: Part}, linear layers by their own names, layers added up; they sum up to `seconds`, all of the steps.
+    parts: {name: Cost}, linear layers by their own names, layers added up; they sum up to `seconds`, all of the steps.
     Opened and closed between two steps of the engine.
     """
 
@@ -62,9 +62,9 @@ class Profile:
         return sum(self._clock.seconds.values())
 
     @property
-    def total(self) -> Part:
+    def total(self) -> Cost:
         """All parts in one."""
-        total = Part(self.seconds)
+        total = Cost(self.seconds)
         for part in self.parts.values():
             total.nbytes += part.nbytes
             for kind, operations in part.operations.items():
@@ -72,12 +72,12 @@ class Profile:
         return total
 
     @property
-    def parts(self) -> dict[str, Part]:
+    def parts(self) -> dict[str, Cost]:
         """What each part took, the longest first."""
         parts = {name: part for name, part in self._timed.parts().items() if part.seconds}
         seconds = dict(self._clock.seconds)
         between = seconds.pop("model", 0.0) - sum(part.seconds for part in parts.values())
-        parts |= {"between operations": Part(between)} | {name: Part(value) for name, value in seconds.items()}
+        parts |= {"between operations": Cost(between)} | {name: Cost(value) for name, value in seconds.items()}
         return dict(sorted(parts.items(), key=lambda item: -item[1].seconds))
 
 

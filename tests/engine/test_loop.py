@@ -165,7 +165,7 @@ def test_a_dead_engine_is_heard_of_by_everyone_at_once(loop):
     schedule, entered = loop.engine.scheduler.schedule, threading.Event()
 
     def failing():
-        if entered.wait(SECONDS) and len(loop._entries) == 3:
+        if entered.wait(SECONDS) and len(loop._open_requests) == 3:
             raise AssertionError("a bug")
         return schedule()
 
