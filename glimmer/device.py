@@ -4,6 +4,7 @@ The only file outside backends/ that uses torch.cuda or torch.npu. A kind is "cp
 torch_npu package. Not here: arithmetic.
 """
 
+import logging
 import math
 import os
 import platform
@@ -14,6 +15,8 @@ import torch
 
 from glimmer.errors import ConfigError
 
+log = logging.getLogger("glimmer")
+SYS = Path("/sys")
 TORCH_THREADS = torch.get_num_threads()  # as torch found it: by affinity, or OMP_NUM_THREADS
 COLLECTIVES = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
@@ -55,20 +58,51 @@ def resolve(name: str, index: int) -> torch.device:
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use: by affinity on Linux, all of them elsewhere."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPUs that this process may use: its affinity on Linux, all of them elsewhere, and no more than its control
+    group's quota of CPU time, rounded down to whole CPUs and at least 1."""
+    return int(min(len(_affinity()), _cpu_quota()))
 
 
 def share_cores(processes: int, asked: int | None = None) -> int:
-    """Threads for this one of the `processes` that compute on this machine: what was asked for, or its part of the CPUs
-    that they may use (affinity, the control group's quota, OMP_NUM_THREADS where it is alone)."""
-    threads = TORCH_THREADS if processes == 1 else available_cpus() // processes
+    """Threads for this one of the `processes` that compute on this machine: what was asked for, with a warning where it
+    may not use so many CPUs; else its part of the physical cores (at most OMP_NUM_THREADS where it is alone)."""
+    cpus = available_cpus()
+    if asked is not None:
+        if asked > cpus:
+            log.warning(
+                "threads=%d, but this process may use %d CPU%s: computing with %d thread%s",
+                asked, cpus, "s" * (cpus != 1), cpus, "s" * (cpus != 1),
+            )  # fmt: skip
+        return min(asked, cpus)
+    cores = len({_siblings(cpu) for cpu in _affinity()})
+    share = max(1, min(cores, cpus) // processes)
+    return min(share, TORCH_THREADS) if processes == 1 else share
+
+
+def _affinity() -> set[int]:
+    """The numbers of the CPUs that the system may run this process on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def _siblings(cpu: int) -> str:
+    """The CPUs that share this one's core, itself included, as Linux lists them; elsewhere a CPU is a core."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        threads = min(threads, math.ceil(int(quota) / int(period) / processes))
-    except (OSError, ValueError):  # no control group, or "max"
-        pass
-    return asked or max(1, threads)
+        return (SYS / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(cpu)
+
+
+def _cpu_quota() -> float:
+    """Whole CPUs whose time the control group grants, of version 2 or 1; math.inf without a quota."""
+    cgroup = SYS / "fs/cgroup"
+    for files in ((cgroup / "cpu.max",), (cgroup / "cpu/cpu.cfs_quota_us", cgroup / "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = (int(word) for file in files for word in file.read_text().split())
+        except (OSError, ValueError):  # no control group of this version, or "max"
+            continue
+        if quota > 0 and period > 0:  # -1 is version 1's word for no quota
+            return max(1, quota // period)
+    return math.inf
 
 
 def residual_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -83,8 +117,8 @@ def free_memory(device: torch.device, processes: int = 1) -> int:
         return int(getattr(torch, device.type).mem_get_info(device)[0])
     free = _meminfo()["MemAvailable"]
     for folder, limit, used in (
-        (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
-        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        (SYS / "fs/cgroup", "memory.max", "memory.current"),
+        (SYS / "fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         try:
             taken = int((folder / used).read_text()) - _cached(folder / "memory.stat")

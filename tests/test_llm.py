@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glimmer import LLM, SamplingParams
+from glimmer import device as devices
 from glimmer.config import EngineConfig
 from glimmer.errors import CheckpointError, ConfigError, EngineError, RequestError
 
@@ -49,6 +50,14 @@ def nothing_is_left_behind(llm):
 
 def answer(llm: LLM, prompt, params: SamplingParams) -> list[int]:
     return llm.generate(prompt, params)[0].outputs[0].token_ids
+
+
+def test_more_threads_than_the_machine_has(llm, checkpoint, caplog):
+    """As many as there are compute, and a warning says so."""
+    with LLM(str(checkpoint()), threads=1000, device="cpu") as many:
+        assert many._runner.backend.threads == devices.available_cpus()
+        assert answer(many, "good day", greedy()) == answer(llm, "good day", greedy())
+    assert "threads=1000, but this process may use" in caplog.text
 
 
 # ---- prompts -------------------------------------------------------------------------------------------------------
