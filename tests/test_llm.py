@@ -52,11 +52,11 @@ def answer(llm: LLM, prompt, params: SamplingParams) -> list[int]:
     return llm.generate(prompt, params)[0].outputs[0].token_ids
 
 
-def test_more_threads_than_the_machine_has(llm, checkpoint, caplog):
+def test_more_threads_than_the_machine_has(llm, checkpoint, engine, caplog):
     """As many as there are compute, and a warning says so."""
-    with LLM(str(checkpoint()), threads=1000, device="cpu") as many:
-        assert many._runner.backend.threads == devices.available_cpus()
-        assert answer(many, "good day", greedy()) == answer(llm, "good day", greedy())
+    many = engine(checkpoint(), threads=1000)
+    assert many._runner.backend.threads == devices.available_cpus()
+    assert answer(many, "good day", greedy()) == answer(llm, "good day", greedy())
     assert "threads=1000, but this process may use" in caplog.text
 
 
