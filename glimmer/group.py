@@ -8,7 +8,7 @@ import json
 import math
 import socket
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -125,23 +125,27 @@ class Group:
         self.connected.all_reduce(value, self.members, minimum=True)
         return int(value)
 
-    def check_equal(self, what: str, value: str) -> None:
-        """ConfigError, the same on every rank, unless all ranks have the same `value` of `what`.
+    def check_equal(self, values: Mapping[str, str]) -> None:
+        """ConfigError, the same on every rank, unless all ranks have the same values under the same names.
 
-        The first rank that differs from rank 0 is named, with both values. For a digest of settings or of a checkpoint.
+        The first name whose values differ is told, with the first rank that differs from rank 0, and both values. For
+        settings, and for digests of files.
         """
         if self.size == 1:
             return
-        found = [self.broadcast([value, socket.gethostname()], source) for source in range(self.size)]
-        (first, host), *_ = found
-        for rank, (other, where) in enumerate(found):
-            if other != first:
-                raise ConfigError(
-                    f"{what} of rank {self.members[rank]} on {where} is {textwrap.shorten(other, 200)},"
-                    f" of rank {self.members[0]} on {host} {textwrap.shorten(first, 200)}",
-                    f"the same {what} on all {self.size} ranks",
-                    f"start every rank with the same arguments on the same files; look at rank {self.members[rank]}",
-                )
+        found = [self.broadcast([dict(values), socket.gethostname()], source) for source in range(self.size)]
+        (first, host), *others = found
+        for what in dict.fromkeys(name for mine, _ in found for name in mine):
+            for rank, (other, where) in enumerate(others, 1):
+                if other.get(what) != first.get(what):
+                    theirs, ours = (textwrap.shorten(mine.get(what, "missing"), 200) for mine in (other, first))
+                    raise ConfigError(
+                        f"{what} of rank {self.members[rank]} on {where} is {theirs},"
+                        f" of rank {self.members[0]} on {host} {ours}",
+                        f"the same {what} on all {self.size} ranks",
+                        "start every rank with the same arguments on the same files;"
+                        f" look at rank {self.members[rank]}",
+                    )
 
     def wait_for_all(self, what: str, timeout: float) -> None:
         """Return when every rank has called this with the same `what`, which may take `timeout` seconds.

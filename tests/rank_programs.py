@@ -170,14 +170,22 @@ def ends(llm: LLM) -> dict[str, Any]:
     return answers(llm, [1, 2])
 
 
+def differs(llm: LLM) -> dict[str, Any]:
+    """Rank 1 has been started on another model, MODEL.differs."""
+    return answers(llm, [1, 2])
+
+
 PROGRAMS: dict[str, Callable[[LLM], dict[str, Any]]] = {
-    program.__name__: program for program in (everywhere, serve, others, more, slow, hotter, raises, dies, ends)
+    program.__name__: program
+    for program in (everywhere, serve, others, more, slow, hotter, raises, dies, ends, differs)
 }
 
 if __name__ == "__main__":
     name, model, out = sys.argv[1:]
     size = int(os.environ.get("WORLD_SIZE", "1"))
     try:
+        if name == "differs" and os.environ["RANK"] == "1":
+            model = f"{model}.differs"
         llm = LLM(model, dtype="float32", tensor_parallel_size=size, max_model_len=256, max_num_seqs=16)
         result = PROGRAMS[name](llm)
     except GlimmerError as error:

@@ -1,6 +1,7 @@
 """One rank of a job without a model, run by test_mesh.py: does what its first argument says and prints what it found.
 
-usage: ranks.py mesh TP EP DP | equal | stopped | interrupted | late | thread store|collective | exit CODE
+usage: ranks.py mesh TP EP DP | equal | models CASES | stopped | interrupted | late | thread store|collective |
+exit CODE
 """
 
 import contextlib
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import torch
 
-from glimmer.errors import GlimmerError
+from glimmer.config import EngineConfig, ModelConfig
+from glimmer.engine.runner import check_ranks
+from glimmer.errors import ConfigError, GlimmerError
 from glimmer.group import Group
 from glimmer.parallel import Mesh
 
@@ -42,6 +45,16 @@ def facts(group: Group, mine: int) -> dict:
     }
 
 
+def refused(group: Group, model: str, settings: dict) -> str:
+    """Why the ranks may not load these models with these settings; empty if they may."""
+    config = EngineConfig(model=model, tensor_parallel_size=group.size, **settings)
+    try:
+        check_ranks(config, ModelConfig.load(model), group, CPU)
+        return ""
+    except ConfigError as error:
+        return error.found
+
+
 def main(what: str, *words: str) -> int:
     if what == "mesh":
         mesh, mine = connected(*map(int, words)), int(os.environ["RANK"])
@@ -53,8 +66,10 @@ def main(what: str, *words: str) -> int:
         return 0
     group = connected(int(os.environ["WORLD_SIZE"])).tp
     if what == "equal":
-        group.check_equal("settings", "a long value " * 100)
-        group.check_equal("settings", "8192" if group.rank == 2 else "4096")
+        group.check_equal({"settings": "a long value " * 100})
+        group.check_equal({"first": "same", "settings": "8192" if group.rank == 2 else "4096", "last": str(group.rank)})
+    elif what == "models":  # CASES: for each case the [directory, settings] of each rank
+        print(json.dumps([refused(group, *case[group.rank]) for case in json.loads(words[0])]))
     elif what == "late":
         time.sleep(group.rank)
         group.wait_for_all("has loaded", 60)

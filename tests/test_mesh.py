@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -97,6 +98,46 @@ def test_ranks_that_differ_are_named(ranks):
         assert err.startswith(f"settings of rank 2 on {host} is 8192, of rank 0 on {host} 4096\n")
 
 
+def test_models_that_differ_are_refused_with_the_first_difference(ranks, checkpoint, tmp_path):
+    """Settings, values of config.json, and files; what a machine has for itself may differ, such as the path."""
+    model = checkpoint()
+
+    def changed(name: str, file: str = "config.json", **values) -> list:
+        """A copy of the model with these values in one of its JSON files."""
+        directory = shutil.copytree(model, tmp_path / name)
+        before = json.loads((directory / file).read_text()) if (directory / file).exists() else {}
+        (directory / file).write_text(json.dumps(before | values))
+        return [str(directory), {}]
+
+    weights = changed("weights")
+    with next(Path(weights[0]).glob("*.safetensors")).open("r+b") as shard:
+        shard.seek(-2, os.SEEK_END)
+        byte = shard.read(1)
+        shard.seek(-2, os.SEEK_END)
+        shard.write(bytes([byte[0] ^ 1]))
+    fewer = changed("fewer")
+    (Path(fewer[0]) / "chat_template.jinja").unlink()
+    settings = {"dtype": "float32", "block_size": 32, "max_model_len": 64, "quantization": "int8", "max_num_seqs": 3}
+    differences: dict[str, list] = {name: [str(model), {name: value}] for name, value in settings.items()}
+    for name, value in (("rope_theta", 5e5), ("norm_topk_prob", False), ("routed_scaling_factor", 2.0)):
+        differences[f"{name} in config.json"] = changed(name, **{name: value})
+    quantized = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    differences["quantization_config.format in config.json"] = changed("quantized", quantization_config=quantized)
+    differences["generation_config.json"] = changed("sampling", "generation_config.json", temperature=0.3)
+    differences["tokenizer_config.json"] = changed("tokens", "tokenizer_config.json", eos_token="[MASK]")
+    differences["chat_template.jinja"], differences["model-00001-of-00001.safetensors"] = fewer, weights
+    copy = str(shutil.copytree(model, tmp_path / "copy"))
+    equal = [copy, {"threads": 1, "max_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.5, "backend": "reference"}]
+    cases = [[[str(model), {}], case] for case in [*differences.values(), equal]]
+    host = socket.gethostname()
+    for out, _ in ended(ranks(2, "models", json.dumps(cases))):
+        found = json.loads(out)
+        assert found.pop() == ""
+        for name, words in zip(differences, found, strict=True):
+            assert words.startswith(f"{name} of rank 1 on {host} is ") and f", of rank 0 on {host} " in words, words
+    assert "rope_theta in config.json of rank 1 on" in found[5] and "is 500000.0, of rank 0" in found[5]
+
+
 def test_ranks_wait_for_all(ranks):
     """A slow rank is waited for; one that never comes is named."""
     first, second = ranks(2, "late")
@@ -164,7 +205,7 @@ def test_a_mesh_of_one_connects_nothing(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     mesh = Mesh(device=CPU, backend="gloo")
     assert mesh.tp == mesh.ep == mesh.dp == mesh.world == Group(device=CPU)
-    mesh.tp.check_equal("settings", "any")
+    mesh.tp.check_equal({"settings": "any"})
     mesh.tp.wait_for_all("has loaded", 0)
     mesh.close()
     assert not torch.distributed.is_initialized()

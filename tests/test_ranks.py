@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -86,6 +87,18 @@ def test_calls_that_rank_0_does_not_make_are_refused(program, words, model, tmp_
     (first, said0), (second, said1) = run(program, model, tmp_path / "out")
     assert (first, second) == (0, 1 if program == "more" else 2), (said0, said1)
     assert words in said1 and "Traceback" not in said0 + said1
+
+
+def test_another_model_on_one_rank_is_refused_on_all_before_loading(model, tmp_path):
+    here = tmp_path / "model"
+    here.symlink_to(model)
+    config = json.loads((Path(model) / "config.json").read_text())
+    shutil.copytree(model, f"{here}.differs")
+    Path(f"{here}.differs", "config.json").write_text(json.dumps(config | {"norm_topk_prob": False}))
+    host = socket.gethostname()
+    for code, said in run("differs", str(here), tmp_path / "out"):
+        assert code == 2 and "Traceback" not in said
+        assert f"norm_topk_prob in config.json of rank 1 on {host} is False, of rank 0 on {host} True\n" in said
 
 
 def test_the_end_of_a_program_is_orderly(model, tmp_path):

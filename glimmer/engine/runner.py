@@ -7,7 +7,7 @@ Not here: which tokens to compute (scheduler.py), what to do with logits (sample
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from glimmer.backends.base import Backend, KVCacheSpec
 from glimmer.batch import Batch
 from glimmer.checkpoint import formats
 from glimmer.checkpoint.files import Checkpoint
+from glimmer.checkpoint.fingerprint import fingerprints
 from glimmer.config import EngineConfig, ModelConfig
 from glimmer.engine.capture import StepCapture
 from glimmer.engine.sequence import Step
@@ -48,6 +49,7 @@ class Runner:
         device: torch.device,
         on_load: Callable[[int, int], None] | None = None,
     ):
+        check_ranks(config, model_config, group, device)
         check_tensor_parallel(model_config, group.size)
         self.device, self.block_size = device, config.block_size
         dtype = resolve_dtype(config.dtype, model_config.dtype)
@@ -126,6 +128,32 @@ class Runner:
                 "room for a step's activations beside weights and cache",
                 "lower max_num_batched_tokens, max_num_seqs or gpu_memory_utilization",
             ) from None
+
+
+def check_ranks(config: EngineConfig, model_config: ModelConfig, group: Group, device: torch.device) -> None:
+    """ConfigError, the same on every rank, unless all ranks have the same settings, config.json and files of weights.
+
+    Each of them would answer with a part of another model otherwise. What a machine may have for itself is not
+    compared: the directory's path, threads and memory.
+    """
+    if group.size == 1:
+        return
+    own = (
+        "model",
+        "backend",
+        "device",
+        "threads",
+        "gpu_memory_utilization",
+        "max_memory_bytes",
+        "kv_cache_memory_bytes",
+    )
+    settings = {name: value for name, value in asdict(config).items() if name not in own}
+    described = asdict(model_config)
+    quantized = described.pop("quantization_config") or {}
+    described |= {f"quantization_config.{name}": quantized[name] for name in sorted(quantized)}
+    values = {"device": device.type} | settings
+    values |= {f"{name} in config.json": value for name, value in described.items()}
+    group.check_equal({name: str(value) for name, value in values.items()} | fingerprints(config.model))
 
 
 def _served(table: list[tuple[str, str]]) -> str:
