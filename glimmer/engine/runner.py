@@ -69,6 +69,11 @@ class Runner:
             self.model = build_model(model_config, checkpoint, group, self.backend, residual).eval()
             loader = WeightLoader(self.model, checkpoint, dtype, config.quantization, config.group_size)
             self.kv_cache_config = make_kv_cache_config(config, model_config, group, self.backend, spec, loader.nbytes)
+            for stored, (count, nbytes) in loader.widened.items():
+                log.warning(
+                    "%d matrices are stored in %s and computed as %s: they take %.2f GB of memory",
+                    count, stored, str(dtype).removeprefix("torch."), nbytes / 1e9,
+                )  # fmt: skip
             done = 0
 
             def progress(nbytes: int) -> None:

@@ -84,9 +84,11 @@ def _mtp_parts(config: ModelConfig, checkpoint: Checkpoint) -> tuple[bool, bool]
 class WeightLoader:
     """What this rank will read into the layers of `model`.
 
-    nbytes: bytes of this rank's weights once its backend has packed them, plain values in `dtype`. quantization: None,
-    "int8" or "int4", to quantise while loading, int4 in groups of group_size columns (None: 32). Raises CheckpointError
-    with the names when the checkpoint is not exactly the model, and ConfigError when it is quantised already.
+    nbytes: bytes of this rank's weights once its backend has packed them, plain values in `dtype`. widened: how many
+    matrices are held as plain values because no kernel multiplies them as they are stored, and their bytes, by how they
+    are stored. quantization: None, "int8" or "int4", to quantise while loading, int4 in groups of group_size columns
+    (None: 32). Raises CheckpointError with the names when the checkpoint is not exactly the model, and ConfigError when
+    it is quantised already.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class WeightLoader:
         for spec in self.param_specs:
             self._check_packed_together(spec)
         self.nbytes = sum(self._nbytes(spec, spec.units) + self._vector_bytes(spec) for spec in self.param_specs)
+        self.widened = self._widened()
 
     def load(self, progress: Progress = lambda nbytes: None) -> None:
         """Read our cuts into the layers. progress is told the bytes of nbytes that each unit of matrices makes up."""
@@ -140,7 +143,7 @@ class WeightLoader:
             for shard in spec.shards:
                 stored = self._stored[shard.name]
                 dtype = self._dtype(self._layers[spec.layer])
-                dtype = dtype if stored.kind.scaled else self.checkpoint.dtype(stored.tensors[0])
+                dtype = stored.dtype or dtype
                 for end, tensor in formats.encode(self._outline(spec, shard, dtype)).items():
                     yield f"{shard.name}.{end}", tensor
             for name, _, cut in spec.vectors:
@@ -154,6 +157,7 @@ class WeightLoader:
 
     def _account(self) -> None:
         """Compare the names and shapes of both sides."""
+        config = self._config
         missing: list[str] = []
         misshapen: list[str] = []
         wanted: set[str] = set()
@@ -164,6 +168,9 @@ class WeightLoader:
                     continue
                 stored = self._stored[shard.name] = self._look(shard.name)
                 wanted.update(stored.tensors)
+                if stored.experts not in (None, config.n_routed_experts):
+                    said = f"config.json says {config.n_routed_experts}"
+                    misshapen.append(f"{stored.tensors[0]} holds {stored.experts} experts, {said}")
                 if stored.shape != shard.shape:
                     said = f"config.json says {list(shard.shape)}"
                     misshapen.append(f"{shard.name}.weight is {list(stored.shape)}, {said}")
@@ -230,6 +237,18 @@ class WeightLoader:
         lengths = (length if cut is None else cut[1] - cut[0] for _, length, cut in spec.vectors)
         return sum(lengths) * self._dtype(self._layers[spec.layer]).itemsize
 
+    def _widened(self) -> dict[str, tuple[int, int]]:
+        found: dict[str, tuple[int, int]] = {}
+        for spec in self.param_specs:
+            dtype = self._dtype(self._layers[spec.layer])
+            for shard in spec.shards:
+                stored = self._stored[shard.name]
+                if stored.widened and self._target(spec, shard)[0] is Kind.PLAIN:
+                    count, nbytes = found.get(stored.widened, (0, 0))
+                    nbytes += self._backend.packed_bytes(self._outline(spec, shard, dtype))
+                    found[stored.widened] = count + 1, nbytes
+        return found
+
     # ---- what a matrix becomes -------------------------------------------------------------------------------------
 
     def _dtype(self, layer: Layer) -> torch.dtype:
@@ -279,7 +298,9 @@ class WeightLoader:
         """
         if not spec.units:
             return
-        width = 1 if self._target(spec, spec.units[0][0])[0].floating else self._backend.threads
+        first = spec.units[0][0]
+        copied = self._target(spec, first)[0].floating and not self._stored[first.name].widened
+        width = 1 if copied else self._backend.threads
         read = partial(self._weights, spec)
         with ThreadPoolExecutor(width, initializer=torch.set_num_threads, initargs=(1,)) as workers:
             work = map if width == 1 or len(spec.units) == 1 else workers.map

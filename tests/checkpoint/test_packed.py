@@ -293,7 +293,7 @@ def test_accepted(config):
 @pytest.mark.parametrize(
     "config, key, value",
     [
-        (PACK, f"{GROUP}.num_bits", 8),
+        (PACK, f"{GROUP}.num_bits", 3),
         (PACK, f"{GROUP}.group_size", 16),
         (PACK, f"{GROUP}.strategy", "tensor"),
         (PACK, f"{GROUP}.actorder", "group"),
@@ -310,12 +310,12 @@ def test_accepted(config):
         (AWQ, "group_size", 48),
         (AWQ, "version", "gemv"),
         (AWQ, "zero_point", False),
-        (GPTQ, "bits", 8),
+        (GPTQ, "bits", 3),
         (GPTQ, "group_size", 0),
         (GPTQ, "desc_act", True),
         (GPTQ, "checkpoint_format", "marlin"),
         (GPTQ, "is_marlin_format", True),
-        (GPTQ, "dynamic", {"+:.*q_proj": {"bits": 8}}),
+        (GPTQ, "dynamic", {"+:.*q_proj": {"bits": 2}}),
     ],
 )
 def test_refused_by_name(config, key, value):

@@ -5,9 +5,16 @@
     compressed-tensors float-quantized (official)   X.weight float8_e4m3fn, X.weight_scale (out, 1)         fp8
     compressed-tensors int-quantized                X.weight int8, X.weight_scale (out, 1)                  int8
     compressed-tensors pack-quantized               X.weight_packed, X.weight_scale (out, groups),
-                                                    X.weight_shape, X.weight_zero_point or none             int4
+                                                    X.weight_shape, X.weight_zero_point or none             int4, 8 bits
     AWQ (gemm)                                      X.qweight, X.qzeros, X.scales (groups, out)             int4
-    GPTQ                                            the same in another order, X.g_idx or none              int4
+    GPTQ, AutoRound                                 the same in another order, X.g_idx or none              int4, 8 bits
+    8-bit floats in blocks of 128 x 128             X.weight float8_e4m3fn, X.weight_scale_inv or
+                                                    X.weight_scale (out / 128, in / 128)                    plain
+    NVFP4 (compressed-tensors, ModelOpt)            4-bit floats, scales of 16 inputs, one of all           plain
+    experts of a layer in one tensor                mlp.experts.gate_up_proj, mlp.experts.down_proj         plain
+
+8-bit integers are of kind int8 where they are symmetric with one scale for a row, else plain. What becomes plain
+although its codes are smaller is *widened*: Matrix.widened names it, and the start of a model says so.
 
 Which of them a matrix has is decided by the tensors, matrix by matrix, since every such checkpoint leaves some of them
 plain; `check` refuses other formats by the words of config.json, before a tensor is looked at. A further format is a
@@ -15,6 +22,7 @@ class of base.Format in a file of its own, and its name in FORMATS.
 Not here: which matrices there should be and of what shape (model/names.py), and packing (backends/).
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,13 +32,19 @@ from glimmer.checkpoint.files import Checkpoint
 from glimmer.checkpoint.formats import compressed_tensors
 from glimmer.checkpoint.formats.awq import AWQ
 from glimmer.checkpoint.formats.base import FLOATS, Config, Format, Matrix, Slice, Unsupported, misfit, table
-from glimmer.checkpoint.formats.gptq import GPTQ
+from glimmer.checkpoint.formats.block_float import BlockFloat
+from glimmer.checkpoint.formats.gptq import GPTQ, AutoRound
+from glimmer.checkpoint.formats.nvfp4 import ModelOptNVFP4
 from glimmer.checkpoint.formats.plain import Plain
+from glimmer.checkpoint.formats.schemes import patterns
+from glimmer.checkpoint.formats.stacked import Stacked
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.weight import Kind, Weight
 
 # A matrix is of the first format that matches it.
-FORMATS: tuple[Format, ...] = (Plain(), *compressed_tensors.FAMILY, AWQ(), GPTQ())
+FORMATS: tuple[Format, ...] = (
+    Plain(), BlockFloat(), ModelOptNVFP4(), *compressed_tensors.FAMILY, AWQ(), AutoRound(), GPTQ(), Stacked(),
+)  # fmt: skip
 
 
 def check(quantization_config: Any) -> None:
@@ -42,7 +56,8 @@ def check(quantization_config: Any) -> None:
         method = config.get("quant_method")
         for each in FORMATS:
             if each.quant_method is not None and each.quant_method == method:
-                return each.check_config(config)
+                each.check_config(config)
+                return _check_patterns(config)
         *methods, last = dict.fromkeys(repr(each.quant_method) for each in FORMATS if each.quant_method is not None)
         raise Unsupported("quant_method", method, f"{', '.join(methods)} or {last}")
     except Unsupported as error:
@@ -52,6 +67,14 @@ def check(quantization_config: Any) -> None:
             "; ".join(each.accepts for each in FORMATS),
             "use the bf16 checkpoint, the one whose name ends in -FP8, or one in a format above",
         ) from None
+
+
+def _check_patterns(config: Config) -> None:
+    for where, pattern in patterns(config):
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError):
+            raise Unsupported(where, pattern, "a regular expression") from None
 
 
 def holds(checkpoint: Checkpoint, module: str) -> bool:

@@ -26,7 +26,8 @@ class Matrix(NamedTuple):
     """A matrix on disk, from headers only: what `read` will make of it, and the names of all its tensors.
 
     tensors: that with the codes (or plain values) first, then that with the scales, where there is one.
-    zeros: whether zero points are stored.
+    zeros: whether zero points are stored. dtype: of plain values. widened: how the values are stored of which `read`
+    makes plain ones, since no kernel multiplies them as they are. experts: how many matrices share the tensor.
     """
 
     kind: Kind
@@ -34,6 +35,9 @@ class Matrix(NamedTuple):
     tensors: tuple[str, ...]
     group_size: int | None = None
     zeros: bool = False
+    dtype: torch.dtype | None = None
+    widened: str = ""
+    experts: int | None = None
 
 
 class Format(ABC):
@@ -122,7 +126,7 @@ def want_one(key: str, value: Any, wanted: tuple[Any, ...]) -> None:
 
 def want_group_size(key: str, value: Any) -> None:
     """The value must be a number of columns that share a scale."""
-    if type(value) is not int or not (value == -1 or (value > 0 and value % GROUP_SIZE == 0)):
+    if type(value) is not int or not (value == -1 or (0 < value < 1 << 31 and value % GROUP_SIZE == 0)):
         raise Unsupported(key, value, f"a multiple of {GROUP_SIZE}, or -1 for whole rows,")
 
 
@@ -145,8 +149,14 @@ def want_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype
 # ---- scales and groups ---------------------------------------------------------------------------------------------
 
 
-def stored_group_size(checkpoint: Checkpoint, scale: str, shape: tuple[int | None, int | None], inner: int) -> int:
-    """Columns that share a scale, from the shape of the scales, whose side None counts the groups."""
+def stored_group_size(
+    checkpoint: Checkpoint, scale: str, shape: tuple[int | None, int | None], inner: int, said: int | None = None
+) -> int:
+    """Columns that share a scale, from the shape of the scales, whose side None counts the groups.
+
+    said: by config.json (-1: all columns). The last group may be shorter. Where the shape contradicts it, as it does
+    where nothing is said, it is what divides the columns; a number of groups that several sizes give is refused.
+    """
     if scale not in checkpoint:
         raise CheckpointError(
             f"no tensor {scale} in {checkpoint.directory}",
@@ -157,10 +167,18 @@ def stored_group_size(checkpoint: Checkpoint, scale: str, shape: tuple[int | Non
     if len(found) == 2 and checkpoint.dtype(scale) in FLOATS:
         groups = found[shape.index(None)]
         fits = found == tuple(groups if side is None else side for side in shape)
+        if fits and groups == 1:
+            return inner
+        if fits and said is not None and said > 0 and groups == -(-inner // said):
+            return said
         if fits and groups == -(-inner // GROUP_SIZE):
             return GROUP_SIZE
-        if fits and groups and inner % groups == 0 and (groups == 1 or inner // groups % GROUP_SIZE == 0):
+        if fits and groups and said is None and inner % groups == 0 and inner // groups % GROUP_SIZE == 0:
             return inner // groups
+        if fits and groups:
+            least = -(-inner // (groups * GROUP_SIZE)) * GROUP_SIZE
+            if -(-inner // least) == groups > -(-inner // (least + GROUP_SIZE)):  # the only size with so many groups
+                return least
     sides = tuple("groups" if side is None else side for side in shape)
     expected = f"shape ({sides[0]}, {sides[1]}), groups of a multiple of {GROUP_SIZE} of the {inner} inputs"
     misfit(checkpoint, scale, f"bfloat16, float16 or float32 of {expected}, or one of all")
@@ -191,21 +209,27 @@ def check_order(checkpoint: Checkpoint, order: str, inner: int, group_size: int)
         )
 
 
+def each_column(parts: Tensor, size: int, start: int, stop: int) -> Tensor:
+    """(rows, groups) of the groups of `size` columns that columns start:stop touch -> (rows, stop - start)."""
+    return parts[:, torch.arange(start, stop) // size - start // size]
+
+
 def row_scales(checkpoint: Checkpoint, name: str, rows: Slice) -> Tensor:
     """A scale for each row, (rows, 1) float32; CheckpointError for one that is no positive, finite number."""
     scales = checkpoint.tensor(name, rows).reshape(-1, 1).to(torch.float32, copy=True)
-    _check_scales(checkpoint, name, scales, scales > 0, rows)
+    check_scales(checkpoint, name, scales, scales > 0, rows)
     return scales
 
 
 def group_scales(checkpoint: Checkpoint, name: str, scales: Tensor, rows: Slice) -> Tensor:
     """Scales (rows, groups) of a slice as they will be held, float32; CheckpointError for one that is not finite."""
     scales = scales.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    _check_scales(checkpoint, name, scales, scales.isfinite(), rows)
+    check_scales(checkpoint, name, scales, scales.isfinite(), rows)
     return scales
 
 
-def _check_scales(checkpoint: Checkpoint, name: str, scales: Tensor, good: Tensor, rows: Slice) -> None:
+def check_scales(checkpoint: Checkpoint, name: str, scales: Tensor, good: Tensor, rows: Slice) -> None:
+    """Refuse scales (rows, groups) of a slice that are not finite, or not `good`."""
     wrong = ~(good & scales.isfinite())
     if wrong.any():
         row, group = wrong.nonzero()[0].tolist()

@@ -35,6 +35,10 @@ from glimmer.checkpoint.formats.base import (
     want_one,
     want_tensor,
 )
+from glimmer.checkpoint.formats.block_float import check_block
+from glimmer.checkpoint.formats.nvfp4 import GROUP, NVFP4
+from glimmer.checkpoint.formats.schemes import scheme
+from glimmer.checkpoint.formats.wide import wide_matrix, wide_weight
 from glimmer.weight import Kind, Weight
 
 FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
@@ -42,6 +46,7 @@ INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 CHANNEL = {"strategy": "channel", "dynamic": False}  # how weights are quantised: a scale for each row
 TOKEN = {"strategy": "token", "dynamic": True}  # how activations are: a scale for each token, as they come
 MIXED = "mixed-precision"
+BITS = (4, 8)  # of the codes of pack-quantized
 
 
 class CompressedTensors(Format):
@@ -69,6 +74,9 @@ class CompressedTensors(Format):
         for name, group in groups.items():
             where = f"config_groups.{name}"
             group = table(where, group)
+            targets = group.get("targets", [])
+            if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+                raise Unsupported(f"{where}.targets", targets, "a list of names and patterns")
             if group.get("output_activations") is not None:
                 raise Unsupported(f"{where}.output_activations", group["output_activations"], "null")
             own = config["format"] if group.get("format") is None else group["format"]
@@ -125,15 +133,22 @@ class PerChannel(CompressedTensors):
 
 
 class FloatQuantized(PerChannel):
-    """The official FP8 checkpoints: 8-bit floats."""
+    """The official FP8 checkpoints: 8-bit floats. Those in blocks are read by BlockFloat."""
 
     accepts = (
         "compressed-tensors: the official FP8 (float-quantized: 8-bit float weights per channel, activations per token "
-        "as they come)"
+        "as they come; or weights in blocks of 128 x 128)"
     )
     codes_dtypes = (torch.float8_e4m3fn,)
     names, numbers = ("float-quantized", "naive-quantized"), FLOAT8
     writes = kind = Kind.FP8
+
+    def check_scheme(self, where: str, weights: dict[str, Any], inputs: Any) -> None:
+        if weights.get("strategy") != "block":
+            return super().check_scheme(where, weights, inputs)
+        want_all(f"{where}.weights", weights, self.numbers | {"dynamic": False})
+        check_block(f"{where}.weights.block_structure", weights.get("block_structure"))
+        want_all(f"{where}.input_activations", inputs, self.numbers | {"dynamic": True})
 
 
 class IntQuantized(PerChannel):
@@ -146,18 +161,20 @@ class IntQuantized(PerChannel):
 
 
 class PackQuantized(CompressedTensors):
-    """X.weight_packed (out, in / 8) of int32, eight 4-bit codes of one row in each; X.weight_scale (out, groups); and
-    where they are there X.weight_shape (out, in), X.weight_zero_point (out / 8, groups), X.weight_g_idx (in,).
+    """X.weight_packed (out, in * bits / 32) of int32, eight 4-bit or four 8-bit codes of one row in each;
+    X.weight_scale (out, groups); and where they are there X.weight_shape (out, in), X.weight_zero_point
+    (out * bits / 32, groups), X.weight_g_idx (in,). Codes are signed numbers plus 8 or 128.
     """
 
-    accepts = "pack-quantized (4-bit integers per group of 32, 64, 96, ... inputs or per channel)"
-    codes = "weight_packed"
+    accepts = "pack-quantized (4- or 8-bit integers per group of 32, 64, 96, ... inputs or per channel)"
+    codes, codes_dtypes = "weight_packed", (torch.int32,)
     names, numbers = ("pack-quantized",), INT8 | {"num_bits": 4, "symmetric": False}
     writes = Kind.INT4
 
     def check_scheme(self, where: str, weights: dict[str, Any], inputs: Any) -> None:
         where, at = f"{where}.weights", f"{where}.input_activations"
-        want_all(where, weights, {"num_bits": 4, "type": "int", "dynamic": False})
+        want_all(where, weights, {"type": "int", "dynamic": False})
+        want_one(f"{where}.num_bits", weights.get("num_bits"), BITS)
         want_one(f"{where}.strategy", weights.get("strategy"), ("group", "channel"))
         if weights["strategy"] == "group":
             want_group_size(f"{where}.group_size", weights.get("group_size"))
@@ -168,37 +185,54 @@ class PackQuantized(CompressedTensors):
     def stored(self, checkpoint: Checkpoint, module: str, config: Config) -> Matrix:
         ends = ("packed", "scale", "zero_point", "shape", "g_idx")
         name, scale, zero, size, order = (f"{module}.weight_{end}" for end in ends)
-        out, inner = checkpoint.shape(name)[0], checkpoint.shape(name)[1] * 8
-        if size in checkpoint:
-            if checkpoint.shape(size) != (2,) or checkpoint.dtype(size) not in (torch.int64, torch.int32):
-                misfit(checkpoint, size, "two whole numbers: out and in")
-            asked, inner = inner, int(checkpoint.tensor(size)[1])
-            if checkpoint.tensor(size)[0] != out or -(-inner // 8) * 8 != asked:
-                misfit(checkpoint, name, f"shape (out, in / 8) for {size} = {checkpoint.tensor(size).tolist()}")
-        group_size = stored_group_size(checkpoint, scale, (out, None), inner)
-        want_tensor(checkpoint, name, (out, -(-inner // 8)), torch.int32)
+        bits, inner = self._bits(checkpoint, module, config)
+        (out, words), said = checkpoint.shape(name), scheme(config, module)
+        group_size = stored_group_size(checkpoint, scale, (out, None), inner, said.group_size)
+        groups = -(-inner // group_size)
+        want_tensor(checkpoint, name, (out, words), torch.int32)
         has = [tensor for tensor in (size, zero, order) if tensor in checkpoint]
         if zero in has:
-            want_tensor(checkpoint, zero, (-(-out // 8), -(-inner // group_size)), torch.int32)
+            want_tensor(checkpoint, zero, (-(-out * bits // 32), groups), torch.int32)
         if order in has:
             want_tensor(checkpoint, order, (inner,), torch.int32)
-        return Matrix(Kind.INT4, (out, inner), (name, scale, *has), group_size, zero in has)
+        tensors = (name, scale, *has)
+        if bits == 4:
+            return Matrix(Kind.INT4, (out, inner), tensors, group_size, zero in has)
+        return wide_matrix((out, inner), tensors, groups, zero in has)
 
     def read(self, checkpoint: Checkpoint, module: str, rows: Slice, cols: Slice, config: Config) -> Weight:
-        matrix = self.stored(checkpoint, module, config)
-        (out, inner), (name, scale, *_), size = matrix.shape, matrix.tensors, matrix.group_size
-        assert size is not None
+        matrix, (bits, _) = self.stored(checkpoint, module, config), self._bits(checkpoint, module, config)
+        (out, inner), (name, scale, *_) = matrix.shape, matrix.tensors
+        size = stored_group_size(checkpoint, scale, (out, None), inner, scheme(config, module).group_size)
+        each = 32 // bits  # codes in a word
         (first, last), (start, stop) = rows or (0, out), cols or (0, inner)
-        groups = sliced_groups(module, size, start, stop)
+        groups = (start // size, -(-stop // size)) if bits == 8 else sliced_groups(module, size, start, stop)
         check_order(checkpoint, f"{module}.weight_g_idx", inner, size)
-        codes = checkpoint.tensor(name, (first, last), (start // 8, -(-stop // 8))).view(torch.uint8)
-        codes = codes[:, start % 8 // 2 :][:, : (stop - start) // 2]
-        zeros = None
-        if matrix.zeros:  # eight rows share a word
-            words = checkpoint.tensor(f"{module}.weight_zero_point", (first // 8, -(-last // 8)), groups)
-            zeros = packed.nibbles(words.T).T[first % 8 : first % 8 + last - first].contiguous()
+        codes = checkpoint.tensor(name, (first, last), (start // each, -(-stop // each))).view(torch.uint8)
+        codes = codes[:, start % each * bits // 8 :][:, : (stop - start) * bits // 8]
+        zeros, zero = None, f"{module}.weight_zero_point"
+        if zero in matrix.tensors:  # several rows share a word
+            words = checkpoint.tensor(zero, (first // each, -(-last // each)), groups)
+            zeros = packed.unpack(words.T, bits).T[first % each : first % each + last - first].contiguous()
         scales = group_scales(checkpoint, scale, checkpoint.tensor(scale, (first, last), groups), rows)
+        if bits == 8:
+            return wide_weight(matrix, codes, scales, zeros, size, (start, stop), checkpoint.dtype(scale))
         return Weight(Kind.INT4, codes, scales, zeros, size, checkpoint.dtype(scale))
+
+    def _bits(self, checkpoint: Checkpoint, module: str, config: Config) -> tuple[int, int]:
+        """Bits of a code, and inputs: weight_shape tells both; without it, config.json the first."""
+        name, size, said = self.codes_of(module), f"{module}.weight_shape", scheme(config, module).bits
+        out, words = checkpoint.shape(name)
+        if size not in checkpoint:
+            bits = said if said in BITS else 4
+            return bits, words * 32 // bits
+        if checkpoint.shape(size) != (2,) or checkpoint.dtype(size) not in (torch.int64, torch.int32):
+            misfit(checkpoint, size, "two whole numbers: out and in")
+        rows, inner = checkpoint.tensor(size).tolist()
+        fitting = [bits for bits in BITS if rows == out and inner > 0 and -(-inner * bits // 32) == words]
+        if not fitting:
+            misfit(checkpoint, name, f"shape (out, in / 8) or (out, in / 4) for {size} = {[rows, inner]}")
+        return (said if said in fitting else fitting[0]), inner
 
     def encode(self, weight: Weight) -> dict[str, Tensor]:
         """Scales are written in bfloat16, which those of `Weight.quantize` fit exactly."""
@@ -217,7 +251,19 @@ class PackQuantized(CompressedTensors):
         return super().describe(group_size) | {"weights": weights, "input_activations": None}
 
 
-FAMILY: tuple[CompressedTensors, ...] = (FloatQuantized(), IntQuantized(), PackQuantized())
+class PackedNVFP4(NVFP4, CompressedTensors):
+    """nvfp4-pack-quantized: X.weight_packed, X.weight_global_scale, which is a divisor."""
+
+    accepts = "nvfp4-pack-quantized (4-bit floats in groups of 16)"
+    codes, overall, inputs, divides = "weight_packed", "weight_global_scale", "input_global_scale", True
+    names, numbers = ("nvfp4-pack-quantized",), {"num_bits": 4, "type": "float", "symmetric": True}
+
+    def check_scheme(self, where: str, weights: dict[str, Any], inputs: Any) -> None:
+        scheme = {"strategy": "tensor_group", "group_size": GROUP}
+        want_all(f"{where}.weights", weights, self.numbers | scheme)
+
+
+FAMILY: tuple[CompressedTensors, ...] = (FloatQuantized(), IntQuantized(), PackQuantized(), PackedNVFP4())
 
 
 def quantization_config(

@@ -1,4 +1,4 @@
-"""4-bit codes, eight of them in an int32, <-> bytes of two codes, as Weight has them.
+"""4-bit codes, eight of them in an int32, <-> bytes of two codes, as Weight has them; 8-bit codes, four in an int32.
 
     format               tensor     shape               eight codes that share a word, lowest bits first
     compressed-tensors   weights    (out, in / 8)       of one output, inputs 8j .. 8j + 7
@@ -8,7 +8,8 @@
     GPTQ                 weights    (in / 8, out)       of one output, inputs 8j .. 8j + 7
                          zeros      (groups, out / 8)   of one group, outputs 8j .. 8j + 7
 
-Words are little-endian, so that the bytes of a word hold its codes two by two in their order.
+8-bit codes lie likewise, in fours. Words are little-endian, so that the bytes of a word hold its codes two by two (or
+one by one) in their order.
 Not here: which tensor is which, slices, scales (the formats themselves).
 """
 
@@ -21,6 +22,11 @@ def nibbles(words: Tensor) -> Tensor:
     """(..., n) int32 -> (..., 8n) uint8: the codes of each word, lowest bits first."""
     pairs = _rows(words).view(torch.uint8)
     return torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """(..., n) int32 -> (..., 32n / bits) uint8: the codes of 4 or 8 bits of each word, lowest bits first."""
+    return nibbles(words) if bits == 4 else _rows(words).view(torch.uint8)
 
 
 def pairs(codes: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ class Plain(Format):
         if scale in checkpoint:
             misfit(checkpoint, name, f"float8_e4m3fn or int8, because there is a {scale}")
         shape = checkpoint.shape(name)
-        return Matrix(Kind.PLAIN, (shape[0], shape[1]), (name,))
+        return Matrix(Kind.PLAIN, (shape[0], shape[1]), (name,), dtype=checkpoint.dtype(name))
 
     def read(self, checkpoint: Checkpoint, module: str, rows: Slice, cols: Slice, config: Config) -> Weight:
         (name,) = self.stored(checkpoint, module, config).tensors

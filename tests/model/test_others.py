@@ -1,0 +1,272 @@
+"""Whole models in the formats of others, each written here from its public definition.
+
+The judge is the same model with the values of its codes stored in float32, computed by this file alone. Widths are such
+that groups of 128 and blocks of 128 do not divide them, and that other sizes would give as many groups.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import tensors
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from glimmer import LLM, SamplingParams
+from glimmer.backends.reference import Reference
+from glimmer.checkpoint.files import Checkpoint
+from glimmer.config import ModelConfig
+from glimmer.errors import CheckpointError
+from glimmer.group import Group
+from glimmer.model.load import WeightLoader, build_model
+
+# Every expert is chosen for every token: rounded activations do not change which.
+ODD = dict(hidden_size=192, moe_intermediate_size=96, intermediate_size=320, head_dim=32, num_experts_per_tok=8)
+Encoded = tuple[dict[str, Tensor], Tensor]  # tensors by the ends of their names, and the values that they stand for
+
+TOKENS = [5, 60, 200, 7, 31, 90, 250, 3, 64, 128, 17, 99, 250, 251, 40, 8]
+
+
+def logprobs(directory: Path) -> Tensor:
+    """(positions, vocabulary) log-probabilities of a prompt, in float32."""
+    with LLM(str(directory), dtype="float32", max_model_len=64) as llm:
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=llm.model_config.vocab_size)
+        (answer,) = llm.generate({"prompt_token_ids": TOKENS}, params)
+    rows = [[position[token].logprob for token in sorted(position)] for position in answer.prompt_logprobs[1:]]
+    return torch.tensor(rows)
+
+
+def divergence(p: Tensor, q: Tensor) -> float:
+    """Mean Kullback-Leibler divergence."""
+    return float((p.exp() * (p - q)).sum(1).mean())
+
+
+def loader_of(directory: Path, checkpoint: Checkpoint, group: Group, mtp: bool = True) -> WeightLoader:
+    """The loader of a model of the reference's in float32."""
+    backend = Reference(torch.device("cpu"))
+    model = build_model(ModelConfig.load(directory), checkpoint, group, backend, torch.float32, mtp)
+    return WeightLoader(model, checkpoint, torch.float32)
+
+
+def spread(parts: Tensor, size: int, width: int) -> Tensor:
+    """(out, groups) -> (out, width): column i has what group i // size has."""
+    return torch.stack([parts[:, i // size] for i in range(width)], 1)
+
+
+def rounded(w: Tensor, bits: int, size: int, middle: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes (out, in), zeros and float16 scales (out, groups), and (codes - zeros) * scales; the last group may be
+    short."""
+    size = w.shape[1] if size == -1 else size
+    top, half = (1 << bits) - 1, 1 << (bits - 1)
+    groups = [w[:, i : i + size] for i in range(0, w.shape[1], size)]
+    low = torch.stack([g.amin(1).clamp(max=0) for g in groups], 1)
+    high = torch.stack([g.amax(1).clamp(min=0) for g in groups], 1)
+    scales = (torch.maximum(-low, high) / (half - 1) if middle else (high - low) / top).half()
+    zeros = torch.full_like(low, half) if middle else (-low / scales.float()).round().clamp(1, top)
+    each = spread(scales.float(), size, w.shape[1]), spread(zeros, size, w.shape[1])
+    codes = (w / each[0] + each[1]).round().clamp(0, top)
+    return codes.long(), zeros.long(), scales, (codes - each[1]) * each[0]
+
+
+def words(codes: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
+    """(n, m) codes -> int32 words along m, filled up with zeros: bits i * bits.. of a word hold code order[i] of it."""
+    each = 32 // bits
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % each)).unflatten(1, (-1, each))
+    word = sum(codes[..., place] << bits * i for i, place in enumerate(order or range(each)))
+    return (word - (word >= 1 << 31) * (1 << 32)).to(torch.int32)
+
+
+def gptq(w: Tensor, bits: int, size: int, middle: bool, less: int = 1, empty: bool = False) -> Encoded:
+    codes, zeros, scales, values = rounded(w, bits, size, middle)
+    qzeros = torch.empty(0, dtype=torch.int32) if empty else words((zeros - less).T, bits)
+    order = torch.arange(w.shape[1], dtype=torch.int32) // (w.shape[1] if size == -1 else size)
+    return {"qweight": words(codes, bits).T, "qzeros": qzeros,
+            "scales": scales.T, "g_idx": order}, values  # fmt: skip
+
+
+def awq(w: Tensor, bits: int, size: int, middle: bool) -> Encoded:
+    codes, zeros, scales, values = rounded(w, bits, size, middle)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    return {"qweight": words(codes.T, 4, order), "qzeros": words(zeros.T, 4, order), "scales": scales.T}, values
+
+
+def packed(w: Tensor, bits: int, size: int, middle: bool, shape: bool = True) -> Encoded:
+    codes, zeros, scales, values = rounded(w, bits, size, middle)
+    made = {"weight_packed": words(codes, bits), "weight_scale": scales}
+    made |= {} if middle else {"weight_zero_point": words(zeros.T, bits).T}
+    return made | ({"weight_shape": torch.tensor(w.shape)} if shape else {}), values
+
+
+def blocks(w: Tensor, name: str) -> Encoded:
+    codes, values = torch.empty(w.shape, dtype=torch.float8_e4m3fn), torch.empty_like(w)
+    rows, cols = range(0, w.shape[0], 128), range(0, w.shape[1], 128)
+    scales = torch.empty(len(rows), len(cols))
+    for i, row in enumerate(rows):
+        for j, col in enumerate(cols):
+            place = slice(row, row + 128), slice(col, col + 128)
+            scales[i, j] = w[place].abs().amax() / 448
+            codes[place] = (w[place] / scales[i, j]).to(torch.float8_e4m3fn)
+            values[place] = codes[place].float() * scales[i, j]
+    return {"weight": codes, name: scales}, values
+
+
+def nvfp4(w: Tensor, modelopt: bool) -> Encoded:
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    overall = w.abs().amax() / (6 * 448)
+    groups = w.unflatten(1, (-1, 16))
+    scales = (groups.abs().amax(-1) / 6 / overall).to(torch.float8_e4m3fn)
+    unit = groups / (scales.float()[..., None] * overall)
+    codes = (unit[..., None] - table).abs().argmin(-1)
+    values = (table[codes] * scales.float()[..., None] * overall).flatten(1)
+    pairs = codes.flatten(1)
+    bytes = (pairs[:, 0::2] | pairs[:, 1::2] << 4).to(torch.uint8)
+    if modelopt:
+        return {
+            "weight": bytes,
+            "weight_scale": scales,
+            "weight_scale_2": overall,
+            "input_scale": torch.ones(()),
+        }, values
+    return {"weight_packed": bytes, "weight_scale": scales, "weight_global_scale": 1 / overall.reshape(1),
+            "input_global_scale": torch.ones(1)}, values  # fmt: skip
+
+
+def groups(*schemes: dict) -> dict:
+    """The quantization_config of compressed-tensors."""
+    return {"quant_method": "compressed-tensors", "format": schemes[0]["format"], "config_groups": {
+        f"group_{i}": {"targets": ["Linear"]} | scheme for i, scheme in enumerate(schemes)}}  # fmt: skip
+
+
+def pack(bits: int, size: int, symmetric: bool, **changes) -> dict:
+    whole = {"strategy": "channel", "group_size": None} if size == -1 else {"strategy": "group", "group_size": size}
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False} | whole
+    return {"format": "pack-quantized", "weights": weights, "input_activations": None} | changes
+
+
+# fmt: off
+FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
+BLOCK = {"format": "float-quantized", "weights": FLOAT8 | {"strategy": "block", "block_structure": [128, 128],
+         "dynamic": False}, "input_activations": FLOAT8 | {"strategy": "group", "group_size": 128, "dynamic": True}}
+FOUR = {"format": "nvfp4-pack-quantized", "weights": {"num_bits": 4, "type": "float", "symmetric": True,
+        "strategy": "tensor_group", "group_size": 16, "dynamic": False}}
+# fmt: on
+ROUND = {
+    "quant_method": "auto-round",
+    "bits": 4,
+    "group_size": 128,
+    "sym": True,
+    "data_type": "int",
+    "packing_format": "auto_round:auto_gptq",
+}  # fmt: skip
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": False}
+EIGHT = ".*mlp\\.experts.*down_proj|.*self_attn.*"  # what has 8 bits in the mixed ones
+
+
+def mixed(encode: Callable[..., Encoded], size: int = 128, middle: bool = False, **more) -> Callable[..., Encoded]:
+    def each(w: Tensor, module: str) -> Encoded:
+        return encode(w, 8, 64, middle, **more) if re.match(EIGHT, module) else encode(w, 4, size, middle, **more)
+
+    return each
+
+
+def alike(encode: Callable[..., Encoded], *settings, **more) -> Callable[..., Encoded]:
+    return lambda w, module: encode(w, *settings, **more)
+
+
+# name -> how a matrix is encoded, what config.json says, whether the activations are quantised by the kernels
+FORMATS: dict[str, tuple[Callable[..., Encoded], dict | None]] = {
+    "fp8 blocks": (alike(blocks, "weight_scale_inv"), {"quant_method": "fp8", "fmt": "e4m3",
+                   "activation_scheme": "dynamic", "weight_block_size": [128, 128]}),
+    "fp8 blocks, compressed": (alike(blocks, "weight_scale"), groups(BLOCK)),
+    "nvfp4": (alike(nvfp4, False), groups(FOUR)),
+    "nvfp4, modelopt": (alike(nvfp4, True), {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
+    "nvfp4, modelopt, only in hf_quant_config.json": (alike(nvfp4, True), None),
+    "gptq, short last group": (alike(gptq, 4, 128, False), GPTQ | {"checkpoint_format": "gptq"}),
+    "gptq, format": (alike(gptq, 4, 64, False, 0), GPTQ | {"group_size": 64, "format": "gptq_v2"}),
+    "gptq, one group": (alike(gptq, 4, -1, False), GPTQ | {"group_size": -1}),
+    "gptq, empty zeros": (alike(gptq, 4, 128, True, empty=True), GPTQ | {"sym": True}),
+    "gptq 8": (alike(gptq, 8, 128, False), GPTQ | {"bits": 8}),
+    "gptq 8 v2": (alike(gptq, 8, 128, False, 0), GPTQ | {"bits": 8, "checkpoint_format": "gptq_v2"}),
+    "gptq 8, symmetric": (alike(gptq, 8, 128, True), GPTQ | {"bits": 8, "sym": True}),
+    "gptq 8, one group": (alike(gptq, 8, -1, True, 0), GPTQ | {"bits": 8, "sym": True, "group_size": -1}),
+    "gptq, dynamic": (mixed(gptq), GPTQ | {"dynamic": {
+        "-:.*\\.gate$": {}, f"+:{EIGHT}": {"bits": 8, "group_size": 64}}}),
+    "auto-round": (alike(gptq, 4, 128, True), ROUND),
+    "auto-round, asymmetric": (alike(gptq, 4, 128, False), ROUND | {"sym": False}),
+    "auto-round, awq": (alike(awq, 4, 128, False), ROUND | {"sym": False, "packing_format": "auto_round:auto_awq"}),
+    "auto-round, mixed": (mixed(gptq, middle=True), ROUND | {"extra_config": {
+        ".*mlp\\.gate$": {"bits": 16}, EIGHT: {"bits": 8, "group_size": 64}}}),
+    "awq, short last group": (alike(awq, 4, 128, False), {"quant_method": "awq", "bits": 4, "group_size": 128}),
+    "w4a16, short last group": (alike(packed, 4, 128, True), groups(pack(4, 128, True))),
+    "w8a16 channel": (alike(packed, 8, -1, True), groups(pack(8, -1, True))),
+    "w8a16 channel, zeros": (alike(packed, 8, -1, False), groups(pack(8, -1, False))),
+    "w8a16 group": (alike(packed, 8, 128, True), groups(pack(8, 128, True))),
+    "w8a16 group, no shape": (alike(packed, 8, 32, False, shape=False), groups(pack(8, 32, False))),
+    "w4a16 and w8a16": (mixed(packed), groups(pack(4, 128, False), pack(8, 64, False, targets=[f"re:{EIGHT}"]))),
+}  # fmt: skip
+
+
+@pytest.fixture
+def twins(checkpoint, tmp_path):
+    """twins(name) -> (a tiny model in that format, its router too, the same values in float32)."""
+
+    def write(name: str) -> tuple[Path, Path]:
+        source = checkpoint(index=False, dtype="float32", mtp="full", **ODD)
+        encode, said = FORMATS[name]
+        config = json.loads((source / "config.json").read_text())
+        linears = {n for n, _, kind in tensors(config, "full") if kind == "linear"}
+        coded, plain = {}, {}
+        for tensor, values in load_file(source / "model.safetensors").items():
+            if tensor not in linears:
+                coded[tensor] = plain[tensor] = values
+                continue
+            module = tensor.removesuffix(".weight")
+            made, plain[tensor] = encode(values, module)
+            coded |= {f"{module}.{end}": part.contiguous() for end, part in made.items()}
+        directories = []
+        for kind, held, changes in (("coded", coded, {"quantization_config": said}), ("plain", plain, {})):
+            directories.append(shutil.copytree(source, tmp_path / kind))
+            save_file(held, directories[-1] / "model.safetensors")
+            (directories[-1] / "config.json").write_text(json.dumps(config | changes))
+        return tuple(directories)
+
+    return write
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+def test_models_of_others_compute_what_their_values_say(name, twins):
+    coded, plain = twins(name)
+    with Checkpoint(coded) as checkpoint:
+        loader = loader_of(coded, checkpoint, Group())
+        rounds = any(kind.scaled for kind, _ in loader.kinds().values())
+    # Kernels of integer codes round activations to int8; of widened values they do not.
+    assert divergence(logprobs(plain), logprobs(coded)) < (4e-3 if rounds else 3e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+def test_values_of_others_are_exact_on_every_rank(name, twins):
+    """Rows and columns of each rank's cut, decoded, are the plain twin's; where a cut falls into a group of 4-bit
+    codes it is refused."""
+    coded, plain = twins(name)
+    for size in (1, 2):
+        for rank in range(size):
+            with Checkpoint(coded) as ours, Checkpoint(plain) as theirs:
+                there = loader_of(coded, ours, Group(rank, size))
+                here = loader_of(plain, theirs, Group(rank, size))
+                here.param_specs = there.param_specs
+                for spec in there.param_specs:
+                    for unit in spec.units:
+                        try:
+                            found = there._weights(spec, unit)
+                        except CheckpointError as error:
+                            assert size > 1 and "quantised in groups of" in error.found
+                            continue
+                        for a, b in zip(found, here._weights(spec, unit)):
+                            a, b = a.dequantize(), b.dequantize()
+                            assert a.shape == b.shape and (a - b).abs().max() <= 1e-6 * b.abs().max(), spec.layer
