@@ -1,30 +1,44 @@
 """The speed gate: is anything slower in one commit than in another?
 
-usage: gate.py [BASE] [HEAD] [--rounds N] [--forms bfloat16,int8,int4,fp8] [--threshold 0.98]
+usage: gate.py [BASE] [HEAD] [--pairs N] [--starts N] [--forms bfloat16,int8,int4,fp8] [--threshold 0.98]
 
-Each commit is built in a directory of its own, beside the torch that is installed here. Then `glimmer bench` runs on
-`air-quarter` (random weights, made in --cache where they are missing) for one commit and the other in turn, as pairs
-that follow each other directly, and every second pair in reverse order, so that a machine that gets warmer or busier
-harms both alike. Of each figure the median of the pairs' ratios counts: 1.05x means that HEAD is 5 % better.
+Each commit is built in a directory of its own, beside the torch that is installed here, and computes on `air-quarter`
+(random weights, made in --cache where they are missing). First a few processes of one commit and the other are started
+in turn: they give the time of loading and the peak memory. Then one process of each stays in memory, and the two
+compute short bursts in turn, as pairs that follow each other directly, every second pair in reverse order: what the
+machine does in another second, or to both, does not count. The process whose turn it is not sleeps. Of each figure the
+median of the pairs' ratios counts: 1.05x means that HEAD is 5 % better.
 
 Exit code 0: no figure is below the threshold. 1: at least one is; they are named. 2: there are no figures, and why.
-The table is printed, and as the last line all runs as JSON. The machine must do nothing else meanwhile.
+The table is printed, and as the last line all figures as JSON. Two models must fit into memory at once. The machine
+should do nothing else meanwhile: what others do makes the quartiles wider.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from peers import Failed, cell, label, last_words, processor, ratio, run
+from peers import Failed, cell, label, last_words, processor, ratio
+
+from glimmer import device as devices
 
 HERE = Path(__file__).resolve().parent
 FORMS = ("bfloat16", "int8", "int4", "fp8")
+MEMORY = 1 / 1.02  # the lowest ratio of peak memory that passes
+LEAST, MOST = 8, 256  # decode steps of a burst
+PAUSE = 0.02  # seconds between bursts: the threads of the one before sleep by then
+Pairs = list[tuple[float, float]]  # (base, head)
 
 
 def git(*words: str) -> str:
@@ -92,37 +106,143 @@ def check_builds(packages: list[Path], cache: Path) -> None:
         )
 
 
-def measure(rounds: int, bench: Callable[[int], dict]) -> list[tuple[dict, dict]]:
-    """(base, head) figures of each pair; bench(0) measures the base, bench(1) the head."""
+class Child:
+    """A process of one build that has a model in memory: see gate_child.py. load_s: how long that took."""
+
+    def __init__(self, package: Path, model: Path, form: str, args: argparse.Namespace):
+        command = [sys.executable, "-S", "-P", HERE / "gate_child.py", model, "--steps", MOST]
+        command += ["--prefill", *args.prefill, "--decode", *args.decode]
+        command += ["--quantization", form] if form in ("int8", "int4") else []
+        self.timeout = args.timeout
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (close closes it)
+        self.process = subprocess.Popen(
+            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
+            env=environment(package), cwd=args.cache,
+        )  # fmt: skip
+        try:
+            self.load_s = self._answer()["load_s"]
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, *words: object) -> float:
+        """The figure that this line of words is answered with."""
+        with contextlib.suppress(BrokenPipeError):  # it has ended: no answer comes, and its last words tell why
+            print(*words, file=self.process.stdin, flush=True)
+        return next(iter(self._answer().values()))
+
+    def _answer(self) -> dict:
+        timer = threading.Timer(self.timeout, self.process.kill)
+        timer.start()
+        line = self.process.stdout.readline()
+        timer.cancel()
+        if line:
+            return json.loads(line)
+        code = self.process.wait()
+        if code == -signal.SIGKILL:
+            raise Failed(f"killed: by this program after {self.timeout:g} s, or by the system for its memory")
+        self.errors.seek(0)
+        raise Failed(f"exit code {code}: {last_words(subprocess.CompletedProcess([], code, '', self.errors.read()))}")
+
+    def close(self) -> None:
+        """Let it end, and wait for that."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(self.timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.process.stdout.close()
+        self.errors.close()
+
+    def __enter__(self) -> "Child":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+
+def measure(count: int, burst: Callable[[int], object]) -> list[tuple]:
+    """`count` pairs of (base, head); burst(0) measures the base, burst(1) the head."""
     pairs = []
-    for i in range(rounds):
+    for i in range(count):
         first = i % 2  # every second pair in reverse order
-        figures = {which: bench(which) for which in (first, 1 - first)}
-        pairs.append((figures[0], figures[1]))
+        found = {which: burst(which) for which in (first, 1 - first)}
+        pairs.append((found[0], found[1]))
     return pairs
 
 
-def compare(pairs: list[tuple[dict, dict]]) -> dict[str, list[float]]:
-    """Of each figure that all runs have: the pairs' ratios, each of which says how many times better the head is."""
-    keys = [key for key in pairs[0][0] if key.startswith(("load_s", "prefill_", "decode_", "peak_memory_gib"))]
-    keys = [key for key in keys if all(isinstance(figures.get(key), int | float) for pair in pairs for figures in pair)]
-    return {key: [ratio(key, head[key], base[key]) for base, head in pairs] for key in keys}
+def starts(start: Callable[[int], Child], args: argparse.Namespace) -> dict[str, Pairs]:
+    """Pairs of loading time and of peak memory, which the longest prompt and the largest batch have been part of."""
+
+    def burst(which: int) -> tuple[float, float]:
+        with start(which) as child:
+            for what, numbers, count in (("prefill", args.prefill, 1), ("decode", args.decode, LEAST)):
+                if numbers:
+                    child.ask(what, max(numbers), count)
+            return child.load_s, child.ask("peak")
+
+    pairs = measure(args.starts, burst)
+    return {key: [(base[i], head[i]) for base, head in pairs] for i, key in enumerate(("load_s", "peak_memory_gib"))}
 
 
-def slower(ratios: dict[str, list[float]], threshold: float) -> list[str]:
-    """The figures whose median ratio is below the threshold."""
-    return [key for key, found in ratios.items() if statistics.median(found) < threshold]
+def check_memory(found: dict[str, Pairs]) -> None:
+    """Failed unless both models fit into the memory that is free now, as their peaks have been."""
+    wanted = max(map(sum, found["peak_memory_gib"]))
+    free = devices.free_memory(devices.resolve("cpu", 0)) / 2**30
+    if wanted > free:
+        raise Failed(
+            f"both models at once take {wanted:.1f} GiB of memory, {free:.1f} GiB are free: use another machine"
+        )
 
 
-def table(form: str, pairs: list[tuple[dict, dict]], threshold: float) -> list[str]:
-    """A Markdown table: medians of both commits, the median ratio and how far the ratios of single pairs spread."""
-    ratios = compare(pairs)
-    below = slower(ratios, threshold)
-    lines = [f"**{form}**", "", "| | base | head | head is | pairs from | to | |", "|---|---:|---:|---:|---:|---:|---|"]
-    for key, found in ratios.items():
-        base, head = (statistics.median(pair[which][key] for pair in pairs) for which in (0, 1))
-        spread = f"**{statistics.median(found):.3f}x** | {min(found):.3f}x | {max(found):.3f}x"
-        lines.append(f"| {label(key)} | {cell(base)} | {cell(head)} | {spread} | {'slower' if key in below else ''} |")
+def bursts(children: list[Child], args: argparse.Namespace) -> dict[str, Pairs]:
+    """Pairs of tokens per second, for each length of prefill and each batch of decode."""
+    found = {}
+    for what, number in [("prefill", n) for n in args.prefill] + [("decode", b) for b in args.decode]:
+        # The first bursts are not counted: they warm up, and their speed says how long the others must be.
+        least = LEAST if what == "decode" else 1
+        rate = min(child.ask(what, number, least) for child in children)
+        count = min(max(round(args.seconds * rate / number), least), MOST)
+
+        def burst(which: int, words: tuple[str, int, int] = (what, number, count)) -> float:
+            time.sleep(PAUSE)
+            return children[which].ask(*words)
+
+        found[f"{what}_{'b' * (what == 'decode')}{number}"] = measure(args.pairs, burst)
+    return found
+
+
+def ratios(key: str, pairs: Pairs) -> list[float]:
+    """Of each pair: how many times better the head is."""
+    return [ratio(key, head, base) for base, head in pairs]
+
+
+def quartiles(found: list[float]) -> tuple[float, float]:
+    """Between these two lie half of the values."""
+    low, _, high = statistics.quantiles(found, n=4, method="inclusive") if len(found) > 1 else found * 3
+    return low, high
+
+
+def slower(figures: dict[str, Pairs], threshold: float) -> list[str]:
+    """The figures whose median ratio is below the threshold; of peak memory it is MEMORY."""
+    least = {"peak_memory_gib": MEMORY}
+    return [key for key, of in figures.items() if statistics.median(ratios(key, of)) < least.get(key, threshold)]
+
+
+def table(form: str, figures: dict[str, Pairs], threshold: float) -> list[str]:
+    """A Markdown table: medians of both commits, the median ratio and the quartiles of the pairs' ratios."""
+    below = slower(figures, threshold)
+    lines = [f"**{form}**", "", "| | base | head | head is | quartiles | | pairs | |"]
+    lines += ["|---|---:|---:|---:|---:|---:|---:|---|"]
+    for key, pairs in figures.items():
+        base, head = (cell(statistics.median(of)) for of in zip(*pairs))
+        found = ratios(key, pairs)
+        low, high = quartiles(found)
+        spread = f"**{statistics.median(found):.3f}x** | {low:.3f}x | {high:.3f}x"
+        lines.append(
+            f"| {label(key)} | {base} | {head} | {spread} | {len(pairs)} | {'worse' if key in below else ''} |"
+        )
     return [*lines, ""]
 
 
@@ -131,22 +251,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", nargs="?", default="HEAD^", help="the commit to compare with")
     parser.add_argument("head", nargs="?", default="HEAD", help="the commit that must not be slower")
-    parser.add_argument("--rounds", type=int, default=5, help="pairs of runs for each form")
+    parser.add_argument("--pairs", type=int, default=20, help="pairs of bursts for each figure")
+    parser.add_argument("--starts", type=int, default=5, help="pairs of starts for each form")
+    parser.add_argument("--seconds", type=float, default=0.3, help="how long a burst lasts")
     parser.add_argument("--forms", default=",".join(FORMS), help=f"of {', '.join(FORMS)}, with commas")
     parser.add_argument("--threshold", type=float, default=0.98, help="the lowest ratio that passes")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/glimmer-benchmarks", help="for all files")
-    parser.add_argument("--prefill", nargs="*", default=["512", "2048"], metavar="N", help="prompt lengths")
-    parser.add_argument("--decode", nargs="*", default=["1", "8", "32"], metavar="B", help="batch sizes")
-    parser.add_argument("--steps", default="32", help="decode steps to time")
-    parser.add_argument("--repeat", default="2", help="prefills of each length; the best counts")
-    parser.add_argument("--timeout", type=float, default=1800, help="seconds for one run")
+    parser.add_argument("--prefill", nargs="*", type=int, default=[512], metavar="N", help="prompt lengths")
+    parser.add_argument("--decode", nargs="*", type=int, default=[1, 8, 32], metavar="B", help="batch sizes")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for one answer of a process")
     args = parser.parse_args()
     forms = args.forms.split(",")
     if unknown := set(forms) - set(FORMS):
         parser.error(f"no form {', '.join(sorted(unknown))}; there are {', '.join(FORMS)}")
-    if args.rounds < 1:
-        parser.error("--rounds must be at least 1")
-    options = ["--prefill", *args.prefill, "--decode", *args.decode, "--steps", args.steps, "--repeat", args.repeat]
+    if min(args.pairs, args.starts) < 1:
+        parser.error("--pairs and --starts must be at least 1")
     try:
         args.cache = args.cache.resolve()
         args.cache.mkdir(parents=True, exist_ok=True)
@@ -156,22 +275,23 @@ def main() -> int:
         models = checkpoints(args.cache, forms)
         results = {}
         for form in forms:
-            quantized = ["--quantization", form] if form in ("int8", "int4") else []
-            command = [sys.executable, "-S", "-P", "-m", "glimmer", "bench", str(models[form]), *options, *quantized]
 
-            def bench(which: int, form: str = form, command: list[str] = command) -> dict:
+            def start(which: int, form: str = form) -> Child:
                 print(f"{form}, {('base', 'head')[which]}", file=sys.stderr, flush=True)
-                return run(command, args.timeout, env=environment(packages[which]), cwd=args.cache)
+                return Child(packages[which], models[form], form, args)
 
-            results[form] = measure(args.rounds, bench)
+            found = starts(start, args)
+            check_memory(found)
+            with start(0) as base, start(1) as head:
+                results[form] = found | bursts([base, head], args)
     except Failed as failed:
         print(f"gate.py: {failed}", file=sys.stderr)
         return 2
-    print(f"{commits[1][:12]} beside {commits[0][:12]} on {processor()}; medians of {args.rounds} pairs.\n")
+    print(f"{commits[1][:12]} beside {commits[0][:12]} on {processor()}; medians of the pairs' ratios.\n")
     below = []
-    for form, pairs in results.items():
-        print("\n".join(table(form, pairs, args.threshold)))
-        below += [f"{label(key)}, {form}" for key in slower(compare(pairs), args.threshold)]
+    for form, figures in results.items():
+        print("\n".join(table(form, figures, args.threshold)))
+        below += [f"{label(key)}, {form}" for key in slower(figures, args.threshold)]
     print(f"below {args.threshold}x: {'; '.join(below)}" if below else f"nothing is below {args.threshold}x")
     print(json.dumps({"base": commits[0], "head": commits[1], "pairs": results}))
     return 1 if below else 0

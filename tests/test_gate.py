@@ -1,24 +1,21 @@
-"""benchmarks/gate.py with figures made up: ratios, the verdict, the order of runs, and one build for each commit."""
+"""benchmarks/gate.py with figures made up: ratios, the verdict, the order of bursts, and one build for each commit; its
+resident process with a small model."""
 
+import argparse
 import importlib.util
 import json
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
+import glimmer
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-LINE = {
-    "engine": "glimmer",
-    "quantization": None,
-    "load_s": 2.0,
-    "load_peak_memory_gib": 1.0,
-    "peak_memory_gib": 1.5,
-    "prefill_512": 1000.0,
-    "decode_b1": 100.0,
-    "percent": {"decode_b1": {"bandwidth": 88.0}},
-}
+FIGURES = {"load_s": 2.0, "peak": 1.5, "prefill 512": 1000.0, "decode 1": 100.0}
 
 
 def module(name: str, monkeypatch):
@@ -34,80 +31,176 @@ def gate(monkeypatch):
     return module("gate", monkeypatch)
 
 
+class Scripted:
+    """A resident process whose figures are made up: each a number, or one number after the other."""
+
+    def __init__(self, figures: dict, heard: list, name: str):
+        self.figures, self.heard, self.name = figures, heard, name
+        self.load_s = self.figure("load_s")
+
+    def figure(self, key: str) -> float:
+        value = self.figures[key]
+        return value if isinstance(value, float) else next(value)
+
+    def ask(self, *words) -> float:
+        self.heard.append((self.name, *words))
+        return self.figure(" ".join(map(str, words[:2])))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        self.heard.append((self.name, "close"))
+
+
 @pytest.fixture
 def judge(gate, monkeypatch, tmp_path, capsys):
-    """judge(base, head, *options) -> (exit code, output, commands); base and head give each run's figures in turn."""
+    """judge(base, head, *options) -> (exit code, output, what the processes were asked, their models and forms)."""
 
     def command(base, head, *options: str):
-        commands = []
-        figures = {"base": iter(base), "head": iter(head)}
+        heard, started = [], []
+        figures = {"base": base, "head": head}
 
-        def run(words, timeout, env, cwd):
-            which = Path(env["PYTHONPATH"].split(":")[0]).name
-            commands.append((which, [str(word) for word in words]))
-            return next(figures[which])
+        def child(package, model, form, args):
+            started.append((package.name, model.name, form))
+            return Scripted(figures[package.name], heard, package.name)
 
         monkeypatch.setattr(gate, "git", lambda *words: words[-1].removesuffix("^{commit}"))
         monkeypatch.setattr(gate, "build", lambda commit, cache: cache / commit)
         monkeypatch.setattr(gate, "check_builds", lambda packages, cache: None)
         monkeypatch.setattr(gate, "checkpoints", lambda cache, forms: {form: cache / form for form in forms})
-        monkeypatch.setattr(gate, "run", run)
-        monkeypatch.setattr(sys, "argv", ["gate.py", "base", "head", "--cache", str(tmp_path), *options])
-        return gate.main(), capsys.readouterr().out, commands
+        monkeypatch.setattr(gate, "Child", child)
+        monkeypatch.setattr(gate, "PAUSE", 0)
+        words = ["gate.py", "base", "head", "--cache", str(tmp_path), "--starts", "1", "--decode", "1", *options]
+        monkeypatch.setattr(sys, "argv", words)
+        return gate.main(), capsys.readouterr().out, heard, started
 
     return command
 
 
 def test_the_median_of_the_pairs_ratios_counts(judge):
     """Ratios of neighbours, not of medians: the machine was half as fast in the second pair."""
-    base = [LINE | {"decode_b1": rate} for rate in (100.0, 50.0, 100.0)]
-    head = [LINE | {"decode_b1": rate} for rate in (97.0, 49.5, 120.0)]
-    code, out, commands = judge(base, head, "--rounds", "3", "--forms", "bfloat16")
-    assert [which for which, _ in commands] == ["base", "head", "head", "base", "base", "head"]
+    base = FIGURES | {"decode 1": iter([1.0, 100.0, 100.0, 50.0, 100.0])}  # of the start, to warm up, three pairs
+    head = FIGURES | {"decode 1": iter([1.0, 100.0, 97.0, 49.5, 120.0])}
+    code, out, heard, _ = judge(base, head, "--pairs", "3", "--forms", "bfloat16")
+    bursts = [which for which, *words in heard if words[0] == "decode"][4:]
+    assert bursts == ["base", "head", "head", "base", "base", "head"]
     assert code == 0 and "nothing is below 0.98x" in out
-    assert "| decode, batch 1, tokens/s | 100.00 | 97.00 | **0.990x** | 0.970x | 1.200x |  |" in out
+    assert "| decode, batch 1, tokens/s | 100.00 | 97.00 | **0.990x** | 0.980x | 1.095x | 3 |  |" in out
     last = json.loads(out.splitlines()[-1])
-    assert last["base"] == "base" and len(last["pairs"]["bfloat16"]) == 3
+    assert last["base"] == "base"
+    assert last["pairs"]["bfloat16"]["decode_b1"] == [[100.0, 97.0], [50.0, 49.5], [100.0, 120.0]]
 
 
 def test_what_is_slower_is_named_whichever_way_the_figure_counts(judge):
     """Of tokens per second more is better, of seconds and memory less."""
-    worse = LINE | {"decode_b1": 97.9, "load_s": 2.1, "peak_memory_gib": 1.4}
-    code, out, _ = judge([LINE] * 4, [worse, LINE] * 2, "--rounds", "2", "--forms", "int8,int4", "--threshold", "0.99")
+    worse = FIGURES | {"decode 1": 98.9, "load_s": 2.1, "peak": 1.4}
+    code, out, *_ = judge(FIGURES, worse, "--pairs", "2", "--forms", "int8,int4", "--threshold", "0.99")
     assert code == 1
     assert out.splitlines()[-2] == (
         "below 0.99x: load, s, int8; decode, batch 1, tokens/s, int8; load, s, int4; decode, batch 1, tokens/s, int4"
     )
-    assert "| load, s | 2.00 | 2.05 | **0.976x** | 0.952x | 1.000x | slower |" in out
-    code, out, _ = judge([LINE] * 2, [worse, LINE], "--rounds", "2", "--forms", "int8", "--threshold", "0.95")
+    assert "| load, s | 2.00 | 2.10 | **0.952x** | 0.952x | 0.952x | 1 | worse |" in out
+    code, out, *_ = judge(FIGURES, worse, "--pairs", "2", "--forms", "int8", "--threshold", "0.95")
     assert code == 0
 
 
-def test_forms_choose_the_checkpoint_and_the_quantisation(judge, tmp_path):
-    _, _, commands = judge([LINE] * 4, [LINE] * 4, "--rounds", "1")
-    words = [words for which, words in commands if which == "head"]
-    assert [w[w.index("bench") + 1] for w in words] == [str(tmp_path / f) for f in ("bfloat16", "int8", "int4", "fp8")]
-    assert [w[w.index("--quantization") + 1] if "--quantization" in w else None for w in words] == [
-        None,
-        "int8",
-        "int4",
-        None,
+@pytest.mark.parametrize("peak, code", [(1.529, 0), (1.531, 1)])
+def test_peak_memory_may_grow_by_2_percent_whatever_the_threshold(judge, peak, code):
+    found, out, *_ = judge(FIGURES, FIGURES | {"peak": peak}, "--pairs", "1", "--forms", "fp8", "--threshold", "0.5")
+    assert found == code
+    assert ("below 0.5x: peak memory, GiB, fp8" in out) == bool(code)
+
+
+def test_bursts_last_as_long_as_the_slower_build_needs(judge):
+    base, head = FIGURES | {"decode 1": 500.0}, FIGURES | {"decode 1": 100.0, "prefill 512": 5.0}
+    _, _, heard, _ = judge(base, head, "--pairs", "1", "--forms", "bfloat16", "--threshold", "0.1", "--seconds", "0.4")
+    assert heard == [
+        *(("base", "prefill", 512, 1), ("base", "decode", 1, 8), ("base", "peak"), ("base", "close")),
+        *(("head", "prefill", 512, 1), ("head", "decode", 1, 8), ("head", "peak"), ("head", "close")),
+        *(("base", "prefill", 512, 1), ("head", "prefill", 512, 1)),  # to warm up
+        *(("base", "prefill", 512, 1), ("head", "prefill", 512, 1)),
+        *(("base", "decode", 1, 8), ("head", "decode", 1, 8)),
+        *(("base", "decode", 1, 40), ("head", "decode", 1, 40)),
+        *(("head", "close"), ("base", "close")),
     ]
 
 
-def test_figures_that_only_one_commit_has_are_left_out(gate):
-    """A figure that is new in one commit has nothing to be compared with."""
-    ratios = gate.compare([(LINE, LINE | {"decode_b64": 1.0, "prefill_512": 2000.0})])
-    assert ratios == {"load_s": [1.0], "peak_memory_gib": [1.0], "prefill_512": [2.0], "decode_b1": [1.0]}
+def test_starts_alternate(judge):
+    _, _, _, started = judge(FIGURES, FIGURES, "--starts", "3", "--pairs", "1", "--forms", "int8")
+    assert [name for name, *_ in started] == ["base", "head", "head", "base", "base", "head", "base", "head"]
 
 
-def test_a_run_without_figures_ends_with_2(judge, gate, monkeypatch, capsys):
-    def failing():
-        raise gate.Failed("exit code 1: glimmer: no such thing")
-        yield
+def test_forms_choose_the_checkpoint(judge):
+    _, _, _, started = judge(FIGURES, FIGURES, "--pairs", "1")
+    assert [words for words in started if words[0] == "head"] == [
+        ("head", form, form) for form in ("bfloat16", "int8", "int4", "fp8") for _ in range(2)
+    ]
 
-    code, out, _ = judge(failing(), failing(), "--rounds", "1")
+
+def test_both_models_must_fit_into_memory(judge, gate, monkeypatch, capsys):
+    monkeypatch.setattr(gate.devices, "free_memory", lambda device: 2.9 * 2**30)
+    monkeypatch.setattr(gate.sys, "stderr", sys.stdout)
+    code, out, heard, _ = judge(FIGURES, FIGURES, "--pairs", "1", "--forms", "int8")
+    assert code == 2 and "both models at once take 3.0 GiB of memory, 2.9 GiB are free" in out
+    assert not [words for words in heard if words[1:] == ("decode", 1, 40)]
+
+
+def test_a_process_without_figures_ends_with_2(judge, gate):
+    class Ended(dict):
+        def __getitem__(self, key):
+            raise gate.Failed("exit code 1: glimmer: no such thing")
+
+    code, out, *_ = judge(Ended(), Ended(), "--pairs", "1")
     assert code == 2 and out == ""
+
+
+@pytest.fixture
+def child(gate, checkpoint, tmp_path):
+    """child(timeout) -> (the resident process of this very package, with a small model)."""
+    args = argparse.Namespace(prefill=[20], decode=[2], timeout=60, cache=tmp_path)
+    package = Path(glimmer.__file__).resolve().parents[1]
+
+    def start(form: str = "int8", model: Path | None = None, **options):
+        return gate.Child(package, model or checkpoint(), form, argparse.Namespace(**vars(args) | options))
+
+    return start
+
+
+@pytest.mark.slow
+def test_a_resident_process_answers_and_sleeps(child):
+    with child() as resident:
+        assert resident.load_s > 0
+        assert resident.ask("prefill", 20, 2) > 0 and resident.ask("decode", 2, 8) > 0
+        assert 0.01 < resident.ask("peak") < 8
+
+        def ticks() -> int:
+            return sum(
+                map(int, Path(f"/proc/{resident.process.pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13])
+            )
+
+        time.sleep(0.1)
+        before = ticks()
+        time.sleep(0.5)
+        assert ticks() - before <= 5, "it computes though nobody asks"
+    assert resident.process.returncode == 0
+
+
+@pytest.mark.slow
+def test_a_resident_process_that_ends_says_why(child, gate, tmp_path):
+    with pytest.raises(gate.Failed, match=r"exit code 1: .*nowhere"):
+        child(model=tmp_path / "nowhere")
+    with child() as resident, pytest.raises(gate.Failed, match="exit code 1: KeyError"):
+        resident.ask("dance", 1, 1)
+
+
+@pytest.mark.slow
+def test_a_resident_process_that_does_not_answer_is_ended(child, gate):
+    with child() as resident:
+        resident.timeout = 0.5
+        resident.process.send_signal(signal.SIGSTOP)
+        with pytest.raises(gate.Failed, match=r"killed: by this program after 0\.5 s"):
+            resident.ask("peak")
 
 
 def test_an_unknown_commit_is_named(gate):
