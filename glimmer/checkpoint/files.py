@@ -72,7 +72,8 @@ class Checkpoint:
 
     Every *.safetensors file of the directory counts, whether the index names it or not: GLM-4.7 keeps its MTP layer
     in a file that the index of some repositories leaves out. Of a tensor that lies in two files the one is taken that
-    the index names. Not for use by several threads at once.
+    the index names. index_fault says where the index and the files disagree, if they do: whoever knows which tensors
+    are wanted raises it, or warns when all are there. Not for use by several threads at once.
 
     Raises CheckpointError when the directory or a file cannot be used.
     """
@@ -86,11 +87,14 @@ class Checkpoint:
         self._touched: list[tuple[Path, int, int]] = []
         paths = _list(self.directory)
         index = _read_index(self.directory / INDEX)
-        _check_present(self.directory, paths, index)
+        absent = _absent_files(self.directory, paths, index)
+        _check_present(self.directory, paths, absent)
+        self._twice: dict[str, str] = {}  # tensors that lie in two files, and one of these
         for path in paths:
             if path.suffix == ".safetensors":
                 self._open(path, index)
-        _check_index(index, self._tensors)
+        self._check_twice(index)
+        self.index_fault: CheckpointError | None = absent or _astray(index, self._tensors)
 
     def _open(self, file: Path, index: dict[str, str]) -> None:
         """Read one header and map the file."""
@@ -109,11 +113,16 @@ class Checkpoint:
             self._bytes[file] = torch.frombuffer(mapped, dtype=torch.uint8)
         self._maps[file] = mapped
         for name, stored in tensors.items():
+            if name in self._tensors:
+                self._twice[name] = file.name if index.get(name) != file.name else self._tensors[name].file.name
             if name not in self._tensors or index.get(name) == file.name:
                 self._tensors[name] = stored
-            elif name not in index:
+
+    def _check_twice(self, index: dict[str, str]) -> None:
+        for name, file in self._twice.items():
+            if index.get(name) != self._tensors[name].file.name:
                 raise CheckpointError(
-                    f"tensor {_quote(name)} lies in {self._tensors[name].file.name} and in {file.name}",
+                    f"tensor {_quote(name)} lies in {self._tensors[name].file.name} and in {file}",
                     f"each tensor once, or an index ({INDEX}) that says which one counts",
                     f"move the file that does not belong to this model out of {self.directory}",
                 )
@@ -240,20 +249,28 @@ def _read_index(path: Path) -> dict[str, str]:
     return names
 
 
-def _check_present(directory: Path, paths: list[Path], index: dict[str, str]) -> None:
-    """The directory must hold a configuration, every file that the index names, and some weights."""
+def _absent_files(directory: Path, paths: list[Path], index: dict[str, str]) -> CheckpointError | None:
+    """What to say when the index names files that are not there."""
     present = {path.name for path in paths}
     missing = Counter(file for file in index.values() if file not in present)
-    if missing:
-        raise CheckpointError(
-            f"{directory} lacks {len(missing)} of the {len(set(index.values()))} files that {INDEX} names, "
-            f"with {missing.total()} tensors: {_some(sorted(missing))}",
-            "every file that the index names",
-            "finish the download of these files",
-        )
+    if not missing:
+        return None
+    return CheckpointError(
+        f"{directory} lacks {len(missing)} of the {len(set(index.values()))} files that {INDEX} names, "
+        f"with {missing.total()} tensors: {_some(sorted(missing))}",
+        "every file that the index names",
+        "finish the download of these files",
+    )
+
+
+def _check_present(directory: Path, paths: list[Path], absent: CheckpointError | None) -> None:
+    """The directory must hold a configuration and some weights."""
+    present = {path.name for path in paths}
     suffixes = {path.suffix for path in paths}
     lacking = [] if "config.json" in present else ["no config.json"]
     lacking += [] if ".safetensors" in suffixes else ["no *.safetensors files"]
+    if lacking and absent is not None:
+        raise absent
     if lacking:
         others = " and ".join(sorted(f"*{suffix}" for suffix in suffixes & {".bin", ".gguf", ".pt", ".pth"}))
         raise CheckpointError(
@@ -264,16 +281,17 @@ def _check_present(directory: Path, paths: list[Path], index: dict[str, str]) ->
         )
 
 
-def _check_index(index: dict[str, str], tensors: dict[str, Stored]) -> None:
-    """Every tensor must lie in the file that the index says."""
+def _astray(index: dict[str, str], tensors: dict[str, Stored]) -> CheckpointError | None:
+    """What to say when tensors do not lie in the files that the index says."""
     astray = [name for name, file in index.items() if name not in tensors or tensors[name].file.name != file]
-    if astray:
-        raise CheckpointError(
-            f"{len(astray)} tensors are not in the files that {INDEX} names for them: "
-            + _some([f"{_quote(name)} not in {_quote(index[name])}" for name in astray]),
-            "an index that agrees with the files",
-            f"download {INDEX} and these files again, from one revision of the checkpoint",
-        )
+    if not astray:
+        return None
+    return CheckpointError(
+        f"{len(astray)} tensors are not in the files that {INDEX} names for them: "
+        + _some([f"{_quote(name)} not in {_quote(index[name])}" for name in astray]),
+        "an index that agrees with the files",
+        f"download {INDEX} and these files again, from one revision of the checkpoint",
+    )
 
 
 def _read_header(path: Path, opened: BinaryIO) -> dict[str, Stored]:

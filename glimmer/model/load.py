@@ -7,6 +7,7 @@ packs, quantised on the way where that is asked for. What a layer needs (float32
 says itself (layers.py; docs/numerics.md says why). Not here: names and cuts (names.py), formats (checkpoint/).
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,8 @@ from glimmer.model.glm4_moe import Glm4Moe
 from glimmer.model.layers import Layer, LayerWeights
 from glimmer.model.names import ParamSpec, Shard
 from glimmer.weight import GROUP_SIZE, Kind, Weight, layout
+
+log = logging.getLogger("glimmer")
 
 # Models with more layers, or more experts in all layers, need as many tensors: the largest of the family has 92 layers
 # and 14,240 experts.
@@ -156,7 +159,7 @@ class WeightLoader:
     # ---- accounting, from headers ----------------------------------------------------------------------------------
 
     def _account(self) -> None:
-        """Compare the names and shapes of both sides."""
+        """Compare the names and shapes of both sides; an index that disagrees with the files tells what is missing."""
         config = self._config
         missing: list[str] = []
         misshapen: list[str] = []
@@ -184,6 +187,11 @@ class WeightLoader:
                     dtype = str(self.checkpoint.dtype(name)).removeprefix("torch.")
                     misshapen.append(f"{name} is {dtype}, where bfloat16, float16 or float32 can be read")
         superfluous = sorted(self.checkpoint.names() - wanted - self._left_out())
+        fault = self.checkpoint.index_fault
+        if fault is not None and missing:
+            raise fault
+        if fault is not None:
+            log.warning("%s; all tensors of the model are there, and are used", fault.found)
         self._refuse("missing", missing, "download the checkpoint's missing files, or restore its own config.json")
         self._refuse("of another shape or type", misshapen, "use the config.json that belongs to these weights")
         self._refuse("superfluous", superfluous, "use the config.json that belongs to these weights")

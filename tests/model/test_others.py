@@ -5,6 +5,7 @@ that groups of 128 and blocks of 128 do not divide them, and that other sizes wo
 """
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from glimmer import LLM, SamplingParams
 from glimmer.backends.reference import Reference
-from glimmer.checkpoint.files import Checkpoint
+from glimmer.checkpoint.files import INDEX, Checkpoint
 from glimmer.config import ModelConfig
 from glimmer.errors import CheckpointError
 from glimmer.group import Group
@@ -270,3 +271,92 @@ def test_values_of_others_are_exact_on_every_rank(name, twins):
                         for a, b in zip(found, here._weights(spec, unit)):
                             a, b = a.dequantize(), b.dequantize()
                             assert a.shape == b.shape and (a - b).abs().max() <= 1e-6 * b.abs().max(), spec.layer
+
+
+# ---- experts of a layer in one tensor, and what an index says ------------------------------------------------------
+
+
+def stack(held: dict[str, Tensor], layers: range, parts: tuple[str, ...]) -> dict[str, Tensor]:
+    """Experts in one tensor, as transformers 5 saves them."""
+    held = dict(held)
+    for layer in layers:
+        prefix = f"model.layers.{layer}.mlp.experts"
+        take = lambda end: [held.pop(f"{prefix}.{e}.{end}.weight") for e in range(8)]
+        if "gate_up" in parts:
+            held[f"{prefix}.gate_up_proj"] = torch.stack(
+                [torch.cat(p) for p in zip(take("gate_proj"), take("up_proj"))]
+            )
+        if "down" in parts:
+            held[f"{prefix}.down_proj"] = torch.stack(take("down_proj"))
+    return held
+
+
+@pytest.fixture
+def source(checkpoint, tmp_path) -> Path:
+    return shutil.copytree(checkpoint(index=False, mtp="full"), tmp_path / "model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [range(1, 5), range(2, 4)], ids=["all, and the MTP layer's", "some"])
+@pytest.mark.parametrize("parts", [("gate_up", "down"), ("gate_up",), ("down",)])
+def test_experts_in_one_tensor(layers, parts, source, checkpoint):
+    file = source / "model.safetensors"
+    save_file(stack(load_file(file), layers, parts), file)
+    for rank, size in ((0, 1), (1, 2)):
+        with Checkpoint(source) as ours, Checkpoint(checkpoint(index=False, mtp="full")) as theirs:
+            stacked, single = (loader_of(source, each, Group(rank, size)) for each in (ours, theirs))
+            for spec in single.param_specs:
+                for unit in spec.units:
+                    for a, b in zip(stacked._weights(spec, unit), single._weights(spec, unit), strict=True):
+                        assert torch.equal(a.codes, b.codes), spec.layer
+    assert torch.equal(logprobs(source), logprobs(checkpoint(index=False, mtp="full")))
+
+
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        (lambda t: torch.cat((t, t[:1])), "holds 9 experts, config.json says 8"),
+        (lambda t: t[:7], r"gate_up_proj as bfloat16 of shape \(7, 64, 64\)"),
+        (lambda t: t[:, :63], r"of shape \(8, 63, 64\)"),
+        (lambda t: t.to(torch.int8), "as int8"),
+        (lambda t: t[0], r"of shape \(64, 64\)"),
+        (lambda t: t.transpose(1, 2)[:, :, :48], r"is \[32, 48\], config.json says \[32, 64\]"),
+    ],
+)
+def test_experts_in_one_tensor_that_do_not_fit(change, found, source):
+    file, name = source / "model.safetensors", "model.layers.2.mlp.experts.gate_up_proj"
+    held = stack(load_file(file), range(2, 3), ("gate_up",))
+    save_file(held | {name: change(held[name]).contiguous()}, file)
+    with Checkpoint(source) as checkpoint, pytest.raises(CheckpointError, match=found):
+        loader_of(source, checkpoint, Group())
+
+
+@pytest.mark.parametrize("stale", ["a name too many", "a whole file too many", "other files", "an unused MTP layer"])
+def test_a_stale_index_is_a_warning_when_every_tensor_is_there(stale, checkpoint, tmp_path, caplog):
+    source = shutil.copytree(checkpoint(shards=2, mtp="full"), tmp_path / "model")
+    files = sorted(source.glob("*.safetensors"))
+    table = json.loads((source / INDEX).read_text())
+    names = table["weight_map"]
+    if stale == "a name too many":
+        names["model.layers.1.mlp.ghost.weight"] = files[0].name
+    elif stale == "a whole file too many":
+        names |= {f"model.layers.{i}.ghost": "model-00003-of-00002.safetensors" for i in range(9)}
+    elif stale == "other files":
+        table["weight_map"] = dict.fromkeys(names, files[0].name)
+    else:
+        held = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        for file in files:
+            file.unlink()
+        save_file({name: t for name, t in held.items() if not name.startswith("model.layers.4.")}, files[0])
+        table["weight_map"] = {n: "mtp.safetensors" if n.startswith("model.layers.4.") else files[0].name for n in held}
+    (source / INDEX).write_text(json.dumps(table))
+    with caplog.at_level(logging.WARNING), Checkpoint(source) as opened:
+        loader_of(source, opened, Group(), mtp=False)
+    assert INDEX in caplog.text and "all tensors of the model are there" in caplog.text
+
+
+def test_a_file_of_the_index_whose_tensors_are_wanted_is_missed(checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint(shards=2), tmp_path / "model")
+    sorted(source.glob("*.safetensors"))[1].unlink()
+    with Checkpoint(source) as opened, pytest.raises(CheckpointError, match="lacks 1 of the 2 files"):
+        loader_of(source, opened, Group(), mtp=False)
