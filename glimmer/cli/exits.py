@@ -4,13 +4,16 @@
     1    the engine failed           130  Ctrl-C
     141  whoever read the output has closed it (128 + SIGPIPE, as with other programs)
 
-A lost stderr changes none of these codes. Not here: what a command does.
+A lost stdout or stderr changes none of these codes; SIGTERM ends a process as Ctrl-C does, and then by that signal.
+Not here: what a command does.
 """
 
 import io
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from typing import TextIO
 
@@ -20,6 +23,15 @@ INTERRUPTED = 130
 CLOSED_PIPE = 141
 
 
+class Terminated(BaseException):
+    """SIGTERM has come: somebody, or the launcher of a job that cannot go on, ends this process."""
+
+
+def terminate(*_: object) -> None:
+    """As a handler of SIGTERM."""
+    raise Terminated
+
+
 def place() -> str:
     """ " (rank R on HOST)" in a group of processes that torchrun started; nothing in a single process."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
@@ -27,14 +39,28 @@ def place() -> str:
     return f" (rank {os.environ.get('RANK')} on {socket.gethostname()})"
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether somebody may be reading along."""
+    return stream is not None and stream.isatty()
+
+
 def tell(text: str) -> None:
     """A text on stderr. Where stderr is closed or full, it is lost."""
-    if sys.stderr is None:  # as Python starts with a closed file descriptor 2
-        return
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
         discard(sys.stderr)
+
+
+def write(text: str) -> OSError | None:
+    """A text on stdout. Where stdout is closed or full it is lost, and so is all that follows: that is returned."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        discard(sys.stdout)
+        return error
+    return None
 
 
 def say(command: str, line: str) -> None:
@@ -52,9 +78,11 @@ def discard(stream: TextIO) -> None:
 
 def run(command: str, work: Callable[[], int]) -> int:
     """The exit code of `work`. A GlimmerError becomes its three lines, a closed pipe ends quietly; Ctrl-C is raised."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character gets its number
-            stream.reconfigure(errors="backslashreplace")
+    prepare()
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" and threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    if alone and before is signal.SIG_DFL:  # of a job's processes the launcher takes care
+        signal.signal(signal.SIGTERM, terminate)
     try:
         code = work()
         sys.stdout.flush()
@@ -65,3 +93,28 @@ def run(command: str, work: Callable[[], int]) -> int:
     except BrokenPipeError:
         discard(sys.stdout)
         return CLOSED_PIPE
+    except Terminated:  # the process that started this one shall see that SIGTERM ended it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise
+    finally:
+        if alone and before is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, before)
+
+
+def prepare() -> None:
+    """Make stdout and stderr such that writing to them is safe.
+
+    One that was closed when the process began leads nowhere, so that no other file gets its number. A terminal that
+    cannot show a character gets the character's number.
+    """
+    for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

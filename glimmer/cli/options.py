@@ -50,7 +50,7 @@ def text(value: Any) -> str:
 
 def path(value: Any) -> str:
     """a path"""
-    return str(Path(text(value)).expanduser())
+    return os.path.expanduser(text(value))
 
 
 def whole(value: Any) -> int:
@@ -700,5 +700,6 @@ def _unreadable() -> tuple[type[Exception], ...]:
 
 def locate(name: str, home: Path | None) -> Path:
     """A path as given, or below `home` if it is only there."""
-    found = Path(name).expanduser()
-    return home / name if home is not None and not found.exists() and (home / name).exists() else found
+    found = Path(os.path.expanduser(name))
+    below = home is not None and not os.path.exists(found) and os.path.exists(home / name)
+    return home / name if home is not None and below else found

@@ -1,13 +1,18 @@
 """Prompts as they are read from files, and results as they are written to files.
 
 One prompt is one row: index, prompt, text, prompt_tokens, completion_tokens, finish_reason, error (None, or why there
-is no answer). Prompts come from texts and .txt files; rows go to a .jsonl file, each safe on disk before the next is
-waited for, so that a run which is cut off at any moment can be continued. Not here: how an answer comes about.
+is no answer), made_by (the model and the settings that made it). Prompts come from texts, from .txt and .jsonl files
+and from stdin; rows go to a .jsonl file, each safe on disk before the next is waited for, so that a run which is cut
+off at any moment can be continued. Not here: how an answer comes about.
 """
 
+import fcntl
 import json
+import logging
 import os
 import re
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -15,91 +20,203 @@ from glimmer.cli.options import locate
 from glimmer.errors import ConfigError, GlimmerError
 
 if TYPE_CHECKING:
-    from glimmer.llm import RequestOutput
+    from glimmer.llm import CompletionOutput, RequestOutput
+
+log = logging.getLogger("glimmer")
+Prompt = str | list[dict[str, Any]]  # a text, or the messages of a conversation
+
+STREAMS = re.compile(r"-|/dev/stdin|/dev/fd/\d{1,4}")  # read to their end, as a .txt file
+MOST = 1 << 30  # bytes of a file of prompts
+LINES_OF_ITS_OWN = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})  # for str.splitlines
 
 
-def read_prompts(data: list[str], prompts: list[str], home: Path | None) -> list[str]:
-    """All prompts, in order. A .txt file has one a line; there, and in `data`, \\n means a new line.
+# ---------------------------------------------------------------------- prompts
 
-    Empty lines are prompts too (rows and lines keep step), except at the end of a file. What ends in .txt is a file,
-    unless it has spaces and there is no such file. Raises ConfigError: no such file, not text, no prompt at all.
+
+def read_prompts(
+    data: Sequence[str],
+    prompts: Sequence[str],
+    home: Path | None,
+    literal: Sequence[str] = (),
+    say: Callable[[str], object] = lambda line: None,
+) -> list[Prompt]:
+    """All prompts, in order: those of `data`, of `prompts`, and `literal`, which name no files.
+
+    A .txt file has one prompt a line; there, and in `data`, \\n is a new line and \\\\n a backslash and an n. Empty
+    lines are prompts too (rows and lines keep step), except at the end. A .jsonl file has {"prompt": text} or
+    {"messages": [...]} in each line. `-` and /dev/stdin are read as .txt files are. What ends in .txt or .jsonl is a
+    file; a text with spaces of which there is no such file is a prompt, and `say` tells of either.
+    Raises ConfigError: no such file, not text, no prompt at all.
     """
-    found: list[str] = []
+    found: list[Prompt] = []
     for value, escaped in [(value, True) for value in data] + [(value, False) for value in prompts]:
-        file = locate(value, home) if value.endswith(".txt") and len(value) < 1000 else None
-        if file is not None and (file.is_file() or not re.search(r"\s", value)):
-            found += [line.replace("\\n", "\n") for line in _lines(file)]
-        else:
-            found.append(value.replace("\\n", "\n") if escaped else value)
+        read = _from_file(value, home, say)
+        found += [_unescaped(value) if escaped else value] if read is None else read
+    found += literal
     for prompt in found:
-        if any("\ud800" <= c <= "\udfff" for c in prompt):
+        if any("\ud800" <= c <= "\udfff" for c in json.dumps(prompt, ensure_ascii=False)):
             raise ConfigError(
-                f"prompt {prompt:.40}".encode("ascii", "backslashreplace").decode(),
+                f"prompt {prompt!s:.40}".encode("ascii", "backslashreplace").decode(),
                 "text in UTF-8",
-                "check the terminal's encoding",
+                "check the terminal's encoding, or the file's",
             )
     if not found:
         raise ConfigError(
             "no prompt",
-            "a text, several texts, or a .txt file with one a line",
+            "a text, several texts, or a .txt or .jsonl file with one a line",
             'e.g. glimmer predict "请介绍一下北京", or --predict_data prompts.txt',
         )
     return found
 
 
-def _lines(file: Path) -> list[str]:
+def _unescaped(line: str) -> str:
+    """\\n as a new line; another backslash before it keeps it as it is."""
+    return re.sub(r"(\\?)\\n", lambda found: "\\n" if found[1] else "\n", line)
+
+
+def _from_file(value: str, home: Path | None, say: Callable[[str], object]) -> list[Prompt] | None:
+    """The prompts of a file; None where `value` is a prompt itself."""
+    if STREAMS.fullmatch(value):
+        return _lines(_read(value, regular=False), "stdin" if value == "-" else value)
+    if not value.endswith((".txt", ".jsonl")) or len(value) > 1000 or "\n" in value:
+        return None
+    file = str(locate(value, home))
+    path_like = value.startswith(("/", "~", "./", "../")) or os.path.isdir(os.path.dirname(value))
+    if not os.path.lexists(file) and re.search(r"\s", value) and not path_like:
+        say(f"{value!r:.80} is taken as a prompt: there is no file of that name")
+        return None
+    content = _read(file, regular=True)
+    found: list[Prompt] = [*(_records if value.endswith(".jsonl") else _lines)(content, file)]
+    say(f"{len(found)} prompt{'s' * (len(found) > 1)} from {file}")
+    return found
+
+
+def _read(name: str, regular: bool) -> str:
+    """The text of a file, or of what stdin and the shell's <(...) are."""
+    what = f"prompt file {name!r}" if name != "-" else "prompts from stdin"
+    expected = "a text file in UTF-8 with one prompt a line"
+    todo = "check the path; a prompt that ends like a file's name is written after a lone --"
     try:
-        lines = file.read_text(encoding="utf-8-sig").rstrip().split("\n")
+        descriptor = os.dup(0) if name == "-" else os.open(name, os.O_RDONLY | os.O_NONBLOCK * regular)
+        with os.fdopen(descriptor, "rb") as file:
+            if regular and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(f"{what} is no regular file", expected, "name a file, or - for stdin")
+            content = file.read(MOST + 1)
+        if len(content) > MOST:
+            raise ConfigError(f"{what} has more than {MOST >> 20} MiB", expected, "divide it into several")
+        text = content.decode("utf-8-sig")
     except OSError as error:
-        raise ConfigError(
-            f"prompt file {str(file)!r}: {error.strerror}",
-            "a text file in UTF-8 with one prompt a line",
-            "check the path; a question that ends in .txt needs a space in it",
-        ) from None
+        raise ConfigError(f"{what}: {error.strerror}", expected, todo) from None
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"prompt file {str(file)!r}: {error}", "a text file in UTF-8 with one prompt a line", "save it in UTF-8"
-        ) from None
-    if lines == [""]:
-        raise ConfigError(f"prompt file {str(file)!r} is empty", "one prompt a line", "write some")
-    return lines
+        raise ConfigError(f"{what}: {error}", expected, "save it in UTF-8") from None
+    if not text.strip():
+        raise ConfigError(f"{what} is empty", "one prompt a line", "write some")
+    return text.replace("\r\n", "\n")
 
 
-def row(index: int, prompt: str, output: "RequestOutput | None", error: GlimmerError | None) -> dict[str, Any]:
-    """What is kept of one prompt."""
-    answer = output.outputs[0] if output is not None and output.outputs else None
-    return {
+def _lines(content: str, name: str) -> list[Prompt]:
+    return [_unescaped(line) for line in content.rstrip().split("\n")]
+
+
+def _records(content: str, name: str) -> Iterator[Prompt]:
+    """The prompts of a .jsonl file."""
+    for n, line in enumerate(content.rstrip().split("\n"), 1):
+        try:
+            prompt = _prompt_of(json.loads(line))
+        except (ValueError, RecursionError):
+            prompt = None
+        if prompt is None:
+            raise ConfigError(
+                f"{name} line {n}: {line:.80}",
+                '{"prompt": "text"} or {"messages": [{"role": "user", "content": "text"}, ...]}, and no other key',
+                "correct the line; sampling is set for all prompts together, by options",
+            )
+        yield prompt
+
+
+def _prompt_of(record: Any) -> Prompt | None:
+    """The prompt in a line's object; None if there is anything else in it."""
+    kind, prompt = next(iter(record.items())) if isinstance(record, dict) and len(record) == 1 else ("", None)
+    if kind == "prompt" and isinstance(prompt, str):
+        return prompt
+    if kind == "messages" and isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):
+        return prompt or None
+    return None
+
+
+# ---------------------------------------------------------------------- rows
+
+
+def row(index: int, prompt: Prompt, output: "RequestOutput | None", error: GlimmerError | None) -> dict[str, Any]:
+    """What is kept of one prompt. `outputs` has all answers where there are several, logprobs where they are wanted."""
+    answers = output.outputs if output is not None else []
+    first = answers[0] if answers else None
+    kept: dict[str, Any] = {
         "index": index,
         "prompt": prompt,
-        "text": answer.text if answer else "",
+        "text": first.text if first else "",
         "prompt_tokens": len(output.prompt_token_ids) if output is not None else 0,
-        "completion_tokens": len(answer.token_ids) if answer else 0,
-        "finish_reason": answer.finish_reason if answer else "error",
+        "completion_tokens": len(first.token_ids) if first else 0,
+        "finish_reason": first.finish_reason if first else "error",
         "error": None if error is None else f"{error.found}; expected: {error.expected}; to do: {error.todo}",
     }
+    if first is not None and first.logprobs is not None:
+        kept["logprobs"] = _logprobs(first)
+    if len(answers) > 1:
+        kept["outputs"] = [
+            {"text": one.text, "completion_tokens": len(one.token_ids), "finish_reason": one.finish_reason}
+            | ({} if one.logprobs is None else {"logprobs": _logprobs(one)})
+            for one in answers
+        ]
+    return kept
+
+
+def _logprobs(answer: "CompletionOutput") -> list[list[dict[str, Any]]]:
+    """For each token of an answer: itself, then the likeliest ones."""
+    return [
+        [
+            {"token_id": id, "token": one.decoded_token, "logprob": one.logprob, "rank": one.rank}
+            for id, one in sorted(place.items(), key=lambda item: item[0] != chosen)
+        ]
+        for chosen, place in zip(answer.token_ids, answer.logprobs or ())
+    ]
 
 
 class Results:
     """The answers so far, {index: row}, and the file that keeps them, if there is one.
 
-    Raises ConfigError where the file holds other rows than these prompts', or cannot be written.
+    made_by: what rows are made by, in JSON's types; it is kept with each row. The file is locked while this is open.
+    Rows without an answer are dropped from a file that is resumed: their prompts are tried again.
+    Raises ConfigError where the file holds rows of other prompts or made by something else, is in use, is no regular
+    file, or cannot be written.
     """
 
-    def __init__(self, prompts: list[str], path: Path | None, resume: bool):
-        self.prompts, self.path = prompts, path
+    def __init__(
+        self, prompts: Sequence[Prompt], path: Path | None, resume: bool, made_by: Mapping[str, Any] | None = None
+    ):
+        self.prompts, self.path, self.made_by = prompts, path, dict(made_by or {})
         self.file: BinaryIO | None = None
         self.rows: dict[int, dict[str, Any]] = {}
         if path is None:
             return
-        if not resume and path.is_file() and path.stat().st_size:
-            raise ConfigError(
-                f"--output {path} is there already", "a new file", "add --resume to continue it, or choose another name"
-            )
+        if os.path.exists(path) and not (path.is_file() or path.is_dir()):
+            raise ConfigError(f"--output {path} is no regular file", "a file to write rows to", "choose another name")
         try:
-            self.file = path.open("a+b")
+            self.file = self._open(path)
+            if not resume and os.fstat(self.file.fileno()).st_size:
+                raise ConfigError(
+                    f"--output {path} is there already",
+                    "a new file",
+                    "add --resume to continue it, or choose another name",
+                )
             self._load(self.file)
         except OSError as error:
             raise ConfigError(f"--output {path}: {error.strerror}", "a file to write to", "check the path") from None
+
+    def close(self) -> None:
+        """Give the file free for others."""
+        if self.file is not None:
+            self.file.close()
 
     @property
     def todo(self) -> list[int]:
@@ -107,20 +224,38 @@ class Results:
         return [i for i in range(len(self.prompts)) if i not in self.rows]
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keep a row."""
+        """Keep a row: it counts when it is on disk, and a row of which only a part fitted is taken back."""
+        if self.made_by:
+            row = row | {"made_by": self.made_by}
+        if self.file is not None:
+            line = json.dumps(row, ensure_ascii=False).translate(LINES_OF_ITS_OWN).encode() + b"\n"
+            size = os.fstat(self.file.fileno()).st_size
+            try:
+                _write(self.file, line)
+            except OSError as error:
+                self.file.truncate(size)
+                raise ConfigError(
+                    f"--output {self.path}: {error.strerror}",
+                    "space on the disk for a row",
+                    "free some space; the same command with --resume answers the rest",
+                ) from None
         self.rows[row["index"]] = row
-        if self.file is None:
-            return
+
+    def _open(self, path: Path) -> BinaryIO:
+        """The file, locked, without a buffer."""
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115  # Results.close closes it
         try:
-            self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        except OSError as error:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
             raise ConfigError(
-                f"--output {self.path}: {error.strerror}",
-                "space on the disk for a row",
-                "free some space; the same command with --resume answers the rest",
+                f"--output {path} is being written by another process",
+                "one job for each file",
+                "wait for it, or choose another name",
             ) from None
+        except OSError as error:  # some network file systems have no locks
+            log.warning("--output %s cannot be locked here (%s): no other job may write to it", path, error.strerror)
+        return file
 
     def _load(self, file: BinaryIO) -> None:
         """Take what an interrupted run has left; a last line that it did not finish is cut off."""
@@ -134,42 +269,91 @@ class Results:
                     "correct the line, or choose another file",
                 )
         if last and self._take(last, len(lines) + 1):
-            file.write(b"\n")
-            file.flush()
+            _write(file, b"\n")
+            lines.append(last)
         elif last:
             file.truncate(file.tell() - len(last))
+        answered = [line for line in lines if json.loads(line)["error"] is None]
+        if len(answered) < len(lines):
+            self.rows = {index: row for index, row in self.rows.items() if row["error"] is None}
+            self._replace(b"".join(line + b"\n" for line in answered))
+
+    def _replace(self, content: bytes) -> None:
+        """Another content for the file, wholly or not at all; it stays locked."""
+        assert self.path is not None and self.file is not None
+        target = Path(os.path.realpath(self.path))
+        part = target.with_name(f".{target.name}.{os.getpid()}")
+        new = self._open(part)
+        try:
+            _write(new, content)
+            os.chmod(part, stat.S_IMODE(os.fstat(self.file.fileno()).st_mode))
+            part.replace(target)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        self.file.close()
+        self.file = new
 
     def _take(self, line: bytes, n: int) -> bool:
-        """Keep the row in line n; False if it is none. ConfigError if it belongs to another prompt."""
+        """Keep the row in line n; False if it is none. ConfigError if it belongs to another prompt or run."""
         try:
             row = json.loads(line)
             index, prompt = row["index"], row["prompt"]
             row["text"], row["error"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return False
-        now = self.prompts[index] if index in range(len(self.prompts)) else None
+        now = self.prompts[index] if isinstance(index, int) and index in range(len(self.prompts)) else None
         if now != prompt:
             raise ConfigError(
                 f"--output {self.path} line {n} answers prompt {index}, {prompt!r:.60}; that prompt is now {now!r:.60}",
                 "the prompts with which the file was begun",
                 "give those, or choose another file",
             )
+        made_by = row.get("made_by", {})
+        if row["error"] is None and made_by != self.made_by:
+            raise ConfigError(
+                f"--output {self.path} line {n} was made with {_difference(made_by, self.made_by)}",
+                "rows of one file to be made by one model with the same settings",
+                "give those with which the file was begun, or choose another file",
+            )
         self.rows[index] = row
         return True
+
+
+def _difference(then: Any, now: Mapping[str, Any]) -> str:
+    """What differs between two makers, in words."""
+    if not isinstance(then, dict) or not then:
+        return "a model and settings that it does not name"
+    none = "the default"
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    said = [f"{name} {then.get(name, none)!s:.60}, which is now {now.get(name, none)!s:.60}" for name in names]
+    return "; ".join(said)
+
+
+def _write(file: BinaryIO, content: bytes) -> None:
+    """All of it, on disk when this returns. A file without a buffer may take a part of it at a time."""
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]
+    os.fsync(file.fileno())
 
 
 def save(file: Path, content: str) -> None:
     """Write a file so that it is there wholly or not at all. ConfigError if it cannot be written."""
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with part.open("w", encoding="utf-8") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(file)
+        try:
+            with part.open("w", encoding="utf-8") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            part.replace(file)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise ConfigError(
-            f"{file.absolute()}: {error.strerror}",
-            "a directory that can be written",
+            f"{file}: {error.strerror}",
+            "a directory that can be written, and space on its disk",
             "start the command from another directory; --output keeps answers elsewhere",
         ) from None

@@ -168,6 +168,11 @@ def greedy(settings: dict[str, Given]) -> bool:
     return temperature is None or temperature.strength <= do_sample.strength
 
 
+def speaks(settings: dict[str, Given]) -> bool:
+    """Whether a key that only MindSpore Transformers has was given: such a command answers as that would."""
+    return any(one.key in TRANSLATED and one.key not in GENERATION for one in settings.values())
+
+
 def max_length(settings: dict[str, Given]) -> int | None:
     """Tokens of prompt and answer together, where that decides how long an answer may be; else None."""
     length, tokens = settings.get("max_length"), settings.get("max_tokens")

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from glimmer import LLM
-from glimmer.cli import options, predict
+from glimmer.cli import identity, options, predict
 from glimmer.cli.predict import COMMAND
 from glimmer.cli.results import Results, read_prompts, row, save
 from glimmer.config import EngineConfig, SamplingParams
@@ -294,6 +294,94 @@ def test_prompt_files_that_cannot_be_read(tmp_path, content, words):
         read_prompts([str(file)], [], None)
 
 
+@pytest.mark.parametrize(
+    "typed, meant",
+    [
+        (r"a\nb", "a\nb"),
+        (r"$\\nabla$ in C:\\new", r"$\nabla$ in C:\new"),
+        (r"\\\n", r"\\n"),
+        (r"\t \\ x", r"\t \\ x"),
+    ],
+)
+def test_a_backslash_before_an_n_is_a_new_line_unless_it_is_escaped(tmp_path, typed, meant):
+    (tmp_path / "p.txt").write_text(f"{typed}\n")
+    assert read_prompts([typed, str(tmp_path / "p.txt")], [typed], None) == [meant, meant, typed]
+    assert read_prompts([], [], None, [typed]) == [typed]
+
+
+def test_prompts_and_conversations_of_a_jsonl_file(tmp_path):
+    file = tmp_path / "p.jsonl"
+    talk = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "hi"}]
+    lines = [{"prompt": "\\nabla\nand\u2028so"}, {"messages": talk}, {"prompt": ""}]
+    file.write_text("\ufeff" + "\r\n".join(map(json.dumps, lines)) + "\n\n", encoding="utf-8")
+    assert read_prompts([], [str(file)], None) == ["\\nabla\nand\u2028so", talk, ""]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "text",
+        "5",
+        "{}",
+        '{"prompt": 5}',
+        '{"messages": []}',
+        '{"messages": ["hi"]}',
+        '{"prompt": "a", "temperature": 1}',
+        '{"text": "a"}',
+        "[" * 100_000,
+        '{"prompt": ' + "9" * 5000 + "}",
+        "",
+    ],
+)
+def test_a_line_that_is_no_prompt_is_refused_by_its_number(tmp_path, line):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a"}\n' + line + '\n{"prompt": "b"}\n')
+    with pytest.raises(ConfigError, match=r"p\.jsonl line 2"):
+        read_prompts([], [str(file)], None)
+
+
+def test_lone_surrogates_in_a_jsonl_file_are_no_text(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"messages": [{"role": "user", "content": "\\ud800"}]}\n')
+    with pytest.raises(ConfigError, match=r"prompt .*ud800"):
+        read_prompts([], [str(tmp_path / "p.jsonl")], None)
+
+
+def test_what_ends_like_a_file_is_one_or_says_that_it_is_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    long, strange = "长" * 300 + ".txt", "~nobody-of-that-name/a b.txt"
+    for missing in ("请看看notes.txt", "prompts.jsonl", "./my prompts.txt", strange, long):
+        with pytest.raises(ConfigError, match="after a lone --"):
+            read_prompts([], [missing], None, say=said.append)
+    assert said == []
+    assert read_prompts([], ["what is robots.txt"], None, say=said.append) == ["what is robots.txt"]
+    assert "taken as a prompt" in said.pop()
+    (tmp_path / "请看看notes.txt").write_text("a\nb\n")
+    name = "请看看notes.txt"
+    assert read_prompts([], [name], None, [name], said.append) == ["a", "b", name]
+    assert "2 prompts from 请看看notes.txt" in said.pop()
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "folder.txt").mkdir()
+    for strange in ("pipe.txt", "folder.txt"):
+        with pytest.raises(ConfigError, match=r"no regular file|Is a directory"):
+            read_prompts([], [strange], None)
+
+
+@pytest.mark.parametrize("word", ["-", "/dev/stdin"])
+def test_prompts_from_stdin(word):
+    program = "import sys; from glimmer.cli.results import read_prompts; print(read_prompts([], [sys.argv[1]], None))"
+    for content, code in (("你好\na\\nb\n", 0), ("", 1)):
+        done = subprocess.run(
+            [sys.executable, "-c", program, word],
+            input=content.encode(),
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
+            capture_output=True,
+            timeout=60,
+        )
+        assert done.returncode == code, done.stderr
+        assert done.stdout.decode() == ("" if code else "['你好', 'a\\nb']\n")
+
+
 def test_no_prompt_and_no_text():
     for prompts in ([], ["\udcff"]):
         with pytest.raises(ConfigError):
@@ -338,6 +426,99 @@ def test_rows_of_others_are_never_touched(tmp_path):
         Results(PROMPTS, tmp_path / "nowhere/rows.jsonl", resume=True)
 
 
+def test_rows_that_something_else_made_are_refused_by_what_differs(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    began = {"model_digest": "a", "temperature": 0.5, "chat": True}
+    rows = Results(PROMPTS, file, False, began)
+    rows.add(ANSWERED[0])
+    rows.close()
+    content = file.read_bytes()
+    Results(PROMPTS, file, True, began).close()
+    for now, words in (
+        (began | {"model_digest": "b"}, "line 1 was made with model_digest a, which is now b"),
+        (began | {"temperature": 0.6}, "temperature 0.5, which is now 0.6"),
+        ({"model_digest": "a", "temperature": 0.5}, "chat True, which is now the default"),
+        (began | {"system": "x"}, "system the default, which is now x"),
+        ({}, "model_digest a"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            Results(PROMPTS, file, True, now)
+        assert file.read_bytes() == content
+    file.write_bytes(LINES)
+    with pytest.raises(ConfigError, match="it does not name"):
+        Results(PROMPTS, file, True, began)
+
+
+def test_a_file_has_one_writer(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    first = Results(PROMPTS, file, False)
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match="being written by another process"):
+            Results(PROMPTS, file, resume)
+    first.add(ANSWERED[0])
+    first.close()
+    failed = Results(PROMPTS, file, True)
+    failed.add(ANSWERED[1] | {"error": "too long"})
+    failed.close()
+    again = Results(PROMPTS, file, True)
+    assert list(again.rows) == [0] and again.todo == [1, 2], "a row that failed is tried again"
+    with pytest.raises(ConfigError, match="being written by another process"):
+        Results(PROMPTS, file, True)
+    again.add(ANSWERED[1])
+    again.close()
+    assert [json.loads(line)["error"] for line in file.read_text().splitlines()] == [None, None]
+    assert os.listdir(tmp_path) == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["/dev/full", "/dev/zero", "pipe"])
+def test_rows_go_to_regular_files_only(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="no regular file"):
+        Results(PROMPTS, tmp_path / name, True)
+
+
+def test_a_row_that_does_not_fit_does_not_count(tmp_path, monkeypatch):
+    file = tmp_path / "rows.jsonl"
+    rows = Results(PROMPTS, file, False)
+    rows.add(ANSWERED[0])
+    content = file.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ConfigError, match="No space left"):
+            rows.add(ANSWERED[1])
+        with pytest.raises(ConfigError, match="No space left"):
+            save(tmp_path / "a.txt", "x")
+    assert list(rows.rows) == [0] and file.read_bytes() == content
+    assert os.listdir(tmp_path) == ["rows.jsonl"]
+    rows.add(ANSWERED[1])
+    assert file.read_bytes().count(b"\n") == 2
+
+
+def test_a_row_is_a_line_for_every_reader(tmp_path):
+    text = "a\u2028b\u2029c\x85d\x0be\nf\r北京"
+    rows = Results([text], tmp_path / "rows.jsonl", False)
+    rows.add(row(0, text, None, None))
+    [line] = (tmp_path / "rows.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(line)["prompt"] == text and "北京" in line
+
+
+def test_a_model_is_known_by_its_files(tmp_path, checkpoint):
+    model = shutil.copytree(checkpoint(), tmp_path / "a")
+    digest = identity.of_model(str(model))
+    assert digest == identity.of_model(str(shutil.copytree(model, tmp_path / "b")))
+    names = ["config.json", "chat_template.jinja", "generation_config.json", next(model.glob("*.safetensors")).name]
+    for name in names:
+        changed = shutil.copytree(model, tmp_path / name)
+        content = bytearray((changed / name).read_bytes())
+        content[-1] ^= 1
+        (changed / name).write_bytes(content)
+        assert identity.of_model(str(changed)) != digest, name
+
+
 def test_save_is_all_or_nothing(tmp_path):
     save(tmp_path / "a.txt", "北京")
     assert (tmp_path / "a.txt").read_text("utf-8") == "北京" and os.listdir(tmp_path) == ["a.txt"]
@@ -360,6 +541,7 @@ def run(tmp_path, monkeypatch, capsys, checkpoint):
         out, err = capsys.readouterr()
         return code, out, err
 
+    command.model = small[1]
     return command
 
 
@@ -393,17 +575,20 @@ def test_rows_resume_and_errors_in_rows(run, tmp_path):
     lines = [json.dumps(by_index[i], ensure_ascii=False) for i in (1, 0)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines) + '\n{"index": 3, "pro', encoding="utf-8")
     code, _, err = run("--output", "rows.jsonl", "--resume", "--predict_data", "prompts.txt", "--seed", "5")
-    assert code == 2 and "2 of 4 rows are in rows.jsonl already" in err
+    assert code == 2 and "1 of 4 rows are in rows.jsonl already" in err, "a row that failed is tried again"
     assert saved(tmp_path) == whole, "the same answers as without the interruption"
+    assert len((tmp_path / "rows.jsonl").read_text("utf-8").splitlines()) == 4
 
-    _, _, err = run("--output", "rows.jsonl", "--resume", "--predict_data", "prompts.txt", "--seed", "5")
-    assert "loaded" not in err and saved(tmp_path) == whole, "nothing to do, so no model is loaded"
+    file.write_text("北京\nwhy\n")
+    for resumed in (["--output", "few.jsonl"], ["--output", "few.jsonl", "--resume"]):
+        code, _, err = run(*resumed, "--predict_data", "prompts.txt")
+    assert code == 0 and "loaded" not in err, "nothing to do, so no model is loaded"
 
 
 def test_chat_uses_the_template_and_does_not_echo(run, tmp_path, monkeypatch):
     seen = []
-    chat = LLM.chat
-    monkeypatch.setattr(LLM, "chat", lambda *a, **k: seen.append(chat(*a, **k)) or seen[-1])
+    generate = LLM.generate
+    monkeypatch.setattr(LLM, "generate", lambda *a, **k: seen.append(generate(*a, **k)) or seen[-1])
     code, _, _ = run("--chat", "--no-think", "--system", "Be brief.", "why?")
     [[output]] = seen
     assert code == 0 and saved(tmp_path) == [output.outputs[0].text]
@@ -479,9 +664,109 @@ def test_sampling_parameters_reach_other_ranks_unchanged(run, monkeypatch):
     monkeypatch.setattr(LLM, "default_sampling_params", lambda self: sent)
     monkeypatch.setattr(LLM, "generate", lambda *a, **k: seen.extend(a[2]) or generate(*a, **k))
     monkeypatch.setattr("glimmer.parallel.Group.broadcast", lambda self, task: json.loads(json.dumps(task)))
-    code, _, err = run("hi", "--max-tokens", "2", "--seed", "3")
+    code, _, err = run("hi", "--max-tokens", "2", "--seed", "3", "--do_sample", "True")
     assert code == 0, err
     assert seen == [replace(sent, seed=3 << 32)]
+
+
+def sampled(monkeypatch) -> list[SamplingParams]:
+    """The parameters of all prompts from now on."""
+    seen: list[SamplingParams] = []
+    generate = LLM.generate
+    monkeypatch.setattr(LLM, "generate", lambda *a, **k: seen.extend(a[2]) or generate(*a, **k))
+    return seen
+
+
+@pytest.mark.parametrize(
+    "home, argv, temperature",
+    [
+        (ROOT, ["hi"], 0),
+        (None, ["hi"], 1),
+        (None, ["--predict_data", "hi"], 0),
+        (None, ["hi", "--max-new-tokens", "3"], 1),
+        (ROOT, ["hi", "--do_sample", "True"], 1),
+        (ROOT, ["hi", "--temperature", "0.5"], 0.5),
+        (None, ["hi", "--do-sample", "False"], 0),
+    ],
+)
+def test_the_guides_commands_are_greedy(checkpoint, tmp_path, monkeypatch, capsys, home, argv, temperature):
+    """The checkpoint's generation_config.json has no do_sample and no temperature, as GLM-4.5's."""
+    monkeypatch.chdir(tmp_path)
+    seen = sampled(monkeypatch)
+    model = ["--model", str(checkpoint(dtype="float32")), "--max-model-len", "64"]
+    limit = [] if "--max-new-tokens" in argv else ["--max-tokens", "3"]
+    assert predict.main([*model, *limit, *argv], home) == 0
+    assert [params.temperature for params in seen] == [temperature]
+    assert ("--do_sample True draws" in capsys.readouterr().err) == (temperature == 0 and "--do-sample" not in argv)
+
+
+def test_conversations_raw_prompts_and_how_long_answers_are(run, tmp_path, monkeypatch):
+    lines = [{"prompt": "why"}, {"messages": [{"role": "user", "content": "why"}]}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen = sampled(monkeypatch)
+    code, _, err = run("p.jsonl", "--output", "rows.jsonl")
+    assert code == 0 and [params.max_tokens for params in seen] == [6, 6]
+    rows = sorted(map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines()), key=lambda row: row["index"])
+    assert [row["prompt"] for row in rows] == ["why", lines[1]["messages"]]
+    assert saved(tmp_path) == ["why" + rows[0]["text"], rows[1]["text"]]
+    assert [row["finish_reason"] for row in rows] == ["length", "length"]
+    assert "2 of 2 answers are cut off after 6 tokens (max_tokens): 0, 1; --max-tokens N allows more" in err
+    assert "'finish_reason': ['length', 'length']" in (tmp_path / "text_generation_result.txt").read_text()
+    seen.clear()
+    monkeypatch.setattr(predict, "MAX_TOKENS", 5)
+    argv = ["p.jsonl", "--model", run.model, "--max-model-len", "40"]
+    assert predict.main(argv) == 0
+    assert [params.max_tokens for params in seen] == [5, None], "a conversation is answered until the context ends"
+
+
+def test_cut_answers_are_named_with_what_cut_them(run):
+    _, _, err = run("why", "--max-model-len", "32", "--max-tokens", "100", "--ignore-eos")
+    assert "the answer is cut off where the context is full (max_model_len); a larger --max-model-len" in err
+    _, _, err = run("why", "--ignore-eos", "--quiet")
+    [line] = err.splitlines()
+    assert "the answer is cut off after 6 tokens (max_tokens); --max-tokens N allows more" in line
+
+
+def test_several_answers_and_logprobs(run, tmp_path):
+    code, out, _ = run("why", "--n", "3", "--logprobs", "2", "--output", "rows.jsonl", "--ignore-eos", "--seed", "1")
+    [row] = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert code == 0 and len(row["outputs"]) == 3 and row["outputs"][0]["text"] == row["text"]
+    assert saved(tmp_path) == ["why" + one["text"] for one in row["outputs"]] and out.count("'why") == 3
+    assert len(row["logprobs"]) == row["completion_tokens"] and all(2 <= len(place) <= 3 for place in row["logprobs"])
+    assert "add --output" in refusal("why", "--logprobs", "1")
+
+
+def test_tools(run, tmp_path, monkeypatch):
+    seen, render = [], LLM.render
+    monkeypatch.setattr(LLM, "render", lambda *a, **k: seen.append(a) or render(*a, **k))
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    (tmp_path / "t.json").write_text(json.dumps(tools))
+    code, _, err = run("why", "--chat", "--tools", "t.json", "--max-model-len", "1024")
+    assert code == 0 and seen[0][2] == tools, err
+    for content in ("", "{}", "[]", "[1]", "[" * 100_000):
+        (tmp_path / "t.json").write_text(content)
+        code, _, err = run("why", "--chat", "--tools", "t.json")
+        assert code == 2 and "t.json holds no tools" in err
+    assert "add --chat" in refusal("why", "--tools", "t.json")
+
+
+def test_a_working_directory_that_cannot_be_written(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *a, **k: False)
+    rows = tmp_path / "elsewhere.jsonl"
+    code, out, err = run("why", "--output", str(rows))
+    assert code == 0 and "'why" in out and f"answers are in {rows} only" in err
+    assert os.listdir(tmp_path) == ["elsewhere.jsonl"]
+    code, _, err = run("why")
+    assert code == 2 and "cannot be written" in err
+
+
+def test_answers_that_cannot_be_saved_are_printed(run, monkeypatch):
+    def full(*args):
+        raise ConfigError("no space", "space", "free some")
+
+    monkeypatch.setattr(predict, "save", full)
+    code, out, err = run("why")
+    assert code == 2 and "'why" in out and "no space" in err
 
 
 @pytest.mark.parametrize("begun", [False, True])
@@ -492,7 +777,7 @@ def test_only_an_interrupted_generation_says_what_is_kept(run, monkeypatch, begu
         raise reason
 
     monkeypatch.setattr(LLM, "generate" if begun else "__init__", fail)
-    code, out, err = run("one", *kept)
+    code, out, err = run("one", "--do_sample", "True", *kept)
     interrupted = isinstance(reason, KeyboardInterrupt)
     assert code == (130 if interrupted else 1) and out == ""
     word = "interrupted" if interrupted else "stopped"
@@ -517,8 +802,9 @@ def test_ctrl_c_while_libraries_are_loading_is_no_traceback(tmp_path):
 def test_ctrl_c_while_a_command_is_loading_is_one_line(tmp_path, command):
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt  # as if somebody had just typed it")
     env = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    argv = [command, *["hi"] * (command == "predict")]
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "glimmer", command, "hi"], env=env, capture_output=True, text=True, timeout=60
+        [sys.executable, "-P", "-m", "glimmer", *argv], env=env, capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", f"\nglimmer {command}: interrupted\n")
 
@@ -558,6 +844,38 @@ def test_a_terminal_gets_bars(tmp_path, checkpoint):
     os.close(reader)
     assert done.returncode == 0 and done.stdout.startswith("'text_generation_text': ['hi"), shown
     assert "loading: " in shown and "generating: " in shown and "tokens/s" in shown
+
+
+def on_a_terminal(tmp_path: Path, *argv: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `glimmer predict` where both are the same pseudo-terminal."""
+    reader, terminal = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "glimmer", "predict", *argv],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=terminal, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(reader, 1000)
+        except OSError:  # nobody has the other end any more
+            break
+        shown += piece
+    os.close(reader)
+    _, err = process.communicate(timeout=60)
+    return process.returncode, shown.decode().replace("\r\n", "\n"), err
+
+
+@pytest.mark.slow
+def test_a_terminal_gets_plain_text(tmp_path, checkpoint):
+    model = ["--model", str(checkpoint(dtype="float32")), "--max-tokens", "5", "--temperature", "0"]
+    code, out, err = on_a_terminal(tmp_path, *model, "hi", "--output", "rows.jsonl")
+    assert code == 0, err
+    assert out.rstrip("\n") == saved(tmp_path)[0].rstrip("\n") and out.startswith("hi")
+    [kept] = map(json.loads, (tmp_path / "rows.jsonl").read_text("utf-8").splitlines())
+    assert "hi" + kept["text"] == saved(tmp_path)[0] and kept["completion_tokens"] > 0
+    code, out, err = on_a_terminal(tmp_path, *model, "hi", "why")
+    assert code == 0 and out.rstrip("\n") == "\n\n".join(saved(tmp_path)).rstrip("\n")
 
 
 # ---------------------------------------------------------------------- documentation
