@@ -143,7 +143,6 @@ class LLM:
         self.tokenizer = None if self.config.skip_tokenizer_init else Tokenizer.load(self.config.model)
         self.chat_template = ChatTemplate.load(self.config.model)
         self._defaults, eos = generation_defaults(self.config.model)
-        self.eos_token_ids = eos or self.model_config.eos_token_id
         vocab_size = self.model_config.vocab_size
         sampling_vocab_size = self.tokenizer.size if self.tokenizer else vocab_size
         if sampling_vocab_size > vocab_size:
@@ -152,6 +151,7 @@ class LLM:
                 "a tokenizer whose ids the model knows",
                 "use the tokenizer.json and config.json of one checkpoint",
             )
+        self.eos_token_ids = end_of_sequence(self.model_config, eos, self.tokenizer)
         self.group = group or join(self.config)
         assert self.group.device is not None, "join gives every rank a device"
         self._runner = Runner(self.config, self.model_config, self.group, self.group.device, on_load)
@@ -450,6 +450,22 @@ def join(config: EngineConfig) -> Group:
     """Meet the other processes; for those who have a word to say to them before they load. Errors: parallel.connect."""
     device = devices.resolve(config.device, parallel.local_rank())
     return parallel.connect(config.tensor_parallel_size, device, devices.COLLECTIVES[device.type])
+
+
+def end_of_sequence(config: ModelConfig, generation: tuple[int, ...], tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The ids that end an answer: those of generation_config.json, config.json and the tokenizer, all together.
+
+    Raises CheckpointError for an id that the model cannot produce.
+    """
+    own = () if tokenizer is None or tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    ids = tuple(dict.fromkeys((*generation, *config.eos_token_id, *own)))
+    if beyond := [id for id in ids if id >= config.vocab_size]:
+        raise CheckpointError(
+            f"eos_token_id {beyond[0]}, where vocab_size is {config.vocab_size}",
+            f"ids below {config.vocab_size} in config.json and generation_config.json",
+            "use the files of one checkpoint",
+        )
+    return ids
 
 
 def _unknown(name: str) -> ConfigError:

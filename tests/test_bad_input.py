@@ -127,7 +127,8 @@ def test_another_quantisation_is_named(config, word, refused, directory):
         (dict(num_key_value_heads=None), "no 'num_key_value_heads'"),
         (dict(hidden_size="large"), "hidden_size='large'"),
         (dict(num_experts_per_tok=99), "num_experts_per_tok=99"),
-        (dict(rope_scaling={"type": "yarn"}), "rope_type='yarn'"),
+        (dict(rope_scaling={"type": "yarn"}), "no 'factor'"),
+        (dict(rope_scaling={"type": "linear", "factor": 2}), "rope_type='linear'"),
         (dict(hidden_act="gelu"), "hidden_act='gelu'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 from checkpoints import TINY
@@ -58,7 +59,7 @@ def without(*keys: str) -> dict:
 def test_the_published_file():
     config = ModelConfig.from_dict(GLM_45)
     for field in dataclasses.fields(config):
-        if field.name not in ("eos_token_id", "dtype", "quantization_config"):
+        if field.name not in ("eos_token_id", "dtype", "quantization_config", "yarn"):
             assert getattr(config, field.name) == GLM_45[field.name], field.name
     assert config.eos_token_id == (151329, 151336, 151338)
     assert (config.dtype, config.quantization_config, config.rotary_dim) == ("bfloat16", None, 64)
@@ -206,7 +207,15 @@ def test_an_impossible_value_is_named(key, value):
         (dict(n_group=8), "8 groups of 1 experts"),
         (dict(n_group=4, topk_group=1), "num_experts_per_tok=4"),
         (dict(n_group=2, topk_group=3), "topk_group=3"),
-        (dict(rope_scaling={"rope_type": "yarn", "factor": 4}), "rope_type='yarn'"),
+        (dict(rope_scaling={"rope_type": "yarn"}), "no 'factor'"),
+        (dict(rope_scaling={"rope_type": "yarn", "factor": 0.5}), "factor=0.5"),
+        (dict(rope_scaling={"rope_type": "yarn", "factor": 4, "low_freq_factor": 1}), "low_freq_factor=1"),
+        (dict(rope_scaling={"factor": 4}), "factor without a rope_type=4"),
+        (dict(rope_parameters={"rope_theta": 1e6, "factor": 4}), "factor without a rope_type=4"),
+        (dict(rope_scaling={"type": "default", "factor": 4}), "factor=4"),
+        (dict(rope_scaling={"mrope_section": [8, 4]}), "mrope_section"),
+        (dict(rope_parameters={"rope_type": "linear", "factor": 2}, rope_scaling={"type": "yarn"}), "rope_type twice"),
+        (dict(rope_parameters={"factor": 2}, rope_scaling={"type": "yarn", "factor": 4}), "factor twice: 2 and 4"),
         (dict(rope_scaling={"type": "linear", "factor": 2}), "rope_type='linear'"),
         (dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e6}), "rope_type='llama3'"),
     ],
@@ -215,6 +224,54 @@ def test_impossible_combinations(changes, words):
     with pytest.raises(ConfigError) as error:
         ModelConfig.from_dict(TINY | changes)
     assert words in error.value.found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(rope_scaling={"rope_type": "yarn", "factor": 4}),
+        dict(rope_scaling={"type": "yarn", "factor": 4.0}),
+        dict(rope_parameters={"rope_type": "yarn", "factor": 4}),
+        dict(rope_parameters={"rope_type": "default"}, rope_scaling={"type": "yarn", "factor": 4}),
+        dict(rope_parameters={"type": "yarn"}, rope_scaling={"type": "default", "factor": 4}),
+        dict(rope_scaling={"type": "yarn"}, rope_parameters={"factor": 4, "attention_factor": None}),
+    ],
+)
+def test_yarn_wherever_it_stands(changes):
+    config = ModelConfig.from_dict(TINY | changes)
+    length = TINY["max_position_embeddings"]
+    assert config.yarn is not None and config.yarn.factor == 4 and config.context == 4 * length
+    assert config.yarn.original_max_position_embeddings == length
+    assert config.yarn.attention_factor == pytest.approx(0.1 * math.log(4) + 1)
+
+
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_partial_rotary_factor_wherever_it_stands(name):
+    without = {key: value for key, value in TINY.items() if key != "partial_rotary_factor"}
+    assert ModelConfig.from_dict(without | {name: {"partial_rotary_factor": 0.25}}).partial_rotary_factor == 0.25
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(architectures=["Glm4MoeLiteForCausalLM"], model_type="glm4_moe_lite"), "GLM-4.7-Flash"),
+        (dict(architectures=["Glm4vMoeForConditionalGeneration"], model_type="glm4v_moe"), "GLM-4.5V"),
+        (dict(quantization={"group_size": 64, "bits": 4}), "MLX"),
+        (dict(quantization_config={"group_size": 64, "bits": 4}), "MLX"),
+    ],
+)
+def test_what_lies_there_is_called_by_its_name(changes, words):
+    with pytest.raises(ConfigError) as error:
+        ModelConfig.from_dict(TINY | changes)
+    assert words in error.value.found
+
+
+@pytest.mark.parametrize("value", [10**6, 10**18, 10**299])
+@pytest.mark.parametrize("key", ["num_hidden_layers", "n_routed_experts"])
+def test_more_than_a_machine_can_hold(key, value):
+    with pytest.raises(ConfigError) as error:
+        ModelConfig.from_dict(TINY | {key: value})
+    assert key in error.value.found and "at most" in error.value.expected
 
 
 @pytest.mark.parametrize(

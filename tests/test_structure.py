@@ -11,6 +11,7 @@ FILES = sorted(p.relative_to(ROOT) for p in PACKAGE.rglob("*.py"))
 
 LEVELS = (
     ("errors",),
+    ("foreign",),
     ("config", "weight", "batch", "group"),
     ("checkpoint", "backends", "parallel", "device", "text"),
     ("model",),
@@ -23,6 +24,7 @@ LEVEL = {package: number for number, level in enumerate(LEVELS) for package in l
 # Beyond the order of levels: what a package must not import even from below.
 FORBIDDEN = {
     "errors": ("torch",),
+    "foreign": ("torch", "numpy", "tokenizers"),
     "config": ("torch", "transformers"),
     "checkpoint": ("glimmer.backends", "glimmer.parallel", "glimmer.group", "glimmer.device", "glimmer.text"),
     "backends": (

@@ -1,31 +1,30 @@
 """Checkpoint: a Hugging Face directory of safetensors files, read one slice of one tensor at a time.
 
 Words: the *header* of a file is its JSON table of tensors; the *index* is model.safetensors.index.json, which says
-which file holds which tensor; a *view* is a torch tensor whose memory is the mapped file itself.
+which file holds which tensor.
 
-The headers are parsed here, and not by the safetensors library, for two reasons: every size must be checked against
-the file before anything is read, so that half a download is an error message and not half a model; and pages that
-have been copied must be given back (`release`), so that loading needs the memory of one tensor and not of a file.
+The headers are parsed here, and not by the safetensors library, because every size must be checked against the file
+before anything is read, so that half a download is an error message and not half a model. Data is read into memory of
+our own, and not mapped: a mapped file that shrinks while it is read ends the process with SIGBUS. A file that is
+changed after its header was read is refused, so that no model is made of two.
 
 Not here: what a tensor means (model/names.py), how a format lays out its bits (formats/), config.json (only its
 presence is checked, as the mark of a model directory), writing.
 """
 
-import json
 import math
 import mmap
 import os
-import reprlib
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from glimmer.errors import CheckpointError
+from glimmer.foreign import open_regular, parse_json, quote, read_bytes, unreadable, unusable
 
 INDEX = "model.safetensors.index.json"
 LAYOUT = "a directory with config.json, tokenizer.json and *.safetensors files"
@@ -47,14 +46,10 @@ DTYPES = {
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit. The largest GLM checkpoint in one file would need 6 million
 POINTER = b"version https://git-lfs"
+STRETCH = 4 << 20  # bytes that are read at a time of a matrix that is cut by columns
 MAX_DIMS = 8  # far more than any weight has; keeps the product of a hostile shape small
 
-# Reading one byte makes the kernel map its neighbours too (64 KiB of them, or one large page of 2 MiB), so ranges are
-# given back in whole windows. Larger ones would make every call walk page tables that it has nothing to do with.
-WINDOW = 2 << 20
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 120
+Version = tuple[int, int, int, int]  # device, inode, size and time of the last change of a file
 
 
 class Stored(NamedTuple):
@@ -81,10 +76,10 @@ class Checkpoint:
     def __init__(self, directory: str | os.PathLike[str]):
         self.directory = Path(directory)
         self._tensors: dict[str, Stored] = {}
-        self._maps: dict[Path, mmap.mmap] = {}
-        self._bytes: dict[Path, Tensor] = {}  # each file whole, as uint8; a view, like everything handed out
+        self._versions: dict[Path, Version] = {}
+        self._current: tuple[Path, int] | None = None  # the file that was read last, and its descriptor
+        self._closed = False
         self._read: set[str] = set()
-        self._touched: list[tuple[Path, int, int]] = []
         paths = _list(self.directory)
         index = _read_index(self.directory / INDEX)
         absent = _absent_files(self.directory, paths, index)
@@ -97,21 +92,12 @@ class Checkpoint:
         self.index_fault: CheckpointError | None = absent or _astray(index, self._tensors)
 
     def _open(self, file: Path, index: dict[str, str]) -> None:
-        """Read one header and map the file."""
+        """Read one header."""
+        descriptor = self._descriptor(file)
         try:
-            with open(file, "rb") as opened:
-                tensors = _read_header(file, opened)
-                # PROT_READ: a private writable map of 200 GB would count as 200 GB of memory promised by the kernel.
-                mapped = mmap.mmap(opened.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
-        except OSError as error:
-            raise _unusable(file, f"cannot be read: {error.strerror or error}", "a readable file") from error
-        # From a cold disk 0.6 GB/s with it and 0.45 without; from the page cache no difference. WILLNEED and
-        # POPULATE_READ were slower or no faster.
-        mapped.madvise(mmap.MADV_SEQUENTIAL)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given buffer is not writable")  # nor shall it be
-            self._bytes[file] = torch.frombuffer(mapped, dtype=torch.uint8)
-        self._maps[file] = mapped
+            tensors = _read_header(file, descriptor)
+        except (OSError, MemoryError) as error:
+            raise unreadable(file, error) from error
         for name, stored in tensors.items():
             if name in self._tensors:
                 self._twice[name] = file.name if index.get(name) != file.name else self._tensors[name].file.name
@@ -122,7 +108,7 @@ class Checkpoint:
         for name, file in self._twice.items():
             if index.get(name) != self._tensors[name].file.name:
                 raise CheckpointError(
-                    f"tensor {_quote(name)} lies in {self._tensors[name].file.name} and in {file}",
+                    f"tensor {quote(name)} lies in {self._tensors[name].file.name} and in {file}",
                     f"each tensor once, or an index ({INDEX}) that says which one counts",
                     f"move the file that does not belong to this model out of {self.directory}",
                 )
@@ -154,11 +140,11 @@ class Checkpoint:
     def tensor(self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None) -> Tensor:
         """Rows start:stop and columns start:stop (None: all) of a tensor, in the type on disk, and mark it as read.
 
-        The result is a view into the file: nothing is copied, and writing to it kills the process. It stays valid
-        after `release` (which costs a second read) and after `close`. Slice bounds must lie inside the shape.
+        The result is memory of its own. Slice bounds must lie inside the shape. CheckpointError when the file has been
+        changed since its header was read.
         """
         stored = self._find(name)
-        assert self._bytes, "the checkpoint is closed"
+        assert not self._closed, "the checkpoint is closed"
         _, dtype, shape, begin, end = stored
         if rows is not None:
             start, stop = rows
@@ -166,39 +152,73 @@ class Checkpoint:
             row = (end - begin) // max(shape[0], 1)
             begin, end, shape = begin + start * row, begin + stop * row, (stop - start, *shape[1:])
         self._read.add(name)
-        if begin < end:
-            self._touched.append((stored.file, begin, end))
-        data = self._bytes[stored.file][begin:end]
-        if begin % dtype.itemsize:  # after a header of odd length; torch cannot look at such bytes in place
-            data = data.clone()
-        view = data.view(dtype).view(shape)
-        if cols is None:
-            return view
+        if cols is None or cols == (0, *shape[1:2]):
+            return self._data(stored.file, begin, end).view(dtype).view(shape)
         start, stop = cols
         assert len(shape) > 1 and 0 <= start <= stop <= shape[1], f"columns {cols} of {name} {shape}"
-        return view[:, start:stop]
+        part = torch.empty((shape[0], stop - start, *shape[2:]), dtype=dtype)
+        row = (end - begin) // max(shape[0], 1)
+        count = max(1, STRETCH // max(row, 1))  # rows at a time: what is cut off takes no memory
+        for first in range(0, shape[0], count):
+            last = min(first + count, shape[0])
+            data = self._data(stored.file, begin + first * row, begin + last * row)
+            part[first:last] = data.view(dtype).view(last - first, *shape[1:])[:, start:stop]
+        return part
 
-    def release(self) -> None:
-        """Give the pages behind every view handed out since the last call back to the kernel.
+    def _data(self, file: Path, begin: int, end: int) -> Tensor:
+        """Bytes begin:end of a file, as uint8."""
+        descriptor = self._descriptor(file)
+        if begin == end:
+            return torch.empty(0, dtype=torch.uint8)
+        try:
+            # Not malloc: it keeps what is freed between the packed weights, a tenth of them.
+            memory = mmap.mmap(-1, end - begin, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            buffer = memoryview(memory)
+            while begin < end:
+                count = os.preadv(descriptor, [buffer[len(buffer) - (end - begin) :]], begin)
+                if count == 0:
+                    break  # the file has shrunk, and so its version has changed
+                begin += count
+        except (OSError, MemoryError) as error:
+            raise unreadable(file, error) from error
+        if begin < end or _version(descriptor) != self._versions[file]:
+            raise _changed(file)
+        return torch.frombuffer(memory, dtype=torch.uint8)
 
-        A process that copies what it wants and then releases holds its copies and one tensor, never a whole file. The
-        bytes stay in the page cache while there is room, so other processes that read the same file lose nothing.
-        """
-        for file, begin, end in self._touched:
-            start = begin // WINDOW * WINDOW
-            self._maps[file].madvise(mmap.MADV_DONTNEED, start, -(-end // WINDOW) * WINDOW - start)
-        self._touched.clear()
+    def _descriptor(self, file: Path) -> int:
+        """An open descriptor of a file, the same as long as this file is read; only one is open at a time."""
+        if self._current is not None:
+            path, descriptor = self._current
+            if path == file:
+                return descriptor
+            self._close_current()
+        try:
+            descriptor = open_regular(file)
+        except FileNotFoundError:
+            raise _changed(file) from None
+        self._current = file, descriptor
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # twice the read-ahead
+        if self._versions.setdefault(file, _version(descriptor)) != _version(descriptor):
+            raise _changed(file)
+        return descriptor
+
+    def _close_current(self) -> None:
+        if self._current is not None:
+            os.close(self._current[1])
+            self._current = None
 
     def unread(self, ignoring: Callable[[str], bool] = lambda name: False) -> list[str]:
         """Sorted names of the tensors that nobody has asked for, without those that `ignoring` accepts."""
         return sorted(name for name in self._tensors if name not in self._read and not ignoring(name))
 
     def close(self) -> None:
-        """No more tensors after this. A file is unmapped when the last view into it is gone."""
-        # mmap.close() would take the memory away under live views: torch holds the map, not a lock on its buffer.
-        self._touched.clear()
-        self._bytes.clear()
-        self._maps.clear()
+        """No more tensors after this. Those that were read stay."""
+        self._closed = True
+        self._close_current()
+
+    def __del__(self) -> None:
+        self._close_current()
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -209,7 +229,7 @@ class Checkpoint:
     def _find(self, name: str) -> Stored:
         if name not in self._tensors:
             raise CheckpointError(
-                f"no tensor {_quote(name)} among the {len(self._tensors)} of {self.directory}",
+                f"no tensor {quote(name)} among the {len(self._tensors)} of {self.directory}",
                 "every tensor that config.json calls for",
                 "check that all files of the checkpoint are there and that config.json belongs to them",
             )
@@ -227,25 +247,21 @@ def _list(directory: Path) -> list[Path]:
             raise CheckpointError(f"there is no directory {directory}", LAYOUT, "check the path, or download the model")
         return sorted(path for path in directory.iterdir() if not path.name.startswith("."))
     except OSError as error:
-        raise CheckpointError(
-            f"{directory} cannot be read: {error.strerror or error}", "a readable directory", "check its permissions"
-        ) from error
+        raise unreadable(directory, error) from error
 
 
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file name; empty when there is no index."""
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except FileNotFoundError:
         return {}
-    except OSError as error:
-        raise _unusable(path, f"cannot be read: {error.strerror or error}", "a readable file") from error
     if data.startswith(POINTER):
         raise _pointer(path)
     index = _parse(path, "is", data)
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
-        raise _unusable(path, "is not an index", '{"weight_map": {"tensor name": "file name", ...}}')
+        raise unusable(path, "is not an index", '{"weight_map": {"tensor name": "file name", ...}}')
     return names
 
 
@@ -275,7 +291,8 @@ def _check_present(directory: Path, paths: list[Path], absent: CheckpointError |
         others = " and ".join(sorted(f"*{suffix}" for suffix in suffixes & {".bin", ".gguf", ".pt", ".pth"}))
         raise CheckpointError(
             f"{directory} has {' and '.join(lacking)}"
-            + (f", but {others} files, which are not read" if others else ""),
+            + (f", but {others} files, which are not read" if others else "")
+            + (" (GGUF is llama.cpp's format)" if ".gguf" in suffixes else ""),
             LAYOUT,
             "give the directory that holds these files, or finish the download",
         )
@@ -288,28 +305,40 @@ def _astray(index: dict[str, str], tensors: dict[str, Stored]) -> CheckpointErro
         return None
     return CheckpointError(
         f"{len(astray)} tensors are not in the files that {INDEX} names for them: "
-        + _some([f"{_quote(name)} not in {_quote(index[name])}" for name in astray]),
+        + _some([f"{quote(name)} not in {quote(index[name])}" for name in astray]),
         "an index that agrees with the files",
         f"download {INDEX} and these files again, from one revision of the checkpoint",
     )
 
 
-def _read_header(path: Path, opened: BinaryIO) -> dict[str, Stored]:
+def _version(descriptor: int) -> Version:
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _changed(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} has been changed, or has gone, while it was being read",
+        "files that stay as they are until the model is loaded",
+        "wait until the download or copy has finished, then start again",
+    )
+
+
+def _read_header(path: Path, descriptor: int) -> dict[str, Stored]:
     """The tensors of one file: 8 bytes with the header's length, the header, then nothing but data."""
-    size = os.fstat(opened.fileno()).st_size
-    start = opened.read(len(POINTER))
+    size = os.fstat(descriptor).st_size
+    start = os.pread(descriptor, len(POINTER), 0)
     if start == POINTER:
         raise _pointer(path)
     data = 8 + int.from_bytes(start[:8], "little")
     if size < 8 or size < data <= 8 + MAX_HEADER:
         wanted = f"{data:,} bytes or more, say its first eight" if size >= 8 else "a header and data"
-        raise _unusable(path, f"ends within its header: it has {size:,} bytes", wanted)
+        raise unusable(path, f"ends within its header: it has {size:,} bytes", wanted)
     if data > 8 + MAX_HEADER:
-        raise _unusable(path, f"claims a header of {data - 8:,} bytes", f"at most {MAX_HEADER:,} bytes of JSON")
-    opened.seek(8)
-    header = _parse(path, "has a header that is", opened.read(data - 8))
+        raise unusable(path, f"claims a header of {data - 8:,} bytes", f"at most {MAX_HEADER:,} bytes of JSON")
+    header = _parse(path, "has a header that is", os.pread(descriptor, data - 8, 8))
     if not isinstance(header, dict):
-        raise _unusable(path, "has a header that is no table of tensors", "a JSON object")
+        raise unusable(path, "has a header that is no table of tensors", "a JSON object")
     header.pop("__metadata__", None)
     tensors = {name: _describe(path, name, entry, data) for name, entry in header.items()}
     _check_layout(path, tensors, data, size)
@@ -322,27 +351,27 @@ def _describe(path: Path, name: str, entry: Any, data: int) -> Stored:
         case {"dtype": str(code), "shape": [*shape], "data_offsets": [begin, end]} if _counts(*shape, begin, end):
             pass
         case _:
-            raise _unusable(
+            raise unusable(
                 path,
-                f"describes tensor {_quote(name)} as {_quote(entry)}",
+                f"describes tensor {quote(name)} as {quote(entry)}",
                 '{"dtype": ..., "shape": [...], "data_offsets": [begin, end]} in whole numbers, none negative',
             )
     if code not in DTYPES:
-        raise _unusable(
+        raise unusable(
             path,
-            f"has tensor {_quote(name)} of type {_quote(code)}",
+            f"has tensor {quote(name)} of type {quote(code)}",
             f"one of {' '.join(DTYPES)}",
             "use a checkpoint in bf16 or in the official FP8 format",
         )
     dtype = DTYPES[code]
     if len(shape) > MAX_DIMS or not _counts(math.prod(max(size, 1) for size in shape)):
         most = f"at most {MAX_DIMS} dimensions and 2**63 - 1 elements"
-        raise _unusable(path, f"has tensor {_quote(name)} of shape {_quote(shape)}", most)
+        raise unusable(path, f"has tensor {quote(name)} of shape {quote(shape)}", most)
     nbytes = math.prod(shape) * dtype.itemsize
     if end - begin != nbytes:
-        raise _unusable(
+        raise unusable(
             path,
-            f"gives tensor {_quote(name)} {end - begin:,} bytes (data_offsets {begin:,} to {end:,})",
+            f"gives tensor {quote(name)} {end - begin:,} bytes (data_offsets {begin:,} to {end:,})",
             f"{nbytes:,} bytes, which {code} of shape {shape} takes",
         )
     return Stored(path, dtype, tuple(shape), data + begin, data + end)
@@ -354,30 +383,20 @@ def _check_layout(path: Path, tensors: dict[str, Stored], data: int, size: int) 
     for name, stored in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if stored.begin != place:
             fault = "overlaps the tensor before it" if stored.begin < place else "leaves a gap before it"
-            raise _unusable(
-                path, f"has tensor {_quote(name)} at byte {stored.begin:,}, which {fault}", f"byte {place:,}"
-            )
+            raise unusable(path, f"has tensor {quote(name)} at byte {stored.begin:,}, which {fault}", f"byte {place:,}")
         place = stored.end
     if place > size:
-        raise _unusable(path, f"is cut short: it has {size:,} bytes", f"{place:,} bytes, says its header")
+        raise unusable(path, f"is cut short: it has {size:,} bytes", f"{place:,} bytes, says its header")
     if place < size:
-        raise _unusable(path, f"has {size - place:,} bytes too many: {size:,}", f"{place:,} bytes, says its header")
+        raise unusable(path, f"has {size - place:,} bytes too many: {size:,}", f"{place:,} bytes, says its header")
 
 
 def _parse(path: Path, what: str, data: bytes) -> Any:
-    """JSON in which no key comes twice. `what` says, after the path, what should be JSON."""
+    """JSON of a file; `what` says, after the path, what should be JSON."""
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise _unusable(path, f"{what} no readable JSON: {error}", "JSON in UTF-8, each key once") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-        raise ValueError(f"the key {_quote(twice)} comes twice")
-    return table
+        return parse_json(data)
+    except ValueError as error:
+        raise unusable(path, f"{what} no readable JSON: {error}", "JSON in UTF-8, each key once") from error
 
 
 def _counts(*numbers: Any) -> bool:
@@ -385,20 +404,11 @@ def _counts(*numbers: Any) -> bool:
     return all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
 
 
-def _unusable(path: Path, found: str, expected: str, todo: str | None = None) -> CheckpointError:
-    return CheckpointError(f"{path} {found}", expected, todo or f"download {path.name} again and compare its size")
-
-
 def _pointer(path: Path) -> CheckpointError:
-    return _unusable(
+    return unusable(
         path, "is a git-lfs pointer, not the file", "the file itself", f"run: git -C {path.parent} lfs pull"
     )
 
 
 def _some(things: list[str], most: int = 5) -> str:
     return ", ".join(things[:most]) + (f" and {len(things) - most} more" if len(things) > most else "")
-
-
-def _quote(thing: Any) -> str:
-    """repr, cut to a line: names and values in a broken header may be of any length and depth."""
-    return _SHORT.repr(thing)

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from glimmer.cli.lazy import lazy
 from glimmer.cli.options import ENGINE, Command, Option, path, pick
-from glimmer.config import ModelConfig, check_quantization, read_json
+from glimmer.config import ModelConfig, check_quantization
 from glimmer.errors import CheckpointError, ConfigError
+from glimmer.foreign import read_json
 
 if TYPE_CHECKING:
     import torch

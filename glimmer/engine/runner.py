@@ -186,11 +186,11 @@ def make_kv_cache_config(
 
     Raises NotEnoughMemory with what is needed and what there is; ConfigError if max_model_len exceeds the model's own.
     """
-    longest = model.max_position_embeddings
+    longest = model.context
     if config.max_model_len is not None and config.max_model_len > longest:
         raise ConfigError(
             f"max_model_len={config.max_model_len}",
-            f"at most max_position_embeddings={longest}: the model knows no position beyond",
+            f"at most {longest}: the model knows no position beyond",
             f"set max_model_len to {longest} or less, or leave it out",
         )
     device = backend.device
@@ -239,6 +239,6 @@ def _activation_bytes(config: EngineConfig, model: ModelConfig) -> int:
     hidden, top_k = model.hidden_size, model.num_experts_per_tok
     attention = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
     wide = max(3 * attention, 3 * model.intermediate_size, 3 * top_k * (hidden + model.moe_intermediate_size))
-    tokens = min(config.max_num_batched_tokens, config.max_model_len or model.max_position_embeddings)
+    tokens = min(config.max_num_batched_tokens, config.max_model_len or model.context)
     rows = min(config.max_num_seqs, tokens)
     return 4 * (tokens * (4 * hidden + wide) + 2 * rows * model.vocab_size)

@@ -8,6 +8,7 @@ Not here: devices, files, sampling, and whether a row belongs to a prompt or to 
 
 # fmt: off
 # Each line of a forward pass ends with the shape of its result, in one column.
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from glimmer.backends.base import Backend, KVCache, RouteRule
 from glimmer.batch import Batch
-from glimmer.config import ModelConfig
+from glimmer.config import ModelConfig, Yarn
 from glimmer.group import Group
 from glimmer.model.layers import Embedding, Experts, Linear, RMSNorm, Vector
 
@@ -225,7 +226,27 @@ class Glm4Moe(nn.Module):
 
     def _rotary(self, positions: Tensor) -> Rotary:
         """cos and sin of the rotary angles, (T, R/2) float32 each; computed once for all layers."""
-        i = torch.arange(0, self.config.rotary_dim, 2, device=positions.device, dtype=torch.float32)
-        frequencies = 1.0 / self.config.rope_theta ** (i / self.config.rotary_dim)   # (R/2,)
+        config, yarn = self.config, self.config.yarn
+        i = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=torch.float32)
+        wavelengths = config.rope_theta ** (i / config.rotary_dim)                   # (R/2,)
+        if yarn is None:
+            angles = positions[:, None].float() * (1.0 / wavelengths)
+            return angles.cos(), angles.sin()
+        kept = _yarn_kept(yarn, config.rotary_dim, config.rope_theta).to(positions.device)
+        frequencies = 1.0 / (yarn.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
         angles = positions[:, None].float() * frequencies
-        return angles.cos(), angles.sin()
+        return angles.cos() * yarn.attention_factor, angles.sin() * yarn.attention_factor
+
+
+def _yarn_kept(yarn: Yarn, dim: int, theta: float) -> Tensor:
+    """How much of each frequency YaRN keeps, (R/2,): 1 for fast rotations, 0 for slow ones, and a ramp between them."""
+
+    def place(rotations: float) -> float:  # the dimension that turns so many times within the original context
+        return dim * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = place(yarn.beta_fast), place(yarn.beta_slow)
+    if yarn.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32) - first) / ((last - first) or 0.001)
+    return 1 - ramp.clamp(0, 1)

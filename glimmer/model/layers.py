@@ -63,7 +63,7 @@ class Layer(nn.Module, ABC):
         return (unit,)
 
     def _copy(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """A tensor as it is kept: always a copy, since what was read is a view into a file."""
+        """A tensor as it is kept: always a copy, since what was read may be a slice of more."""
         return tensor.to(self.backend.device, dtype, copy=True)
 
 

@@ -2,7 +2,7 @@
 
 `WeightLoader` looks at headers only: what is missing, superfluous, misshapen, or of formats that cannot be computed
 together is refused, and the bytes of this rank's share are known, before the first weight is read. `load` then walks
-the layers; each takes its own slices, which are copied once from the memory-mapped files into the form that the backend
+the layers; each takes its own slices, which are copied once into the form that the backend
 packs, quantised on the way where that is asked for. What a layer needs (float32, plain values, no fewer bits than 8) it
 says itself (layers.py; docs/numerics.md says why). Not here: names and cuts (names.py), formats (checkpoint/).
 """
@@ -126,7 +126,6 @@ class WeightLoader:
                 with closing(self._units(spec, progress)) as units:
                     layer.load(LayerWeights(self._vectors(spec), units, len(spec.units), self._dtype(layer)))
                     assert next(units, None) is None, f"{spec.layer} has not taken all of its matrices"
-                self.checkpoint.release()
 
     def tensors(self, progress: Progress = lambda nbytes: None) -> Generator[tuple[str, Tensor]]:
         """Names and tensors of a checkpoint that holds what `load` would make of this one, matrix by matrix."""
@@ -138,7 +137,6 @@ class WeightLoader:
                             for end, tensor in formats.encode(weight).items():
                                 yield f"{shard.name}.{end}", tensor
                 yield from zip((name for name, *_ in spec.vectors), self._vectors(spec), strict=True)
-                self.checkpoint.release()
 
     def outline(self) -> Iterator[tuple[str, Tensor]]:
         """What `tensors` will give, without values (torch's meta device)."""
@@ -315,7 +313,6 @@ class WeightLoader:
             for i in range(0, len(spec.units), width):
                 units = spec.units[i : i + width]
                 yield from work(read, units)
-                self.checkpoint.release()
                 progress(self._nbytes(spec, units))
 
     @cached_property

@@ -7,13 +7,15 @@ Not here: chat templates (chat.py), stop strings (incremental.py), and any clean
 """
 
 import codecs
-import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
-from glimmer.errors import CheckpointError, RequestError
+from glimmer.errors import CheckpointError, GlimmerError, RequestError
+from glimmer.foreign import MAX_TOKENIZER, is_unicode, quote, read_bytes, read_optional_json
 
 
 def byte_symbols() -> list[str]:
@@ -37,61 +39,74 @@ class Tokenizer:
     size:        the last id + 1. The model's embedding may have more rows; they mean nothing and must not be sampled.
     special_ids: ids of the control tokens, which are no part of an answer's text, such as <|user|>. Tags
                  such as <think> and <tool_call> are single tokens too, but not special: decoding keeps them.
+    eos_token_id: the end-of-sequence token that tokenizer_config.json names, or None.
     """
 
-    def __init__(self, library: tokenizers.Tokenizer, special_ids: Iterable[int]):
+    def __init__(self, library: tokenizers.Tokenizer, special_ids: Iterable[int], eos_token_id: int | None = None):
         # tokenizer.json may ask for truncation or padding, as in training; a prompt must be encoded as it is
         library.no_truncation()
         library.no_padding()
         self._library = library
         self._bytes = _bytes_by_id(library)
         self.special_ids = frozenset(special_ids)
+        self.eos_token_id = eos_token_id
         self.size = max(self._bytes, default=-1) + 1
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
         """Read tokenizer.json in `directory`. In tokenizer_config.json, if it is there, the list of added tokens
-        matters: it must agree about their ids, and says which of them are special.
+        matters: it must agree about their ids, and says which of them are special; and the end-of-sequence token.
 
         Raises CheckpointError if a file is missing, unreadable or not byte-level, or if the two disagree.
         """
         path = Path(directory) / "tokenizer.json"
-        if not path.is_file():
+        try:
+            content = read_bytes(path, MAX_TOKENIZER)
+        except FileNotFoundError:
             raise CheckpointError(
                 f"{path} does not exist",
                 "a checkpoint directory with the tokenizer of its model, in Hugging Face's format",
                 f"copy tokenizer.json from the model's repository into {directory}",
-            )
-        try:
-            library = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing more specific
-            raise CheckpointError(
-                f"{path} cannot be read: {error}",
+            ) from None
+        with _problems_of_the_library(
+            lambda problem: CheckpointError(
+                f"{path} cannot be read: {problem}",
                 "a tokenizer.json as the `tokenizers` library writes it",
                 "download the file again; compare its size with the one in the model's repository",
-            ) from error
+            )
+        ):
+            library = tokenizers.Tokenizer.from_buffer(content)
         special = {id for id, token in library.get_added_tokens_decoder().items() if token.special}
-        for id, name, is_special in _configured_tokens(Path(directory) / "tokenizer_config.json"):
+        configured = Path(directory) / "tokenizer_config.json"
+        config = read_optional_json(configured, "the tokenizer's configuration")
+        for id, name, is_special in _configured_tokens(config, configured):
             _agree(library, id, name, path)
             (special.add if is_special else special.discard)(id)
-        return cls(library, special)
+        return cls(library, special, _eos(library, config.get("eos_token"), configured))
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Ids of `text`; names of added tokens inside it (<|user|>, <think>, /nothink, ...) become those tokens.
 
         `add_special_tokens`: let the file's post-processor add what it adds. A rendered chat template already has it.
-        Raises RequestError if the text holds half a surrogate pair, which no UTF-8 can express.
+        Raises RequestError if the text holds half a surrogate pair, or if the library fails.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
+        if not is_unicode(text):
+            place = next(i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff")
             raise RequestError(
                 "text",
-                f"character {error.start} is U+{ord(text[error.start]):04X}, half of a surrogate pair",
+                f"character {place} is U+{ord(text[place]):04X}, half of a surrogate pair",
                 "Unicode text",
                 "send the whole character; in JSON both halves, such as \\ud83d\\ude00",
-            ) from error
-        return self._library.encode(text, add_special_tokens=add_special_tokens).ids
+            )
+        with _problems_of_the_library(
+            lambda problem: RequestError(
+                "text",
+                f"the tokenizer fails on a text of {len(text)} characters: {problem}",
+                "a text that the tokenizer can encode",
+                "shorten the text, above all runs of millions of equal characters",
+            )
+        ):
+            return self._library.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Raises RequestError for an id that the vocabulary does not have."""
@@ -143,6 +158,35 @@ class Detokenizer:
         return self._utf8.decode(b"", final=True)
 
 
+@contextmanager
+def _problems_of_the_library(error: Callable[[str], GlimmerError]) -> Iterator[None]:
+    """Whatever the library raises becomes error(message). A panic of its Rust code is no Exception, only a
+    BaseException, and it has no class that could be imported."""
+    try:
+        yield
+    except Exception as problem:
+        raise error(f"{problem}"[:500]) from problem
+    except BaseException as problem:
+        if type(problem).__name__ != "PanicException":
+            raise
+        raise error(f"{problem}"[:500]) from problem
+
+
+def _eos(library: tokenizers.Tokenizer, token: Any, path: Path) -> int | None:
+    """Id of "eos_token" in tokenizer_config.json: null, a text, or an object with its content."""
+    name = token.get("content") if isinstance(token, dict) else token
+    if name is None:
+        return None
+    id = library.token_to_id(name) if isinstance(name, str) else None
+    if id is None:
+        raise CheckpointError(
+            f"eos_token in {path} is {quote(token)}, which is no token of tokenizer.json",
+            'the name of a token, or {"content": its name}',
+            "use the tokenizer.json and tokenizer_config.json of one model",
+        )
+    return id
+
+
 def _bytes_by_id(library: tokenizers.Tokenizer) -> dict[int, bytes]:
     """What each token stands for. Raises CheckpointError if the vocabulary is not byte-level."""
     byte_of = {symbol: value for value, symbol in enumerate(byte_symbols())}
@@ -161,16 +205,14 @@ def _bytes_by_id(library: tokenizers.Tokenizer) -> dict[int, bytes]:
     return table
 
 
-def _configured_tokens(path: Path) -> list[tuple[int, str, bool]]:
-    """(id, name, special) of the added tokens that tokenizer_config.json lists, by id; none if it does not exist."""
-    if not path.is_file():
-        return []
+def _configured_tokens(config: dict[str, Any], path: Path) -> list[tuple[int, str, bool]]:
+    """(id, name, special) of the added tokens that tokenizer_config.json lists, by id."""
     try:
-        listed = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+        listed = config.get("added_tokens_decoder") or {}
         return sorted(
             (int(id), str(token["content"]), bool(token.get("special", False))) for id, token in listed.items()
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{path} cannot be read: {type(error).__name__}: {error}",
             'a JSON object whose "added_tokens_decoder" maps ids to {"content": ..., "special": ...}',

@@ -5,14 +5,21 @@ import json
 
 import pytest
 import torch
+from checkpoints import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.models.glm4_moe.configuration_glm4_moe import Glm4MoeConfig
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRotaryEmbedding
 
 from glimmer import LLM, SamplingParams
+from glimmer.backends import selection
 from glimmer.backends.base import ExpertSet, Packed
+from glimmer.config import ModelConfig
 from glimmer.engine.sequence import Chunk, Request, Sequence, Step
+from glimmer.group import Group
+from glimmer.model.glm4_moe import Glm4Moe
 from glimmer.weight import Weight
 
 pytestmark = pytest.mark.slow
@@ -41,6 +48,11 @@ VARIANTS = {
     "rope_parameters": dict(rope="parameters"),
     "whole heads rotated": dict(partial_rotary_factor=1.0),
     "rope_parameters, a quarter rotated": dict(rope="parameters", partial_rotary_factor=0.25, rope_theta=10000),
+    "yarn": dict(rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}),
+    "yarn, mscale, every dimension": dict(
+        partial_rotary_factor=1.0,
+        rope_scaling={"rope_type": "yarn", "factor": 8.0, "mscale": 0.707, "mscale_all_dim": 1.0, "truncate": False},
+    ),
     "dtype for torch_dtype": dict(dtype_key="dtype"),
     "one eos id": dict(eos_token_id=256),
     "aliases": dict(num_local_experts=8, num_mtp_layers=0),
@@ -102,6 +114,35 @@ def test_every_variant_agrees_in_float32(variant, checkpoint, engine, reference)
         error = (found.log_softmax(-1) - expected.log_softmax(-1)).abs().max()
         assert error < 1e-4, f"log-probabilities of {len(tokens)} tokens differ by {error:.1e}"
         assert_same_choices(expected[len(tokens) - 1 : -1], answer)
+
+
+YARN = [
+    dict(),
+    dict(original_max_position_embeddings=8192),
+    dict(beta_fast=64, beta_slow=2),
+    dict(attention_factor=1.25),
+    dict(mscale=0.707, mscale_all_dim=0.8),
+    dict(mscale=1.0),
+    dict(truncate=False),
+    dict(partial_rotary_factor=0.25, rope_theta=10000.0),
+    dict(beta_fast=1, beta_slow=1),
+    dict(factor=None, original_max_position_embeddings=1024),
+]
+
+
+@pytest.mark.parametrize("changes", YARN, ids=str)
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
+def test_yarn_as_transformers_computes_it(changes, place):
+    raw = {key: value for key, value in TINY.items() if key != "rope_scaling"}
+    raw |= {place: {"rope_type": "yarn", "rope_theta": 1e6, "partial_rotary_factor": 0.5, "factor": 4.0} | changes}
+    theirs = Glm4MoeRotaryEmbedding(Glm4MoeConfig(**copy.deepcopy(raw | {"head_dim": 128})))
+    config = ModelConfig.from_dict(raw | {"head_dim": 128, "num_nextn_predict_layers": 0})
+    positions = torch.tensor([0, 1, 2, 17, 1000, 4095, 16383])
+    cos, sin = theirs(torch.zeros(1), positions[None])
+    ours = Glm4Moe(config, Group(), selection.choose(torch.device("cpu")), torch.float32)._rotary(positions)
+    for found, expected in zip(ours, (cos, sin), strict=True):
+        assert (found - expected[0, :, : found.shape[1]]).abs().max() < 2e-3  # angles of 16,383 rad have an ulp of 1e-3
+        assert (found[:4] - expected[0, :4, : found.shape[1]]).abs().max() < 1e-5
 
 
 def test_the_variants_differ(checkpoint, engine):

@@ -8,7 +8,7 @@ from glimmer.weight import Kind, Weight
 
 
 class Plain(Format):
-    """X.weight (out, in) in a floating-point type; `read` gives a read-only view into the file."""
+    """X.weight (out, in) in a floating-point type; `read` gives it as it is stored."""
 
     accepts = "no quantization_config (bf16, fp16, fp32)"
     codes, codes_dtypes = "weight", FLOATS
