@@ -155,4 +155,4 @@ def test_the_model_can_be_read():
             files = [file for stem in stems for file in (stem.with_suffix(".py"), stem / "__init__.py")]
             todo += [file for file in files if (ROOT / file).is_file()]
     lines = sum(len((ROOT / p).read_text().splitlines()) for p in seen)
-    assert len(seen) <= 12 and lines <= 2000, f"{len(seen)} files, {lines} lines: {sorted(map(str, seen))}"
+    assert len(seen) <= 12 and lines <= 2400, f"{len(seen)} files, {lines} lines: {sorted(map(str, seen))}"
