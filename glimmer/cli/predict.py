@@ -26,8 +26,9 @@ from glimmer.cli import demo, exits, identity
 from glimmer.cli.lazy import lazy
 from glimmer.cli.options import ENGINE, SAMPLING, Command, Option, Settings, default, path, text, truth, without
 from glimmer.cli.results import Prompt, Results, read_prompts, row, save
-from glimmer.config import EngineConfig, SamplingParams, read_json
+from glimmer.config import EngineConfig, SamplingParams
 from glimmer.errors import ConfigError, GlimmerError, RequestError
+from glimmer.foreign import read_json
 from glimmer.mindformers import options as mindformers
 from glimmer.mindformers.options import GENERATION, KEYS, TRANSLATED
 
