@@ -11,6 +11,7 @@ import signal
 import statistics
 import threading
 import time
+import warnings
 
 import pytest
 import torch
@@ -656,6 +657,38 @@ def test_asking_within_on_step_is_refused_and_not_waited_for(llm):
     again = []
     llm.generate("a", greedy(3), on_finish=lambda i, output: again.append(answer(llm, "b", greedy(3))))
     assert again == [answer(llm, "b", greedy(3))]
+
+
+def test_closing_within_on_step_is_refused_and_nothing_is_closed(llm):
+    with pytest.raises(EngineError, match="within on_step"):
+        llm.generate("a", greedy(3), on_step=lambda new: llm.close())
+    assert answer(llm, "b", greedy(3))
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_forked_process_is_refused_and_not_waited_for(llm, busy):
+    """Just after a call, its thread lingers; within one, it computes."""
+    expected, pieces = answer(llm, "a", greedy(3)), llm.stream("a", greedy(300))
+    if busy:
+        next(pieces)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python's, about forks of processes with threads
+        child = os.fork()
+    if child == 0:
+        refused = 0
+        for ask in (lambda: llm.generate("a"), lambda: list(llm.stream("a")), lambda: list(pieces)):
+            try:
+                ask()
+            except EngineError as error:
+                refused += "forked" in error.found
+        llm.close()
+        os._exit(0 if refused == 3 else 1)
+    deadline = time.monotonic() + 60
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        assert time.monotonic() < deadline, "the child waits for a thread that it does not have"
+        time.sleep(0.01)
+    pieces.close()
+    assert ended[1] == 0 and answer(llm, "a", greedy(3)) == expected
 
 
 @pytest.mark.parametrize(

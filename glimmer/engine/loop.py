@@ -18,6 +18,7 @@ Not here: text, and what a client does with tokens (llm.py).
 import atexit
 import itertools
 import logging
+import os
 import queue
 import threading
 import weakref
@@ -54,6 +55,11 @@ LAST_STEP = 600.0  # seconds that `close` waits for the last step of a single pr
 MESSAGE = 1 << 20  # bytes that rank 0 sends at the head of a step, about; one request may be longer
 
 CLOSED = EngineError("the engine is closed", "requests before close()", "make a new LLM")
+FORKED = EngineError(
+    "an LLM in a forked process, which has none of the threads of the one that made it",
+    "requests in the process that made the LLM",
+    "make the LLM in the child, or start it with multiprocessing's method 'spawn'",
+)
 
 
 class OpenRequest:
@@ -88,6 +94,7 @@ class Loop:
         self._latest: threading.Thread | None = None  # the same, also after its last turn: until it has ended
         self._end: EngineError | None = None  # why there is no engine any more
         self._over = threading.Event()  # set with the end
+        _loops.add(self)
 
     # ------------------------------------------------------------------ for any thread
 
@@ -163,12 +170,21 @@ class Loop:
                 raise _copy(self._end)
 
     def close(self) -> None:
-        """End the thread; whoever still waits hears that the engine is closed. May be called again."""
+        """End the thread; whoever still waits gets an error that says so. May be called again.
+
+        Raises EngineError within a client's method: the thread cannot wait for itself.
+        """
+        if threading.current_thread() is self._thread:
+            raise EngineError(
+                "close() from within on_step, which the engine's own thread calls",
+                "close() in another thread, or between calls",
+                "raise an exception in on_step, which ends its call; then close",
+            )
         with self._guard:
             thread = self._latest
             if not self._running or not self._together:
                 self._stop(CLOSED)
-        if thread is None or thread is threading.current_thread():
+        if thread is None:
             return
         if self._group.rank == 0:
             self._post(lambda: self._records.append(Stop()))
@@ -176,6 +192,11 @@ class Loop:
             thread.join(LEAVE)  # rank 0 closes as well, and tells all ranks
             self._post(lambda: self._stop(CLOSED))
         thread.join(LAST_STEP if self._group.size == 1 else LEAVE)
+
+    def after_fork(self) -> None:
+        """In a forked child, where the thread does not exist and another thread may have held the lock: the end."""
+        self._guard, self._inbox, self._latest = threading.RLock(), queue.SimpleQueue(), None
+        self._stop(FORKED)
 
     def _post(self, do: Callable[[], None]) -> None:
         """Have the thread call `do`; begin a thread if there is none. After the end, `do` is called here."""
@@ -402,6 +423,17 @@ class Loop:
         """After the end: answer what is in the inbox."""
         while not self._inbox.empty():
             self._inbox.get_nowait()()
+
+
+_loops: weakref.WeakSet[Loop] = weakref.WeakSet()  # of this process
+
+
+def _after_fork() -> None:
+    for loop in list(_loops):
+        loop.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _close(reference: "weakref.ref[Loop]") -> None:
