@@ -69,6 +69,11 @@ class Runner:
             self.model = build_model(model_config, checkpoint, group, self.backend, residual).eval()
             loader = WeightLoader(self.model, checkpoint, dtype, config.quantization, config.group_size)
             self.kv_cache_config = make_kv_cache_config(config, model_config, group, self.backend, spec, loader.nbytes)
+            if config.dtype == "auto" and dtype is not torch.float32 and loader.stores(torch.float32):
+                log.warning(
+                    "weights are stored in float32 and computed in %s; dtype=float32 (--dtype) keeps them as they are",
+                    str(dtype).removeprefix("torch."),
+                )
             for stored, (count, nbytes) in loader.widened.items():
                 log.warning(
                     "%d matrices are stored in %s and computed as %s: they take %.2f GB of memory",

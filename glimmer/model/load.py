@@ -39,6 +39,7 @@ log = logging.getLogger("glimmer")
 MAX_LAYERS, MAX_EXPERTS = 1000, 100_000
 SHOWN = 8  # names in an error message; the rest is counted
 MTP_ONLY = ("eh_proj.", "enorm.", "hnorm.", "embed_tokens.", "shared_head.")  # what an ordinary layer does not have
+CACHE_SCALES = (".self_attn.k_proj.k_scale", ".self_attn.v_proj.v_scale")
 
 Progress = Callable[[int], object]  # is told the bytes that have been loaded since the last call
 
@@ -154,6 +155,14 @@ class WeightLoader:
         """(kind, group_size) that each matrix of the checkpoint becomes, by name."""
         return {shard.name: self._target(spec, shard) for spec in self.param_specs for shard in spec.shards}
 
+    def stores(self, dtype: torch.dtype) -> bool:
+        """Whether a matrix lies on disk as plain values of `dtype`, and is held in the dtype of the model."""
+        return any(
+            stored.dtype is dtype and not stored.widened and not self._layers[spec.layer].keep_float32
+            for spec in self.param_specs
+            for stored in (self._stored[shard.name] for shard in spec.shards)
+        )
+
     # ---- accounting, from headers ----------------------------------------------------------------------------------
 
     def _account(self) -> None:
@@ -195,11 +204,13 @@ class WeightLoader:
         self._refuse("superfluous", superfluous, "use the config.json that belongs to these weights")
 
     def _left_out(self) -> set[str]:
-        """What we knowingly leave: the MTP layer, when nobody asked for it. An ordinary layer there is not it."""
+        """What we knowingly leave: the MTP layer, when nobody asked for it (an ordinary layer there is not it), and the
+        scales of a cache in FP8, since keys and values are kept in more bits."""
         prefix = names.mtp_prefix(self._config)
         layer = {name for name in self.checkpoint.names() if name.startswith(prefix)}
         is_mtp = any(name.removeprefix(prefix).startswith(MTP_ONLY) for name in layer)
-        return layer if is_mtp and self.model.mtp_parts is None else set()
+        left = layer if is_mtp and self.model.mtp_parts is None else set()
+        return left | {name for name in self.checkpoint.names() if name.endswith(CACHE_SCALES)}
 
     def _refuse(self, what: str, found: list[str], todo: str) -> None:
         if found:

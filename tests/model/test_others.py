@@ -20,8 +20,9 @@ from torch import Tensor
 from glimmer import LLM, SamplingParams
 from glimmer.backends.reference import Reference
 from glimmer.checkpoint.files import INDEX, Checkpoint
+from glimmer.checkpoint.formats import check
 from glimmer.config import ModelConfig
-from glimmer.errors import CheckpointError
+from glimmer.errors import CheckpointError, ConfigError
 from glimmer.group import Group
 from glimmer.model.load import WeightLoader, build_model
 
@@ -220,6 +221,8 @@ def twins(checkpoint, tmp_path):
         encode, said = FORMATS[name]
         config = json.loads((source / "config.json").read_text())
         linears = {n for n, _, kind in tensors(config, "full") if kind == "linear"}
+        if said is None or not said.keys() & {"dynamic", "extra_config"}:  # these leave the router as it is
+            linears |= {n for n, *_ in tensors(config, "full") if n.endswith(".mlp.gate.weight")}
         coded, plain = {}, {}
         for tensor, values in load_file(source / "model.safetensors").items():
             if tensor not in linears:
@@ -281,13 +284,10 @@ def stack(held: dict[str, Tensor], layers: range, parts: tuple[str, ...]) -> dic
     held = dict(held)
     for layer in layers:
         prefix = f"model.layers.{layer}.mlp.experts"
-        take = lambda end: [held.pop(f"{prefix}.{e}.{end}.weight") for e in range(8)]
-        if "gate_up" in parts:
-            held[f"{prefix}.gate_up_proj"] = torch.stack(
-                [torch.cat(p) for p in zip(take("gate_proj"), take("up_proj"))]
-            )
-        if "down" in parts:
-            held[f"{prefix}.down_proj"] = torch.stack(take("down_proj"))
+        for name, ends in (("gate_up", ("gate", "up")), ("down", ("down",))):
+            if name in parts:
+                each = [torch.cat([held.pop(f"{prefix}.{e}.{end}_proj.weight") for end in ends]) for e in range(8)]
+                held[f"{prefix}.{name}_proj"] = torch.stack(each)
     return held
 
 
@@ -360,3 +360,96 @@ def test_a_file_of_the_index_whose_tensors_are_wanted_is_missed(checkpoint, tmp_
     sorted(source.glob("*.safetensors"))[1].unlink()
     with Checkpoint(source) as opened, pytest.raises(CheckpointError, match="lacks 1 of the 2 files"):
         loader_of(source, opened, Group(), mtp=False)
+
+
+# ---- words at the start, and refusals ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_what_is_widened_is_said(twins, caplog):
+    coded, _ = twins("fp8 blocks")
+    with caplog.at_level(logging.WARNING), LLM(str(coded), max_model_len=64):
+        pass
+    assert re.search(r"matrices are stored in FP8 in blocks of 128 x 128 and computed as float32: .* GB", caplog.text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", [None, "bfloat16"])
+def test_float32_weights_are_not_computed_in_bfloat16_in_silence(key, checkpoint, tmp_path, caplog):
+    source = shutil.copytree(checkpoint(dtype="float32"), tmp_path / "model")
+    config = json.loads((source / "config.json").read_text())
+    config = {name: value for name, value in config.items() if name != "torch_dtype"}
+    (source / "config.json").write_text(json.dumps(config | ({} if key is None else {"torch_dtype": key})))
+    for dtype, said in (("auto", True), ("float32", False), ("bfloat16", False)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING), LLM(str(source), dtype=dtype, max_model_len=64):
+            pass
+        assert ("stored in float32 and computed in bfloat16" in caplog.text) == said
+
+
+@pytest.mark.slow
+def test_scales_of_a_cache_are_left_out(twins):
+    """ModelOpt writes them beside k and v for an FP8 cache; keys and values are kept in more bits here."""
+    coded, plain = twins("nvfp4, modelopt")
+    held = load_file(coded / "model.safetensors")
+    held |= {f"model.layers.{i}.self_attn.{x}_proj.{x}_scale": torch.ones(()) for i in range(4) for x in "kv"}
+    save_file(held, coded / "model.safetensors")
+    assert divergence(logprobs(plain), logprobs(coded)) < 3e-4
+
+
+@pytest.mark.parametrize("format", ["w4a16, short last group", "gptq 8", "fp8 blocks"])
+def test_experts_of_several_kinds_are_refused_before_loading(format, twins):
+    """One expert in int8 of one scale for a row, among others."""
+    coded, _ = twins(format)
+    held = load_file(coded / "model.safetensors")
+    prefix = "model.layers.2.mlp.experts.3."
+    held = {name: tensor for name, tensor in held.items() if not name.startswith(prefix)}
+    for end, shape in (("gate_proj", (96, 192)), ("up_proj", (96, 192)), ("down_proj", (192, 96))):
+        held[f"{prefix}{end}.weight"] = torch.ones(shape, dtype=torch.int8)
+        held[f"{prefix}{end}.weight_scale"] = torch.ones(shape[0], 1)
+    save_file(held, coded / "model.safetensors")
+    with Checkpoint(coded) as checkpoint, pytest.raises(CheckpointError, match=r"different formats.*experts\.3\."):
+        loader_of(coded, checkpoint, Group())
+
+
+def test_a_scale_too_few_is_refused(twins):
+    """The shape contradicts what config.json says, and several sizes of groups would give it."""
+    coded, _ = twins("w8a16 group")
+    held = load_file(coded / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight_scale"
+    held[name] = held[name][:, :2].contiguous()
+    save_file(held, coded / "model.safetensors")
+    with Checkpoint(coded) as checkpoint, pytest.raises(CheckpointError, match="weight_scale as float16 of shape"):
+        loader_of(coded, checkpoint, Group())
+
+
+@pytest.mark.parametrize(
+    "config, found",
+    [
+        ({"quant_method": "mxfp4"}, "MXFP4"),
+        (groups(FOUR | {"format": "mxfp4-pack-quantized"}), "MXFP4"),
+        (ROUND | {"data_type": "mx_fp"}, "MXFP4"),
+        (ROUND | {"bits": 2}, "bits = 2"),
+        (ROUND | {"packing_format": "auto_round:llm_compressor"}, "packing_format = 'auto_round:llm_compressor'"),
+        (ROUND | {"extra_config": {"lm_head": {"bits": 3}}}, "extra_config.lm_head.bits = 3"),
+        (ROUND | {"extra_config": {"(": {"bits": 8}}}, "extra_config = '('"),
+        (ROUND | {"extra_config": ["lm_head"]}, "extra_config = ['lm_head']"),
+        (GPTQ | {"dynamic": {"+:[": {"bits": 8}}}, "dynamic = '['"),
+        (GPTQ | {"dynamic": {"x": None}}, "dynamic.x = None"),
+        (GPTQ | {"format": "marlin"}, "format = 'marlin'"),
+        (GPTQ | {"format": "gptq_v2", "checkpoint_format": "gptq"}, "checkpoint_format beside format = 'gptq'"),
+        (GPTQ | {"meta": {"quantizer": ["gptqmodel:5.0.0"]}}, "checkpoint_format = None"),
+        (GPTQ | {"meta": 5}, "meta = 5"),
+        (groups(pack(8, 128, True, targets=5)), "targets = 5"),
+        (groups(pack(8, 128, True, targets=["re:("])), "targets = '('"),
+        ({"quant_method": "fp8", "weight_block_size": None}, "weight_block_size = None"),
+        ({"quant_method": "fp8", "weight_block_size": [64, 128]}, "weight_block_size = [64, 128]"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"}, "'static'"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "quant_algo = 'FP8'"),
+        ({"quant_method": "modelopt", "quantization": 3}, "quantization = 3"),
+    ],
+)
+def test_refused_by_name(config, found):
+    with pytest.raises(ConfigError) as caught:
+        check(config)
+    assert found in caught.value.found

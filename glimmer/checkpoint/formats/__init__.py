@@ -46,6 +46,8 @@ FORMATS: tuple[Format, ...] = (
     Plain(), BlockFloat(), ModelOptNVFP4(), *compressed_tensors.FAMILY, AWQ(), AutoRound(), GPTQ(), Stacked(),
 )  # fmt: skip
 
+KNOWN = {"mxfp4": "MXFP4", "mx_fp": "MXFP4"}  # what is refused by its name, by a word in the value that says it
+
 
 def check(quantization_config: Any) -> None:
     """Refuse a quantization_config (of config.json) that `read` cannot follow; ConfigError names what it found."""
@@ -62,6 +64,7 @@ def check(quantization_config: Any) -> None:
         raise Unsupported("quant_method", method, f"{', '.join(methods)} or {last}")
     except Unsupported as error:
         found = f"{error.key} = {error.value!r}, where {error.wanted} can be read"
+        found += next((f" ({name} is not read)" for word, name in KNOWN.items() if word in repr(error.value)), "")
         raise ConfigError(
             f"config.json has a quantization_config with {found}",
             "; ".join(each.accepts for each in FORMATS),
