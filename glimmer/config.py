@@ -5,16 +5,20 @@ frozen and complete: a value that glimmer cannot serve is refused here, by the n
 the JSON files again. Not here: torch, files other than config.json and generation_config.json, whether memory suffices.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from glimmer.errors import CheckpointError, ConfigError, RequestError
+from glimmer import vllm_names
+from glimmer.errors import CheckpointError, ConfigError, RequestError, shown
 from glimmer.foreign import MAX_NUMBER, quote, read_json, read_optional_json
 
 ARCHITECTURE = "Glm4MoeForCausalLM"
+MAX_WHOLE = 2**31 - 1  # of a number that counts something
+MAX_BYTES = 2**62  # of memory
 FAMILY = "GLM-4.5, GLM-4.5-Air, GLM-4.6 or GLM-4.7 (model_type glm4_moe)"
 RELATIVES = {  # other architectures whose names are close enough to be taken for the family, by model_type
     "glm4_moe_lite": "GLM-4.7-Flash",
@@ -414,8 +418,10 @@ class EngineConfig:
             )
         if self.kv_cache_dtype not in ("auto", "int8"):
             raise ConfigError(f"kv_cache_dtype={self.kv_cache_dtype!r}", "'auto' or 'int8'", "choose one of these")
-        if not isinstance(self.seed, int):
-            raise ConfigError(f"seed={self.seed!r}", "a whole number", "pass an int")
+        if not Number(-MAX_SEED, MAX_SEED, whole=True).holds(self.seed):
+            raise ConfigError(
+                f"seed={shown(self.seed)}", f"a whole number from -{MAX_SEED} to {MAX_SEED}", "pass another"
+            )
         for key in ("enable_prefix_caching", "skip_tokenizer_init"):
             if not isinstance(getattr(self, key), bool):
                 raise ConfigError(f"{key}={getattr(self, key)!r}", "True or False", "pass one of these")
@@ -438,8 +444,74 @@ def check_quantization(quantization: str | None, group_size: int | None) -> None
 
 
 def _check_count(key: str, value: Any, error: type[ConfigError]) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise error(f"{key}={value!r}", "a whole number of at least 1", f"pass a positive {key}")
+    most = MAX_BYTES if key.endswith("_bytes") else MAX_WHOLE
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise error(f"{key}={shown(value)}", f"a whole number from 1 to {most}", f"pass another {key}")
+
+
+MAX_SEED = 2**128  # in magnitude
+MAX_ANSWERS = 4096  # the largest n of one request
+MAX_STOP = 1 << 14  # characters of all stop strings together; bad words likewise
+MAX_IDS = 1 << 20  # token ids in one list
+MAX_STOP_IDS = 4096
+
+
+@dataclass(frozen=True)
+class Number:
+    """The numbers that a parameter may be: from `low` to `high`, whole ones only if `whole`; None too if `optional`.
+
+    also: a number outside of these limits that is accepted; meaning: what the special ones stand for.
+    """
+
+    low: float
+    high: float
+    whole: bool = False
+    optional: bool = False
+    also: float | None = None
+    meaning: str = ""
+
+    def holds(self, value: Any) -> bool:
+        """Whether the value is such a number. Python compares numbers of any size exactly, and NaN with none."""
+        if value is None:
+            return self.optional
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
+            return False
+        return self.low <= value <= self.high or value == self.also
+
+    def __str__(self) -> str:
+        """For error messages."""
+        kind = "a whole number" if self.whole else "a number"
+        other = ("" if self.also is None else f", or {self.also:g}") + (", or None" if self.optional else "")
+        return f"{kind} from {_plain(self.low)} to {_plain(self.high)}{other}{self.meaning}"
+
+
+def _plain(value: float) -> str:
+    return str(value) if isinstance(value, int) and abs(value) <= MAX_WHOLE else f"{value:g}"
+
+
+MODERATE = (1e-12, 1e15)
+COUNT = Number(1, MAX_WHOLE, whole=True, optional=True)
+LOGPROBS = Number(0, MAX_WHOLE, whole=True, optional=True, also=-1, meaning=" (-1: the whole vocabulary)")
+ENGINE_SEED = Number(-(2**64), 2**64, whole=True)
+TOKEN_ID = Number(0, MAX_WHOLE, whole=True)
+BIAS = Number(-1e15, 1e15)
+
+NUMBERS = {
+    "n": Number(1, MAX_ANSWERS, whole=True),
+    "temperature": Number(*MODERATE, also=0, meaning=" (greedy)"),
+    "top_p": Number(1e-12, 1),
+    "top_k": Number(-1, MAX_WHOLE, whole=True, meaning=" (0 or -1: no limit)"),
+    "min_p": Number(0, 1),
+    "repetition_penalty": Number(*MODERATE, meaning=" (1 is none)"),
+    "presence_penalty": Number(-2, 2),
+    "frequency_penalty": Number(-2, 2),
+    "seed": Number(-MAX_SEED, MAX_SEED, whole=True, optional=True),
+    "min_tokens": Number(0, MAX_WHOLE, whole=True),
+    "max_tokens": COUNT,
+    "logprobs": LOGPROBS,
+    "prompt_logprobs": LOGPROBS,
+    "truncate_prompt_tokens": Number(1, MAX_WHOLE, True, True, also=-1, meaning=" (-1: to the context)"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -452,13 +524,19 @@ class SamplingParams:
                                  min_p times as likely as the likeliest; applied in this order after the temperature
     repetition_penalty           divides positive and multiplies negative logits of tokens in prompt or answer
     presence_, frequency_penalty subtracted once · once per occurrence, for tokens in the answer
-    logit_bias                   {token id: added to its logit}
+    logit_bias                   {token id: added to its logit}, before the penalties
+    allowed_token_ids, bad_words the only tokens that may come · texts that must not come in the answer
     seed                         makes the answer a function of (prompt, params, seed), whatever runs beside it
     stop, stop_token_ids         strings and ids that end the answer; ids count as part of it, strings do not
-    min_tokens                   no end-of-sequence or stop id before that many tokens
+    min_tokens                   neither end-of-sequence nor stop ids nor stop strings before that many tokens
     max_tokens                   None: up to the context's end
     ignore_eos                   the model's own end-of-sequence ids do not end the answer
-    logprobs, prompt_logprobs    log-probabilities of that many likeliest tokens and of the one chosen (or given)
+    logprobs, prompt_logprobs    log-probabilities of that many likeliest tokens (-1: all) and of the one chosen
+    truncate_prompt_tokens       keep the last so many tokens of the prompt; -1: as many as the context holds
+    detokenize                   False: token ids only, no text
+    spaces_between_special_tokens  without effect, as for every byte-level vocabulary: nothing is put between tokens
+
+    Parameters of vLLM that glimmer has not are accepted where they change nothing, and refused by name otherwise.
     """
 
     n: int = 1
@@ -470,67 +548,98 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
     seed: int | None = None
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    detokenize: bool = True
     min_tokens: int = 0
     max_tokens: int | None = 16
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for field, kinds, accepted in (
             ("stop", (str, list, tuple), "a non-empty string or a list of them"),
+            ("bad_words", (list, tuple), "a list of non-empty strings"),
             ("stop_token_ids", (list, tuple), "a list of token ids"),
+            ("allowed_token_ids", (list, tuple), "a list of token ids"),
             ("logit_bias", (Mapping,), "{token id: number}"),
         ):
             value = getattr(self, field)
             if value is not None and not isinstance(value, kinds):
-                raise RequestError(field, f"{field}={value!r}", accepted, f"change {field}")
+                raise _refused(field, value, accepted)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
-        whole: Callable[[Any], bool] = lambda v: isinstance(v, int) and not isinstance(v, bool)
-        real: Callable[[Any], bool] = lambda v: (
-            isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+        for field, number in NUMBERS.items():
+            if not number.holds(getattr(self, field)):
+                raise _refused(field, getattr(self, field), str(number))
+        texts: Callable[[Any], bool] = lambda v: (
+            all(isinstance(s, str) and s for s in v) and sum(map(len, v)) <= MAX_STOP
         )
-        moderate: Callable[[Any], bool] = lambda v: 1e-12 <= v <= 1e15
-        biases: Callable[[Any], bool] = lambda v: all(
-            whole(i) and i >= 0 and real(b) and abs(b) <= 1e15 for i, b in v.items()
-        )
+        ids: Callable[[Any, int], bool] = lambda v, most: len(v) <= most and all(map(TOKEN_ID.holds, v))
+        biases: Callable[[Any], bool] = lambda v: all(TOKEN_ID.holds(i) and BIAS.holds(b) for i, b in v.items())
+        switch: Callable[[Any], bool] = lambda v: isinstance(v, bool)
+        characters = f"at most {MAX_STOP} characters together"
         checks: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-            ("n", lambda v: whole(v) and v >= 1, "a whole number of at least 1"),
+            ("stop", texts, f"a non-empty string or a list of them, {characters}"),
+            ("bad_words", texts, f"a list of non-empty strings, {characters}"),
+            ("stop_token_ids", lambda v: ids(v, MAX_STOP_IDS), f"a list of at most {MAX_STOP_IDS} token ids"),
             (
-                "temperature",
-                lambda v: real(v) and (v == 0 or moderate(v)),
-                "0 (greedy), or a number from 1e-12 to 1e15",
+                "allowed_token_ids",
+                lambda v: v is None or (len(v) > 0 and ids(v, MAX_IDS)),
+                "a list of token ids, not an empty one",
             ),
-            ("top_p", lambda v: real(v) and 0 < v <= 1, "a number in (0, 1]"),
-            ("top_k", lambda v: whole(v) and v >= -1, "a whole number; 0 or -1 for no limit"),
-            ("min_p", lambda v: real(v) and 0 <= v <= 1, "a number in [0, 1]"),
-            ("repetition_penalty", lambda v: real(v) and moderate(v), "a number from 1e-12 to 1e15 (1 is none)"),
-            ("presence_penalty", lambda v: real(v) and -2 <= v <= 2, "a number in [-2, 2]"),
-            ("frequency_penalty", lambda v: real(v) and -2 <= v <= 2, "a number in [-2, 2]"),
-            ("seed", lambda v: v is None or whole(v), "a whole number or None"),
-            ("stop", lambda v: all(isinstance(s, str) and s for s in v), "a non-empty string or a list of them"),
-            ("stop_token_ids", lambda v: all(whole(i) and i >= 0 for i in v), "a list of token ids"),
-            ("logit_bias", biases, "{token id: number from -1e15 to 1e15}"),
-            ("min_tokens", lambda v: whole(v) and v >= 0, "a whole number of at least 0"),
-            ("max_tokens", lambda v: v is None or (whole(v) and v >= 1), "a whole number of at least 1, or None"),
-            ("logprobs", lambda v: v is None or (whole(v) and v >= 0), "a whole number of at least 0, or None"),
-            ("prompt_logprobs", lambda v: v is None or (whole(v) and v >= 0), "a whole number of at least 0, or None"),
+            ("logit_bias", biases, f"{{token id: {BIAS}}}"),
+            ("include_stop_str_in_output", switch, "True or False"),
+            ("skip_special_tokens", switch, "True or False"),
+            ("spaces_between_special_tokens", switch, "True or False"),
+            ("detokenize", switch, "True or False"),
+            ("ignore_eos", switch, "True or False"),
         )
         for field, good, accepted in checks:
-            value = getattr(self, field)
-            if not good(value):
-                raise RequestError(field, f"{field}={value!r}", accepted, f"change {field}")
+            if not good(getattr(self, field)):
+                raise _refused(field, getattr(self, field), accepted)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             found = f"min_tokens={self.min_tokens} above max_tokens={self.max_tokens}"
             raise RequestError("min_tokens", found, "min_tokens at most max_tokens", "change one of them")
+        if self.stop and not self.detokenize:
+            found = f"stop={shown(self.stop)} with detokenize=False"
+            raise RequestError("stop", found, "stop strings in answers that have text", "use stop_token_ids instead")
+
+
+def _refused(field: str, value: Any, accepted: str) -> RequestError:
+    return RequestError(field, f"{field}={shown(value)}", accepted, f"change {field}")
+
+
+def _named(made: Callable[..., None]) -> Callable[..., None]:
+    """SamplingParams.__init__, for which parameters that it does not have are a RequestError and no TypeError."""
+    names = [field.name for field in fields(SamplingParams)]
+
+    @functools.wraps(made)
+    def init(self: SamplingParams, *args: Any, **given: Any) -> None:
+        if args:
+            found = f"SamplingParams({shown(args[0])}), a parameter without a name"
+            raise RequestError("sampling_params", found, "names and values", "write e.g. SamplingParams(temperature=0)")
+        others = {name: value for name, value in given.items() if name not in names}
+        vllm_names.settle("SamplingParams", others, vllm_names.SAMPLING, names, RequestError)
+        made(self, **{name: value for name, value in given.items() if name not in others})
+
+    return init
+
+
+SamplingParams.__init__ = _named(SamplingParams.__init__)  # type: ignore[method-assign]
 
 
 def generation_defaults(directory: str | Path) -> tuple[dict[str, Any], tuple[int, ...]]:

@@ -11,6 +11,22 @@ Each message has three parts: what was found, what was expected, what to do. The
 terminal can show them on three lines and a server as one sentence. Asserts elsewhere are for our own invariants.
 """
 
+import reprlib
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
+
+
+def shown(value: Any) -> str:
+    """repr for a message, whatever the value: cut to a line, and a description of what cannot be printed."""
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return f"a number of {value.bit_length()} bits"
+    try:
+        return _SHORT.repr(value)
+    except Exception:  # Python prints no integer of more than 4,300 digits; a caller's class may print nothing at all
+        return f"a {type(value).__name__} that cannot be printed"
+
 
 class GlimmerError(Exception):
     """found, expected, todo: three phrases without a final full stop. `exit_code` is what a command ends with."""

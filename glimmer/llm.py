@@ -8,80 +8,55 @@ Not here: HTTP, argument parsing, tool calls (the text is returned as the model 
 """
 
 import asyncio
-import difflib
 import itertools
 import logging
 import queue
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tqdm import tqdm
+
 from glimmer import device as devices
-from glimmer import parallel
+from glimmer import parallel, vllm_names
 from glimmer.config import EngineConfig, ModelConfig, SamplingParams, generation_defaults
 from glimmer.engine.engine import Engine
 from glimmer.engine.loop import Loop
 from glimmer.engine.profile import Profile
 from glimmer.engine.ranks import Call, ParentRequest
 from glimmer.engine.runner import Runner
-from glimmer.engine.sequence import FinishReason, Logprob, Output
-from glimmer.errors import CheckpointError, ConfigError, EngineError, GlimmerError, RequestError
+from glimmer.errors import CheckpointError, ConfigError, RequestError, shown
 from glimmer.group import Group
-from glimmer.text.chat import ChatTemplate
-from glimmer.text.incremental import IncrementalText
+from glimmer.outputs import Delta, Event, Reader, RequestMetrics, RequestOutput
+from glimmer.text.chat import ChatTemplate, check_turn, mark_content
 from glimmer.text.tokenizer import Tokenizer
 
 log = logging.getLogger("glimmer")
 Prompt = str | Mapping[str, Any]
 OnLoad = Callable[[int, int], None]
 
-MAX_ANSWERS = 4096  # the largest n of one request
-MAX_SEED = 2**128  # the largest seed, in magnitude
-
-
-@dataclass
-class CompletionOutput:
-    """One answer. finish_reason: "stop", "length", "abort" or "error"; stop_reason: the stop string or id, or None."""
-
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[dict[int, Logprob]] | None = None
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-
-
-@dataclass
-class RequestOutput:
-    """A prompt and its answers. error: why there are none, or why one stopped early; else None.
-
-    prompt_logprobs[0] is None (nothing predicts the first token), as in vLLM.
-    """
-
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput] = field(default_factory=list)
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    error: GlimmerError | None = None
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What one step added to answer `index` of a stream; the last one carries the finish_reason."""
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
+MAX_LOGPROBS = 1 << 23  # log-probabilities of one request; each takes some 200 bytes
+PROMPT_KEYS = ("prompt", "prompt_token_ids")
+RENDERING = (
+    "tools",
+    "chat_template_kwargs",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "special_tokens_in_content",
+)
 
 
 class LLM:
     """A model, ready to answer.
 
     model: a Hugging Face directory. The other parameters are EngineConfig's fields (config.py). on_load(done, total)
-    is called with bytes while weights are read. group: what `join` gave, where somebody has called it.
+    is called with bytes while weights are read. group: what `join` gave, where somebody has called it. Further
+    parameters of vLLM are accepted where they change nothing, which is said once, and refused otherwise
+    (vllm_names.py); dtype may be torch's.
 
     Under torchrun, tensor_parallel_size must be the number of processes. Rank 0's requests are everybody's: either the
     same calls are made on every rank, in whatever order, and every rank gets the same answers; or only rank 0 asks, and
@@ -116,11 +91,10 @@ class LLM:
         group: Group | None = None,
         **unknown: Any,
     ):
-        if unknown:
-            raise _unknown(next(iter(unknown)))
+        ignored = _settle_engine(model, unknown)
         self.config = EngineConfig(
             model=str(model),
-            dtype=dtype,
+            dtype=_dtype_name(dtype),
             device=device,
             backend=backend,
             tensor_parallel_size=tensor_parallel_size,
@@ -158,6 +132,8 @@ class LLM:
         self._engine = Engine(self.config, self._runner, self.group, vocab_size, sampling_vocab_size)
         self._loop = Loop(self._engine)
         self._numbers = itertools.count()
+        if ignored and self.rank == 0:
+            log.warning("these parameters change nothing here: %s; a checkpoint's own code is never run", ignored)
         log.info(
             "%s on %s x %d: context %d tokens, cache %d blocks of %d",
             self.config.model,
@@ -182,6 +158,16 @@ class LLM:
     def max_model_len(self) -> int:
         """Most tokens of prompt and answer together."""
         return self._engine.max_model_len
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer (text/tokenizer.py); `render` does what apply_chat_template does elsewhere."""
+        if self.tokenizer is None:
+            raise ConfigError("skip_tokenizer_init", "an LLM with a tokenizer", "leave skip_tokenizer_init out")
+        return self.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The same as default_sampling_params, under vLLM's name."""
+        return self.default_sampling_params()
 
     def default_sampling_params(self) -> SamplingParams:
         """SamplingParams as the checkpoint's generation_config.json recommends them."""
@@ -217,6 +203,10 @@ class LLM:
         self._loop.close()
         self.group.close()
 
+    def shutdown(self) -> None:
+        """The same as close."""
+        self.close()
+
     def __enter__(self) -> "LLM":
         return self
 
@@ -229,54 +219,82 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = False,
         *,
         errors: str = "raise",
         on_finish: Callable[[int, RequestOutput], None] | None = None,
         on_step: Callable[[int], None] | None = None,
+        **unknown: Any,
     ) -> list[RequestOutput]:
         """Answer every prompt (text, or {"prompt_token_ids": [...]}); the outputs are in the prompts' order.
 
+        sampling_params: None is generation_config.json's, with the 16 tokens of SamplingParams.
+        use_tqdm: show a bar on rank 0's stderr; or what makes one, such as tqdm.
         errors: "raise" refuses all if one prompt cannot be served, before anything is computed; "return" answers the
         others and reports it in its own output. An answer that fails on the way ends with finish_reason "error" in
         either case. on_finish(index, output) is called as each prompt is done, on_step(new tokens) after each step, by
         the engine's thread: until it returns, nothing is computed for anybody. What they raise is raised here.
+        unknown: parameters of vLLM's generate, which are accepted where they change nothing.
         """
-        prompts = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
-        return self._all("prompt", prompts, lambda prompt: prompt, sampling_params, errors, on_finish, on_step)
+        _settle_call("generate", unknown, ("prompts", "sampling_params", "use_tqdm", "errors", "on_finish", "on_step"))
+        asked = [prompts] if isinstance(prompts, (str, Mapping)) else _listed(prompts)
+        params = self._params(sampling_params, len(asked), "prompt")
+        return self._all("prompt", asked, lambda prompt: prompt, params, use_tqdm, errors, on_finish, on_step)
 
     def chat(
         self,
         messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = False,
         *,
         tools: Sequence[dict[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        special_tokens_in_content: str = "control",
         errors: str = "raise",
         on_finish: Callable[[int, RequestOutput], None] | None = None,
         on_step: Callable[[int], None] | None = None,
+        **unknown: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several, through the checkpoint's chat template; the rest as `generate`."""
-        several = bool(messages) and not isinstance(messages[0], Mapping)
+        """Answer one conversation, or several, through the checkpoint's chat template; the rest as `generate`.
+
+        sampling_params: None is generation_config.json's, and an answer may be as long as the context allows.
+        What becomes of the messages is said at `render`.
+        """
+        own = ("messages", "sampling_params", "use_tqdm", *RENDERING, "errors", "on_finish", "on_step")
+        _settle_call("chat", unknown, own)
+        several = isinstance(messages, (list, tuple)) and len(messages) > 0 and isinstance(messages[0], (list, tuple))
         conversations = list(messages) if several else [messages]
-        render = lambda conversation: self.render(conversation, tools, chat_template_kwargs)
-        return self._all("conversation", conversations, render, sampling_params, errors, on_finish, on_step)
+        render = lambda conversation: self.render(
+            conversation,
+            tools,
+            chat_template_kwargs,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            special_tokens_in_content=special_tokens_in_content,
+        )
+        params = self._params(self._chat_params(sampling_params), len(conversations), "conversation")
+        return self._all("conversation", conversations, render, params, use_tqdm, errors, on_finish, on_step)
 
     def _all(
         self,
         word: str,
         asked: list[Any],
         prompt_of: Callable[[Any], Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        params: list[SamplingParams],
+        use_tqdm: bool | Callable[..., Any],
         errors: str,
         on_finish: Callable[[int, RequestOutput], None] | None,
         on_step: Callable[[int], None] | None,
     ) -> list[RequestOutput]:
         """`generate` for whatever prompt_of makes a prompt of; `word` is what an error calls it."""
         if errors not in ("raise", "return"):
-            raise ConfigError(f"errors={errors!r}", "'raise' or 'return'", "choose one of these")
-        params = self._params(sampling_params, len(asked), word)
+            raise ConfigError(f"errors={shown(errors)}", "'raise' or 'return'", "choose one of these")
         outputs: list[RequestOutput] = []
         for i, one in enumerate(asked):
             try:
@@ -292,9 +310,11 @@ class LLM:
                 outputs.append(RequestOutput(one if isinstance(one, str) else None, [], error=error))
         started = [i for i, output in enumerate(outputs) if output.error is None]
         events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
-        reader = _Reader([(outputs[i], params[i]) for i in started], self.tokenizer, events.put, on_step=on_step)
+        reader = Reader([(outputs[i], params[i]) for i in started], self.tokenizer, events.put, on_step=on_step)
         requests = [self._parent_request(outputs[i], params[i]) for i in started]
         call = Call(requests, reader, ordered=True, watches=on_step is not None)
+        make_bar = use_tqdm if callable(use_tqdm) else tqdm
+        bar = make_bar(total=len(requests), desc=f"{word}s") if use_tqdm and self.rank == 0 else None
         if on_finish is not None:
             for i, output in enumerate(outputs):
                 if output.error is not None:
@@ -307,30 +327,59 @@ class LLM:
                     raise event
                 assert isinstance(event, int)
                 reader.complete(event)
+                if bar is not None:
+                    bar.update(1)
                 if on_finish is not None:
                     on_finish(started[event], outputs[started[event]])
         finally:
             if requests:
                 self._loop.cancel(call)
+            if bar is not None:
+                bar.close()
         return outputs
 
     def render(
         self,
         messages: Sequence[dict[str, Any]],
         tools: Sequence[dict[str, Any]] | None = None,
-        kwargs: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        special_tokens_in_content: str = "control",
     ) -> dict[str, Any]:
-        """A conversation as the prompt {"prompt", "prompt_token_ids"} that `generate` and `stream` take."""
-        kwargs = dict(kwargs or {})
-        if own := sorted({"messages", "tools"} & set(kwargs)):
+        """A conversation as the prompt {"prompt", "prompt_token_ids"} that `generate` and `stream` take.
+
+        chat_template: a Jinja template in place of the checkpoint's.
+        continue_final_message: the last message is the beginning of the answer (with add_generation_prompt=False).
+        special_tokens_in_content: what names of control tokens in the messages of users and tools are, such as
+            <|assistant|> or /nothink: "control" tokens, as in transformers and vLLM; or "text", the letters that they
+            are, where these messages are not to be trusted.
+        """
+        kwargs = _mapping("chat_template_kwargs", chat_template_kwargs)
+        if own := sorted({"messages", *RENDERING} & set(kwargs)):
             raise RequestError(
                 "chat_template_kwargs",
                 f"{own} among chat_template_kwargs",
                 "variables of the template's own, such as enable_thinking",
-                "pass messages and tools as arguments",
+                "pass messages, tools and the others as arguments",
             )
-        text = self.chat_template.render(messages, tools=tools, **kwargs)
-        return {"prompt": text, "prompt_token_ids": self._encode(text, add_special_tokens=False)}
+        if special_tokens_in_content not in ("control", "text"):
+            found = f"special_tokens_in_content={shown(special_tokens_in_content)}"
+            raise RequestError("special_tokens_in_content", found, "'control' or 'text'", "choose one of these")
+        template = self.chat_template
+        if chat_template is not None:
+            template = ChatTemplate(_text("chat_template", chat_template), "chat_template")
+        check_turn(messages, add_generation_prompt, continue_final_message)
+        kwargs |= {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        if special_tokens_in_content == "control" or self.tokenizer is None:
+            text = template.render(messages, tools=tools, **kwargs)
+            return {"prompt": text, "prompt_token_ids": self._encode(text, add_special_tokens=False)}
+        mark, marked = mark_content(messages, self.tokenizer.added_names)
+        text = template.render(marked, tools=tools, **kwargs)
+        ids = self.tokenizer.encode_marked(text, mark, self.max_model_len)
+        return {"prompt": text.replace(mark, ""), "prompt_token_ids": ids}
 
     # ------------------------------------------------------------------ piece by piece
 
@@ -343,6 +392,14 @@ class LLM:
         params = self._params(sampling_params, 1)[0]
         output = self._checked(prompt, params)
         return self._stream(output, params)
+
+    def stream_chat(
+        self, messages: Sequence[dict[str, Any]], sampling_params: SamplingParams | None = None, **options: Any
+    ) -> Iterator[Delta]:
+        """`stream` for a conversation. options: those of `render`."""
+        _settle_call("stream_chat", {name: options[name] for name in options if name not in RENDERING}, RENDERING)
+        options = {name: options[name] for name in options if name in RENDERING}
+        return self.stream(self.render(messages, **options), self._chat_params(sampling_params))
 
     def _stream(self, output: RequestOutput, params: SamplingParams) -> Iterator[Delta]:
         events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
@@ -384,17 +441,27 @@ class LLM:
         self, output: RequestOutput, params: SamplingParams, deliver: Callable[["list[Event]"], object]
     ) -> Call:
         """A call whose pieces are delivered as they come."""
-        reader = _Reader([(output, params)], self.tokenizer, deliver, piecewise=True)
+        reader = Reader([(output, params)], self.tokenizer, deliver, piecewise=True)
         return Call([self._parent_request(output, params)], reader)
 
     # ------------------------------------------------------------------ the way of one request
 
-    def _params(
-        self, given: SamplingParams | Sequence[SamplingParams] | None, count: int, word: str = "prompt"
-    ) -> list[SamplingParams]:
+    def _chat_params(self, given: Any) -> Any:
+        """What is given; by default, answers of a conversation are as long as the context allows."""
+        return replace(self.default_sampling_params(), max_tokens=None) if given is None else given
+
+    def _params(self, given: Any, count: int, word: str = "prompt") -> list[SamplingParams]:
+        """One SamplingParams for each prompt. RequestError if they are anything else, or not as many."""
         if given is None:
             given = self.default_sampling_params()
-        params = [given] * count if isinstance(given, SamplingParams) else list(given)
+        params = [given] * count if isinstance(given, SamplingParams) else given
+        if not isinstance(params, (list, tuple)) or not all(isinstance(one, SamplingParams) for one in params):
+            raise RequestError(
+                "sampling_params",
+                f"sampling_params={shown(given)}",
+                "a SamplingParams, or a list of them",
+                "write e.g. SamplingParams(temperature=0, max_tokens=64)",
+            )
         if len(params) != count:
             raise RequestError(
                 "sampling_params",
@@ -402,34 +469,62 @@ class LLM:
                 "one for all, or one for each",
                 f"pass a single SamplingParams, or a list with one for each {word}",
             )
-        return params
+        return list(params)
 
-    def _checked(self, prompt: Prompt, params: SamplingParams) -> RequestOutput:
+    def _checked(self, prompt: Any, params: SamplingParams) -> RequestOutput:
         """The prompt as token ids, in an output still empty. RequestError if it cannot be served."""
-        text: Any = prompt
-        ids: Any = None
-        if isinstance(prompt, Mapping):
-            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-        if ids is None and not isinstance(text, str):
+        text, ids = (prompt.get(k) for k in PROMPT_KEYS) if isinstance(prompt, Mapping) else (prompt, None)
+        others = [k for k in prompt if k not in PROMPT_KEYS] if isinstance(prompt, Mapping) else []
+        if others and any(prompt[k] is not None for k in others):
+            raise RequestError(
+                "prompt", f"a prompt with {shown(others)}", f"{PROMPT_KEYS} only", "leave the others out"
+            )
+        if not isinstance(text, str) and (ids is None or text is not None):
             raise RequestError(
                 "prompt",
-                f"a prompt of type {type(prompt).__name__}",
+                f"a prompt of type {type(text if isinstance(prompt, Mapping) else prompt).__name__}",
                 'text, {"prompt": text} or {"prompt_token_ids": [ids]}',
                 "pass one of these",
             )
+        keep = params.truncate_prompt_tokens
         if ids is None:
-            ids = self._encode(text, add_special_tokens=True) if text else []
+            ids = self._encode(text, add_special_tokens=True, whole=keep is None) if text else []
         elif not isinstance(ids, (list, tuple)) or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
             raise RequestError("prompt_token_ids", "ids that are not whole numbers", "a list of token ids", "pass ints")
-        for name, value, limit in (("n", params.n, MAX_ANSWERS), ("seed", params.seed or 0, MAX_SEED)):
-            if abs(value) > limit:
-                found = f"{name}={value}" if value.bit_length() < 1000 else f"{name} of {value.bit_length()} bits"
-                raise RequestError(name, found, f"at most {limit}", f"choose a smaller {name}")
+        if keep is not None:
+            ids = ids[-(self.max_model_len - 1 if keep == -1 else keep) :]
+        if self.tokenizer is None and (params.stop or params.bad_words):
+            name = "stop" if params.stop else "bad_words"
+            raise RequestError(
+                name,
+                f"{name} with skip_tokenizer_init",
+                "texts where there is a tokenizer",
+                "use stop_token_ids or logit_bias, or leave skip_tokenizer_init out",
+            )
         output = RequestOutput(text, list(ids))
         self._engine.check(ParentRequest("", tuple(ids), params, "", tuple(self.eos_token_ids)).child(0))
+        self._check_logprobs(len(ids), params)
         return output
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def _check_logprobs(self, length: int, params: SamplingParams) -> None:
+        """RequestError if a request could bring more log-probabilities than memory holds."""
+        vocabulary = self.model_config.vocab_size
+        wide: Callable[[int | None], int] = lambda asked: vocabulary if asked == -1 else min(asked or 0, vocabulary)
+        answer = self.max_model_len - length
+        if params.max_tokens is not None:
+            answer = min(answer, params.max_tokens)
+        most = params.n * answer * wide(params.logprobs) + length * wide(params.prompt_logprobs)
+        if most > MAX_LOGPROBS:
+            raise RequestError(
+                "logprobs" if params.logprobs else "prompt_logprobs",
+                f"up to {most} log-probabilities: logprobs={params.logprobs} of {params.n} answers of up to {answer} "
+                f"tokens, prompt_logprobs={params.prompt_logprobs} of {length} tokens",
+                f"at most {MAX_LOGPROBS} in one request",
+                "lower logprobs, prompt_logprobs, n or max_tokens",
+            )
+
+    def _encode(self, text: str, add_special_tokens: bool, whole: bool = True) -> list[int]:
+        """Token ids of a text. whole: it is needed as it is, and may be refused before all of it is looked at."""
         if self.tokenizer is None:
             raise RequestError(
                 "prompt",
@@ -437,13 +532,17 @@ class LLM:
                 '{"prompt_token_ids": [ids]}',
                 "pass ids, or leave skip_tokenizer_init out",
             )
-        return self.tokenizer.encode(text, add_special_tokens)
+        return self.tokenizer.encode(text, add_special_tokens, self.max_model_len if whole else None)
 
     def _parent_request(self, output: RequestOutput, params: SamplingParams) -> ParentRequest:
         """The n answers to a checked prompt, still empty; and what the engine is asked for."""
         number = next(self._numbers)
+        output.request_id, output.metrics = str(number), RequestMetrics(time.time())
         seed = f"request {self.config.seed}.{number}" if params.seed is None else str(params.seed)
-        return ParentRequest(str(number), tuple(output.prompt_token_ids), params, seed, tuple(self.eos_token_ids))
+        bad_words = () if self.tokenizer is None else self.tokenizer.spellings(params.bad_words or ())
+        return ParentRequest(
+            str(number), tuple(output.prompt_token_ids), params, seed, tuple(self.eos_token_ids), bad_words
+        )
 
 
 def join(config: EngineConfig) -> Group:
@@ -468,15 +567,59 @@ def end_of_sequence(config: ModelConfig, generation: tuple[int, ...], tokenizer:
     return ids
 
 
-def _unknown(name: str) -> ConfigError:
-    """The error for a parameter that LLM does not have."""
+def _settle_engine(model: str, given: Mapping[str, Any]) -> str:
+    """The names of vLLM's parameters that change nothing here; ConfigError for any other."""
     names = [field.name for field in fields(EngineConfig)] + ["on_load", "group"]
-    near = difflib.get_close_matches(name, names, 1)
-    return ConfigError(
-        f"LLM has no parameter {name!r}",
-        "one of " + ", ".join(names),
-        f"did you mean {near[0]!r}?" if near else f"leave {name} out",
-    )
+    given = dict(given)
+    tokenizer = given.pop("tokenizer", None)
+    if tokenizer is not None and Path(str(tokenizer)).resolve() != Path(str(model)).resolve():
+        raise ConfigError(
+            f"tokenizer={shown(tokenizer)} beside model={shown(model)}",
+            "the model's own tokenizer",
+            "leave tokenizer out; to use another one, put its tokenizer.json into a copy of the model's directory",
+        )
+
+    def error(name: str, found: str, expected: str, todo: str) -> ConfigError:
+        return ConfigError(found, expected, todo)
+
+    return ", ".join(vllm_names.settle("LLM", given, vllm_names.ENGINE, names, error))
+
+
+def _settle_call(method: str, given: Mapping[str, Any], own: Sequence[str]) -> None:
+    """RequestError for a parameter that is neither the method's own nor without effect."""
+    vllm_names.settle(method, given, vllm_names.CALL, own, RequestError)
+
+
+def _dtype_name(dtype: Any) -> str:
+    """torch.bfloat16, "half" and the like under the names that EngineConfig checks."""
+    name = str(dtype).removeprefix("torch.")
+    return {"half": "float16", "float": "float32"}.get(name, name)
+
+
+def _listed(prompts: Any) -> list[Any]:
+    """The prompts as a list. RequestError if they are neither a text nor several prompts."""
+    if isinstance(prompts, (bytes, bytearray)) or not isinstance(prompts, Iterable):
+        raise RequestError(
+            "prompt",
+            f"prompts of type {type(prompts).__name__}",
+            'text, {"prompt_token_ids": [ids]}, or a list of these',
+            "pass one of these",
+        )
+    return list(prompts)
+
+
+def _text(name: str, given: Any) -> str:
+    """The text that a parameter is. RequestError if it is anything else."""
+    if not isinstance(given, str):
+        raise RequestError(name, f"{name}={shown(given)}", "a text", "pass a text, or leave it out")
+    return given
+
+
+def _mapping(name: str, given: Any) -> dict[str, Any]:
+    """A copy of a table of variables, which may be None. RequestError if it is anything else."""
+    if given is not None and not (isinstance(given, Mapping) and all(isinstance(key, str) for key in given)):
+        raise RequestError(name, f"{name}={shown(given)}", "{name: value}", "pass names and values, or None")
+    return dict(given or {})
 
 
 class _Profile(Profile):
@@ -493,9 +636,6 @@ class _Profile(Profile):
         self._loop.run(lambda: super(_Profile, self).__exit__(*exception))
 
 
-Event = int | Delta | BaseException  # a prompt is done; a piece of an answer; nothing more comes
-
-
 def _first(count: int, events: "queue.SimpleQueue[list[Event]]") -> Iterator[Event]:
     """The next `count` events, as they come."""
     while count > 0:
@@ -510,174 +650,3 @@ def _piece(event: Event) -> Delta:
         raise event
     assert isinstance(event, Delta)
     return event
-
-
-class _Reader:
-    """The client of one call: makes answers and pieces of what the engine's thread brings, and wakes whoever waits.
-
-    deliver: gets the events of a step. piecewise: pieces are events; otherwise a prompt, by its number, when all of its
-    answers are done.
-    """
-
-    def __init__(
-        self,
-        asked: list[tuple[RequestOutput, SamplingParams]],
-        tokenizer: Tokenizer | None,
-        deliver: Callable[[list[Event]], object],
-        piecewise: bool = False,
-        on_step: Callable[[int], None] | None = None,
-    ):
-        self._deliver, self._piecewise, self._on_step = deliver, piecewise, on_step
-        self._answers = [
-            [_Answer(output, index, params, tokenizer, piecewise) for index in range(params.n)]
-            for output, params in asked
-        ]
-        self._left = [len(answers) for answers in self._answers]
-        self._new: list[Event] = []
-
-    def put(self, prompt: int, answer: int, output: Output) -> bool:
-        """As Client.put."""
-        one = self._answers[prompt][answer]
-        if one.done():
-            return True
-        piece = one.take(output)
-        if self._piecewise and piece is not None:
-            self._new.append(piece)
-        if one.done():
-            self._left[prompt] -= 1
-            if self._left[prompt] == 0 and not self._piecewise:
-                self._new.append(prompt)
-        return one.done()
-
-    def after_step(self, new: int) -> None:
-        """As Client.after_step."""
-        if self._on_step is not None:
-            self._on_step(new)
-        if self._new:
-            events, self._new = self._new, []
-            self._deliver(events)
-
-    def end(self, error: BaseException) -> None:
-        """As Client.end."""
-        self._deliver([error])
-
-    def complete(self, prompt: int) -> None:
-        """Make what is still missing of a prompt's output. Called by whoever waited for it: it may take a while."""
-        for answer in self._answers[prompt]:
-            answer.complete()
-
-
-class _Answer:
-    """One answer on its way from token ids to text.
-
-    Text is made at once where it is needed at once: for pieces, and to find stop strings. Otherwise at the end.
-    """
-
-    def __init__(
-        self,
-        output: RequestOutput,
-        index: int,
-        params: SamplingParams,
-        tokenizer: Tokenizer | None,
-        piecewise: bool,
-    ):
-        self.output, self.params, self.tokenizer = output, params, tokenizer
-        self.completion = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
-        output.outputs.append(self.completion)
-        if index == 0 and params.prompt_logprobs is not None:
-            output.prompt_logprobs = [None]
-        self._at_once = piecewise or bool(params.stop)
-        self._unread: list[int] = []  # ids that are not in the text yet
-        self._text: IncrementalText | _NoText | None = None
-
-    def done(self) -> bool:
-        """Nothing more is added to it."""
-        return self.completion.finish_reason is not None
-
-    def take(self, output: Output) -> Delta | None:
-        """Add what a step brought; the piece that it makes, if any. What follows a stop string is not taken."""
-        completion, finish, token_ids = self.completion, output.finish_reason, output.token_ids
-        if self.output.prompt_logprobs is not None:
-            self.output.prompt_logprobs += output.prompt_logprobs
-        shown = token_ids
-        if finish is FinishReason.STOP:
-            if shown[-1] in (self.params.stop_token_ids or ()):
-                completion.stop_reason = shown[-1]
-            if not self.params.include_stop_str_in_output:
-                shown = shown[:-1]  # the id that ends an answer is counted, but not shown
-        self._unread += shown
-        text = ""
-        if self._at_once:
-            before = self.text.used
-            text = self._read(final=finish is not None)
-            if self.text.stopped is not None:
-                finish, completion.stop_reason = FinishReason.STOP, self.text.stopped
-                if self.text.used - before < len(shown):
-                    token_ids = token_ids[: self.text.used - before]
-        completion.token_ids += token_ids
-        if completion.logprobs is not None:
-            completion.logprobs += output.logprobs[: len(token_ids)]
-        if output.problem is not None:
-            self.output.error = EngineError(
-                f"answer {completion.index} stopped after {len(completion.token_ids)} tokens: {output.problem.found}",
-                output.problem.expected,
-                output.problem.todo,
-            )
-        completion.finish_reason = None if finish is None else finish.value
-        if not token_ids and finish is None:
-            return None
-        return Delta(completion.index, text, token_ids, completion.finish_reason, completion.stop_reason)
-
-    def complete(self) -> None:
-        """Text and log-probabilities of an answer that is done."""
-        completion = self.completion
-        if not self._at_once:
-            self._read(final=True)
-        completion.text = self.text.text
-        if completion.logprobs is not None:
-            completion.logprobs = [self._decoded(place) for place in completion.logprobs]
-        if completion.index == 0 and self.output.prompt_logprobs is not None:
-            self.output.prompt_logprobs = [place and self._decoded(place) for place in self.output.prompt_logprobs]
-
-    @property
-    def text(self) -> "IncrementalText | _NoText":
-        """The text so far. Made when it is first needed: of many answers most have not begun."""
-        if self._text is None:
-            self._text = (
-                _NoText()
-                if self.tokenizer is None
-                else IncrementalText(
-                    self.tokenizer,
-                    tuple(self.params.stop or ()),
-                    self.params.include_stop_str_in_output,
-                    self.params.skip_special_tokens,
-                )
-            )
-        return self._text
-
-    def _read(self, final: bool) -> str:
-        """Make text of the ids that are not in it yet."""
-        unread, self._unread = self._unread, []
-        text = self.text.push(unread)
-        if final and self.text.stopped is None:
-            text += self.text.finish()
-        return text
-
-    def _decoded(self, place: dict[int, Logprob]) -> dict[int, Logprob]:
-        if self.tokenizer is None:
-            return place
-        known = [id for id in place if id < self.tokenizer.size]  # the vocabulary may be padded beyond
-        text = {id: self.tokenizer.decode([id], skip_special_tokens=False) for id in known}
-        return {id: replace(found, decoded_token=text.get(id, "")) for id, found in place.items()}
-
-
-class _NoText:
-    """In place of an IncrementalText where there is no tokenizer: an answer of ids only."""
-
-    text, stopped, used = "", None, 0
-
-    def push(self, token_ids: Sequence[int]) -> str:
-        return ""
-
-    def finish(self) -> str:
-        return ""

@@ -8,7 +8,7 @@ import pytest
 from checkpoints import TINY
 
 from glimmer.config import EngineConfig, ModelConfig, SamplingParams, generation_defaults
-from glimmer.errors import CheckpointError, ConfigError, RequestError
+from glimmer.errors import CheckpointError, ConfigError, RequestError, shown
 
 GLM_45 = {  # the published file of GLM-4.5
     "architectures": ["Glm4MoeForCausalLM"],
@@ -428,16 +428,60 @@ def test_engine_settings_are_refused_by_name(key, value):
         ("min_tokens", -1),
         ("max_tokens", 0),
         ("max_tokens", 1.5),
-        ("logprobs", -1),
-        ("prompt_logprobs", -1),
+        ("logprobs", -2),
+        ("prompt_logprobs", -2),
         ("logprobs", True),
+        *(
+            (field, value)
+            for field in ("top_k", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens")
+            for value in (2**31, 10**400, -(10**400), float("nan"), "5")
+        ),
+        *((field, 10**5000) for field in ("n", "seed", "temperature", "top_p", "min_p", "repetition_penalty")),
+        *((field, -(10**400)) for field in ("presence_penalty", "frequency_penalty", "seed")),
+        ("n", 4097),
+        ("seed", 2**128 + 1),
+        ("top_p", 1e-300),
+        ("logit_bias", {10**5000: 1}),
+        ("logit_bias", {5: 10**5000}),
+        ("logit_bias", {5: float("nan")}),
+        ("logit_bias", {True: 1}),
+        ("stop_token_ids", [10**400]),
+        ("stop_token_ids", [5] * 5000),
+        ("stop", ["a" * 20_000]),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", [10**5000]),
+        ("allowed_token_ids", 5),
+        ("bad_words", "word"),
+        ("bad_words", [""]),
+        ("bad_words", [b"word"]),
+        ("detokenize", 1),
+        ("ignore_eos", "yes"),
+        ("skip_special_tokens", None),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_sampling_parameters_are_refused_by_field(field, value):
     with pytest.raises(RequestError) as error:
         SamplingParams(**{field: value})
     assert error.value.field == field and error.value.found.startswith(f"{field}=")
+    assert error.value.expected and error.value.todo and len(str(error.value)) < 600
+
+
+def test_parameters_of_vllm_that_change_nothing_are_accepted():
+    same = dict(best_of=1, use_beam_search=False, structured_outputs=None, logits_processors=[], output_kind=2)
+    assert SamplingParams(**same) == SamplingParams()
+    for name, value in (("best_of", 2), ("structured_outputs", {"json": {}}), ("use_beam_search", True)):
+        with pytest.raises(RequestError) as error:
+            SamplingParams(**{name: value})
+        assert error.value.field == name and error.value.found.startswith(f"{name}=") and error.value.todo
+    with pytest.raises(RequestError, match="no parameter 'temprature'") as error:
+        SamplingParams(temprature=1)
+    assert "did you mean 'temperature'" in error.value.todo
+    with pytest.raises(RequestError, match="without a name"):
+        SamplingParams(0.5)
+    with pytest.raises(RequestError, match="detokenize=False"):
+        SamplingParams(stop="a", detokenize=False)
+    assert dataclasses.replace(SamplingParams(), n=2).n == 2
 
 
 def test_sampling_parameters_that_contradict_each_other():

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from glimmer import LLM, SamplingParams
 from glimmer import device as devices
 from glimmer.config import EngineConfig
-from glimmer.errors import CheckpointError, ConfigError, EngineError, RequestError
+from glimmer.errors import CheckpointError, ConfigError, EngineError, RequestError, shown
 
 EOS, USER = 256, 263  # <|endoftext|>, <|user|>
 LETTERS = {i: 40.0 for i in range(ord("a"), ord("z") + 1)}  # answers of letters, that text can be compared
@@ -107,8 +107,127 @@ def test_special_tokens_in_an_answer(llm):
 
 
 @pytest.mark.parametrize(
+    "prompts, params, field",
+    [
+        (5, None, "prompt"),
+        (None, None, "prompt"),
+        (b"bytes", None, "prompt"),
+        ([[1, 2], [3]], None, "prompt"),
+        ([b"x"], None, "prompt"),
+        ("x", {"temperature": 0}, "sampling_params"),
+        ("x", 5, "sampling_params"),
+        ("x", "greedy", "sampling_params"),
+        (["x"], [{"temperature": 0}], "sampling_params"),
+        ("x", [None], "sampling_params"),
+    ],
+    ids=str,
+)
+def test_wrong_types_are_refused_in_three_parts(prompts, params, field, llm):
+    with pytest.raises(RequestError) as error:
+        llm.generate(prompts, params)
+    assert error.value.field == field and error.value.found and error.value.expected and error.value.todo
+
+
+@pytest.mark.parametrize(
+    "messages", [5, None, "hi", b"hi", {}, [], [5], ["hi"], [[]], [[5]], {"role": "user"}], ids=str
+)
+def test_wrong_types_of_messages(messages, llm):
+    with pytest.raises(RequestError) as error:
+        llm.chat(messages)
+    assert error.value.field.startswith("messages") and error.value.expected and error.value.todo
+
+
+def test_parameters_of_a_call(llm):
+    """What vLLM's generate and chat take is accepted where it changes nothing."""
+    assert llm.generate("x", greedy(2), lora_request=None, priority=None)[0].error is None
+    hello = [{"role": "user", "content": "Hi"}]
+    assert llm.chat(hello, greedy(2), chat_template_content_format="auto")[0].error is None
+    for name, value, word in (("lora_request", 5, "cannot honour"), ("use_tdqm", True, "did you mean 'use_tqdm'")):
+        for call in (lambda **more: llm.generate("x", **more), lambda **more: llm.chat(hello, **more)):
+            with pytest.raises(RequestError, match=word) as error:
+                call(**{name: value})
+            assert error.value.field == name
+
+
+def test_a_bar(llm, capsys):
+    llm.generate(["a", "b"], greedy(2))
+    assert capsys.readouterr().err == ""
+    llm.generate(["a", "b"], greedy(2), use_tqdm=True)
+    assert "2/2" in capsys.readouterr().err
+    made = []
+
+    class Bar:
+        def __init__(self, **named):
+            made.append(named)
+
+        def update(self, count):
+            made.append(count)
+
+        def close(self):
+            made.append("closed")
+
+    llm.chat([{"role": "user", "content": "Hi"}], greedy(2), use_tqdm=Bar)
+    assert made[0]["total"] == 1 and made[1:] == [1, "closed"]
+
+
+def test_what_an_output_says_of_itself(llm):
+    before = time.time()
+    first, second = (llm.generate("q" * 100, greedy(3, logprobs=1))[0] for _ in range(2))
+    assert first.request_id != second.request_id and first.finished and first.outputs[0].finished()
+    assert second.num_cached_tokens == 96 and first.num_cached_tokens in (0, 96)
+    metrics = second.metrics
+    assert before <= metrics.arrival_time <= metrics.first_token_time <= metrics.finished_time <= time.time()
+    answer = first.outputs[0]
+    chosen = [place[id].logprob for id, place in zip(answer.token_ids, answer.logprobs)]
+    assert answer.cumulative_logprob == pytest.approx(sum(chosen))
+    assert llm.generate("x", greedy(2))[0].outputs[0].cumulative_logprob is None
+
+
+def test_allowed_and_bad_words(llm):
+    letters = greedy(20, allowed_token_ids=[97, 98, 99])
+    text = llm.generate("x", letters)[0].outputs[0].text
+    assert len(text) == 20 and set(text) <= set("abc")
+    for word in {text[0], text[:3], text[5:7], "zzz"}:
+        other = llm.generate("x", dataclasses.replace(letters, bad_words=[word]))[0].outputs[0].text
+        assert word not in other and (other == text) == (word not in text)
+    with pytest.raises(RequestError) as error:
+        llm.generate("x", greedy(allowed_token_ids=[292]))
+    assert error.value.field == "allowed_token_ids"
+    none = llm.generate(["x", "y"], [greedy(allowed_token_ids=[97], bad_words=["a"]), greedy(3)])
+    assert "no token may come" in none[0].error.found and none[1].error is None
+
+
+def test_tokens_only(llm):
+    output = llm.generate("x", spelt(5, detokenize=False, logprobs=1))[0].outputs[0]
+    assert output.text == "" and output.token_ids == answer(llm, "x", spelt(5))
+    assert output.logprobs[0][output.token_ids[0]].decoded_token is None
+
+
+def test_truncated_prompts(llm):
+    ids = [5 + i % 200 for i in range(600)]
+    for keep, left in ((3, ids[-3:]), (-1, ids[-511:])):
+        output = llm.generate({"prompt_token_ids": ids}, greedy(1, truncate_prompt_tokens=keep))[0]
+        assert output.prompt_token_ids == left
+    text = llm.generate("x" * 20_000 + "yz", greedy(1, truncate_prompt_tokens=2))[0]
+    assert text.prompt_token_ids == [ord("y"), ord("z")]
+
+
+def test_log_probabilities_of_the_whole_vocabulary_are_counted(llm):
+    output = llm.generate("xy", greedy(1, logprobs=-1, prompt_logprobs=-1))[0]
+    assert len(output.outputs[0].logprobs[0]) == len(output.prompt_logprobs[1]) == 320
+    with pytest.raises(RequestError, match="log-probabilities") as error:
+        llm.generate("x", greedy(None, n=4096, logprobs=-1))
+    assert error.value.field == "logprobs"
+
+
+@pytest.mark.parametrize(
     "prompt, field",
     [
+        ({"prompt": 5, "prompt_token_ids": [1]}, "prompt"),
+        ({"prompt_token_ids": [10**5000]}, "prompt"),
+        ({"prompt_token_ids": [1], "multi_modal_data": {}}, "prompt"),
+        (" " * 12_000_000, "prompt"),
+        ("x" * 2**25, "prompt"),
         ("", "prompt"),
         ({"prompt_token_ids": []}, "prompt"),
         ({"prompt": ""}, "prompt"),
@@ -125,7 +244,7 @@ def test_special_tokens_in_an_answer(llm):
         ({"prompt_token_ids": [1] * 512}, "prompt"),
         ("\ud83d", "text"),
     ],
-    ids=str,
+    ids=lambda value: str(shown(value))[:40],
 )
 def test_prompts_that_are_refused(prompt, field, llm):
     for refuse in (lambda: llm.generate([prompt], greedy()), lambda: llm.stream(prompt, greedy())):
@@ -193,6 +312,60 @@ def test_parameters_are_the_engine_s_fields_and_defaults():
         assert parameter.default == (inspect.Parameter.empty if missing else field.default), field.name
         assert hints[field.name] == field.type, field.name
     assert not parameters
+
+
+def test_parameters_of_vllm(checkpoint, caplog):
+    """Those that change nothing are accepted and named once; others are refused in three parts."""
+    llm = LLM(
+        str(checkpoint()),
+        max_model_len=64,
+        max_num_seqs=2,
+        dtype=torch.bfloat16,
+        tokenizer=str(checkpoint()),
+        tokenizer_mode="auto",
+        trust_remote_code=True,
+        enforce_eager=True,
+        disable_log_stats=True,
+        swap_space=4,
+        cpu_offload_gb=0,
+        pipeline_parallel_size=1,
+        speculative_config=None,
+        hf_overrides={},
+        revision=None,
+        download_dir="/tmp",
+    )
+    said = [record.message for record in caplog.records if "change nothing here" in record.message]
+    assert len(said) == 1 and "trust_remote_code" in said[0] and "own code is never run" in said[0]
+    assert llm.config.dtype == "bfloat16"
+    tokenizer = llm.get_tokenizer()
+    assert tokenizer.decode(tokenizer.encode("good day")) == "good day"
+    assert llm.get_default_sampling_params() == llm.default_sampling_params()
+    llm.shutdown()
+    with pytest.raises(EngineError, match="closed"):
+        llm.generate("x")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("pipeline_parallel_size", 2),
+        ("cpu_offload_gb", 10),
+        ("speculative_config", {"method": "mtp"}),
+        ("hf_overrides", {"rope_theta": 1}),
+        ("tokenizer", "/elsewhere"),
+        ("tokenizer_mode", "mistral"),
+        ("revision", "abc"),
+        ("load_format", "gguf"),
+        ("dtype", "half"),
+        ("dtype", torch.float16),
+        ("enable_lora", True),
+    ],
+    ids=str,
+)
+def test_parameters_of_vllm_that_would_change_answers_are_refused(name, value, checkpoint):
+    with pytest.raises(ConfigError) as error:
+        LLM(str(checkpoint()), **{name: value})
+    assert error.value.found.startswith(name) and error.value.expected and error.value.todo
 
 
 def test_an_unknown_parameter_is_refused_with_a_near_name():
@@ -267,6 +440,78 @@ def test_chat_reports_a_conversation_that_cannot_be_rendered_in_its_place(llm):
     assert error.value.field == "messages[0].role"
 
 
+def test_an_answer_in_a_conversation_is_as_long_as_the_context(llm):
+    hello = [{"role": "user", "content": "Hi"}]
+    output = llm.chat(hello)[0]
+    answer = output.outputs[0]
+    ended = answer.finish_reason == "stop" or len(answer.token_ids) == 512 - len(output.prompt_token_ids)
+    assert ended and len(answer.token_ids) != 16
+    assert len(llm.generate("x")[0].outputs[0].token_ids) <= 16
+
+
+def test_stream_chat(llm):
+    hello = [{"role": "user", "content": "Hi"}]
+    whole = llm.chat(hello, spelt(9), chat_template_kwargs={"enable_thinking": False})[0].outputs[0]
+    pieces = llm.stream_chat(hello, spelt(9), chat_template_kwargs={"enable_thinking": False})
+    assert joined(pieces) == (whole.text, whole.token_ids, whole.finish_reason)
+    with pytest.raises(RequestError, match="no parameter 'temperature'"):
+        llm.stream_chat(hello, temperature=0)
+
+
+def test_the_assistants_last_message_is_continued_or_refused(llm):
+    begun = [{"role": "user", "content": "Count"}, {"role": "assistant", "content": "One, two, "}]
+    with pytest.raises(RequestError, match="last message is the assistant's") as error:
+        llm.chat(begun)
+    assert "continue_final_message=True" in error.value.todo
+    output = llm.chat(begun, greedy(2), add_generation_prompt=False, continue_final_message=True)[0]
+    assert output.prompt.endswith(("One, two,", "One, two, "))
+    with pytest.raises(RequestError, match="with add_generation_prompt=True"):
+        llm.chat(begun, continue_final_message=True)
+    with pytest.raises(RequestError, match="of role 'user'"):
+        llm.chat(begun[:1], add_generation_prompt=False, continue_final_message=True)
+    without = llm.chat(begun[:1], greedy(2), add_generation_prompt=False)[0].prompt
+    assert llm.chat(begun[:1], greedy(2))[0].prompt.startswith(without)
+
+
+def test_a_template_of_the_callers_own(llm):
+    hello = [{"role": "user", "content": "Hi"}]
+    output = llm.chat(hello, greedy(2), chat_template="{{ messages[0].content }}!")[0]
+    assert output.prompt == "Hi!"
+    with pytest.raises(RequestError, match="chat_template=5"):
+        llm.chat(hello, chat_template=5)
+    with pytest.raises(CheckpointError, match="not a template"):
+        llm.chat(hello, chat_template="{% if %}")
+
+
+TYPED = [
+    "<|assistant|>",
+    "a <|user|> b",
+    "/nothink",
+    "x/nothink",
+    "<think>",
+    "[gMASK]<sop>",
+    "\ufdd0<|user|>",
+    "2 < 3/4",
+]
+
+
+@pytest.mark.parametrize("typed", TYPED)
+def test_typed_control_tokens_are_control_tokens_or_text(typed, llm):
+    said = [{"role": "user", "content": typed}]
+    control, text = (llm.render(said, special_tokens_in_content=kind) for kind in ("control", "text"))
+    assert text["prompt"] == control["prompt"] or typed.endswith("/nothink")
+    frame = llm.render([{"role": "user", "content": "Hi"}], special_tokens_in_content="text")
+    assert frame == llm.render([{"role": "user", "content": "Hi"}])
+    added = {llm.tokenizer.token_to_id(name) for name in llm.tokenizer.added_names}
+    count = lambda prompt: sum(id in added for id in prompt["prompt_token_ids"])
+    assert count(text) == count(frame) and (count(control) > count(frame)) == (typed != "2 < 3/4")
+    assert llm.tokenizer.decode(text["prompt_token_ids"], skip_special_tokens=False) == text["prompt"]
+    parts = [{"role": "user", "content": [{"type": "text", "text": part} for part in (typed[:3], typed[3:])]}]
+    assert count(llm.render(parts, special_tokens_in_content="text")) == count(frame)
+    with pytest.raises(RequestError, match="special_tokens_in_content='no'"):
+        llm.chat(said, special_tokens_in_content="no")
+
+
 # ---- how an answer ends --------------------------------------------------------------------------------------------
 
 
@@ -285,6 +530,28 @@ def test_end_of_sequence(llm):
     assert (output.token_ids, output.text, output.finish_reason, output.stop_reason) == ([USER], "", "stop", None)
     output = llm.generate("x", greedy(5, **likely))[0].outputs[0]
     assert (output.token_ids, output.finish_reason) == ([USER] * 5, "length")
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_stop_strings_are_not_looked_for_before_min_tokens(include, llm):
+    """A stop string whose last character comes after min_tokens ends the answer, though it begins before."""
+    whole = llm.generate("x", greedy(40, logit_bias={97: 40.0, 98: 39.0}, repetition_penalty=1.2))[0].outputs[0].text
+    stop = whole[2:4]
+    for minimum in (0, 3, 4, 5, 10, 20):
+        params = greedy(
+            40,
+            logit_bias={97: 40.0, 98: 39.0},
+            repetition_penalty=1.2,
+            stop=stop,
+            min_tokens=minimum,
+            include_stop_str_in_output=include,
+        )
+        ends = [i + 2 for i in range(len(whole) - 1) if whole[i : i + 2] == stop and i + 2 > minimum]
+        expected = whole if not ends else whole[: ends[0] if include else ends[0] - 2]
+        output = llm.generate("x", params)[0].outputs[0]
+        assert output.text == expected and output.finish_reason == ("stop" if ends else "length")
+        assert len(output.token_ids) == (ends[0] if ends else 40)
+        assert joined(llm.stream("x", params)) == (output.text, output.token_ids, output.finish_reason)
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
@@ -704,8 +971,64 @@ def test_what_would_take_all_memory_is_refused(llm, params, field):
 
 
 def test_a_huge_top_k_is_no_limit(llm):
-    huge, none = (SamplingParams(seed=3, top_k=k, **CHANCE) for k in (10**400, 320))
+    huge, none = (SamplingParams(seed=3, top_k=k, **CHANCE) for k in (2**31 - 1, 320))
     assert answer(llm, "x", huge) == answer(llm, "x", none)
+    with pytest.raises(RequestError, match="top_k=a number of 1329 bits"):
+        SamplingParams(top_k=10**400)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("std::bad_alloc")], ids=repr)
+def test_a_step_without_memory_ends_its_own_sequences(llm, monkeypatch, error):
+    forward = llm._runner.forward
+
+    def failing(batch):
+        monkeypatch.setattr(llm._runner, "forward", forward)
+        raise error
+
+    monkeypatch.setattr(llm._runner, "forward", failing)
+    output = llm.generate("a", greedy(4))[0]
+    assert output.outputs[0].finish_reason == "error" and "if memory is short" in output.error.todo
+    assert llm.generate("a", greedy(4))[0].error is None
+
+
+@pytest.mark.slow
+def test_hundreds_of_bad_requests_harm_nobody(llm):
+    """They end in an error of ours or are served; good requests beside them get what they get alone."""
+    numbers = [10**400, -(10**400), 10**5000, 2**63, 1e300, float("nan"), float("inf"), -1, 0, None, "5", [], True, 5]
+    names = [field.name for field in dataclasses.fields(SamplingParams)]
+    odd = [{i: v} for v in numbers for i in (5, 10**400)] + [[v] for v in numbers] + ["", "\ud800", [""], {"a": "b"}]
+    bad = [{name: value} for name in names for value in (*numbers, *odd) if name not in ("max_tokens", "n")]
+    bad += [{"n": value} for value in numbers] + [{"allowed_token_ids": [5], "bad_words": ["\x05"], "min_tokens": 2}]
+    prompts = [" " * 12_000_000, "\ud800", "", None, 5, b"x", [1], {"prompt_token_ids": [10**400]}, "x" * 10**6]
+    expected = {word: answer(llm, word, greedy(6)) for word in ("one", "two", "three")}
+    found, harmed = [], []
+
+    def good(stop: threading.Event) -> None:
+        while not stop.is_set():
+            for word, ids in expected.items():
+                (found if answer(llm, word, greedy(6)) == ids else harmed).append(word)
+
+    stop = threading.Event()
+    threads = [threading.Thread(target=good, args=(stop,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 120
+    try:
+        for params in bad:
+            assert time.monotonic() < deadline
+            try:
+                llm.generate("x", SamplingParams(**{"temperature": 1.0, "max_tokens": 2, **params}))
+            except RequestError as error:
+                assert len(str(error)) < 1000 and error.expected and error.todo
+        for prompt in prompts:
+            for ask in (lambda p: llm.generate([p], greedy(2)), lambda p: list(llm.stream(p, greedy(2)))):
+                with pytest.raises(RequestError):
+                    ask(prompt)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+    assert len(bad) > 400 and len(found) > 5 and not harmed
 
 
 def test_one_failing_request_among_many(llm, monkeypatch):

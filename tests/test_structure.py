@@ -11,11 +11,12 @@ FILES = sorted(p.relative_to(ROOT) for p in PACKAGE.rglob("*.py"))
 
 LEVELS = (
     ("errors",),
-    ("foreign",),
+    ("foreign", "vllm_names"),
     ("config", "weight", "batch", "group"),
     ("checkpoint", "backends", "parallel", "device", "text"),
     ("model",),
     ("engine",),
+    ("outputs",),
     ("llm",),
     ("cli", "mindformers", "__main__", "__init__"),
 )

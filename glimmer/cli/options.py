@@ -202,15 +202,20 @@ WORDS = {
     "presence_penalty": Words("X", "subtract from the logits of tokens in the answer"),
     "frequency_penalty": Words("X", "the same, once for each occurrence"),
     "logit_bias": Words("JSON", "add to the logits of tokens, e.g. '{\"5\": -1.5}'"),
+    "allowed_token_ids": Words("ID", "tokens that may come, and no others; may be repeated"),
+    "bad_words": Words("TEXT", "a text that must not come in the answer; may be repeated"),
     "stop": Words("TEXT", "end the answer before this text; may be repeated", None, ("-r", "--reverse-prompt")),
     "stop_token_ids": Words("ID", "end the answer after this token; may be repeated"),
     "include_stop_str_in_output": Words("", "keep the text or the token that ended the answer"),
     "skip_special_tokens": Words("", "leave tokens such as <|user|> out of the answer's text"),
+    "spaces_between_special_tokens": Words("", "without effect: nothing is put between tokens"),
+    "detokenize": Words("", "make text of the answer's tokens"),
     "min_tokens": Words("N", "no end before that many tokens", None, ("--min-new-tokens",)),
     "max_tokens": Words("N", "most tokens of an answer", None, ("-n", "--n-predict", "--predict", "--max-new-tokens")),
     "ignore_eos": Words("", "the model's own end of sequence does not end the answer"),
     "logprobs": Words("N", "log-probabilities of the N likeliest tokens, for each token of the answer"),
     "prompt_logprobs": Words("N", "the same for each token of the prompt"),
+    "truncate_prompt_tokens": Words("N", "keep the last N tokens of the prompt; -1: as many as the context holds"),
 }
 
 

@@ -33,9 +33,9 @@ from glimmer.mindformers import options as mindformers
 from glimmer.mindformers.options import GENERATION, KEYS, TRANSLATED
 
 if TYPE_CHECKING:
-    from glimmer import llm, parallel
+    from glimmer import llm, outputs, parallel
 else:
-    llm, parallel = lazy("glimmer.llm"), lazy("glimmer.parallel")
+    llm, outputs, parallel = lazy("glimmer.llm"), lazy("glimmer.outputs"), lazy("glimmer.parallel")
 
 RESULT = Path("text_generation_result.txt")
 EVERY = 30.0  # seconds between lines about progress where there is no terminal
@@ -347,7 +347,7 @@ def answer(job: Job, results: Results, progress: "Progress", shown: bool = False
             if job.is_conversation(results.prompts[index]) and not job.limited:
                 params[index] = replace(params[index], max_tokens=None)
 
-        def finished(n: int, output: "llm.RequestOutput") -> None:
+        def finished(n: int, output: "outputs.RequestOutput") -> None:
             index = list(prompts)[n]
             results.add(row(index, results.prompts[index], output, output.error))
             progress.answered()
@@ -396,11 +396,11 @@ def sampling_params(job: Job, model: "llm.LLM", progress: "Progress") -> Samplin
 
 def show(
     model: "llm.LLM", prompt: "llm.Prompt", params: SamplingParams, echo: str, progress: "Progress"
-) -> "llm.RequestOutput":
+) -> "outputs.RequestOutput":
     """Answer one prompt and print the answer as it comes, after `echo`. A terminal that is gone loses nothing."""
     stream = model.stream(prompt, params)  # RequestError before anything is printed
-    answer = llm.CompletionOutput(0)
-    output = llm.RequestOutput(None, [], [answer])
+    answer = outputs.CompletionOutput(0)
+    output = outputs.RequestOutput(None, [], [answer])
     lost = exits.write(echo)
     try:
         for piece in stream:

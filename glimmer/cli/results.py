@@ -20,7 +20,7 @@ from glimmer.cli.options import locate
 from glimmer.errors import ConfigError, GlimmerError
 
 if TYPE_CHECKING:
-    from glimmer.llm import CompletionOutput, RequestOutput
+    from glimmer.outputs import CompletionOutput, RequestOutput
 
 log = logging.getLogger("glimmer")
 Prompt = str | list[dict[str, Any]]  # a text, or the messages of a conversation

@@ -16,7 +16,7 @@ from glimmer.engine.blocks import Blocks
 from glimmer.engine.sampler import Sampler
 from glimmer.engine.scheduler import Scheduler
 from glimmer.engine.sequence import Constraint, Logprob, Output, Request, SamplerOutput, Sequence, Step, failure
-from glimmer.errors import EngineError, RequestError
+from glimmer.errors import EngineError, RequestError, shown
 from glimmer.group import Group
 
 log = logging.getLogger("glimmer")
@@ -110,11 +110,13 @@ class Engine:
         for field, ids in (
             ("prompt", request.prompt_token_ids),
             ("logit_bias", params.logit_bias),
+            ("allowed_token_ids", params.allowed_token_ids),
             ("stop_token_ids", params.stop_token_ids),
         ):
-            limit = self.sampler.sampling_vocab_size if field == "logit_bias" else self.vocab_size
+            sampled = field in ("logit_bias", "allowed_token_ids")
+            limit = self.sampler.sampling_vocab_size if sampled else self.vocab_size
             if ids and not 0 <= min(ids) <= max(ids) < limit:
-                found = f"token id {min(ids) if min(ids) < 0 else max(ids)} in {field}"
+                found = f"token id {shown(min(ids) if min(ids) < 0 else max(ids))} in {field}"
                 raise RequestError(field, found, f"ids from 0 to {limit - 1}", "remove that id")
 
     def add(self, request: Request, constraint: Constraint | None = None) -> None:

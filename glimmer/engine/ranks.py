@@ -50,23 +50,29 @@ class Client(Protocol):
 
 @dataclass(frozen=True)
 class ParentRequest:
-    """One prompt with params.n answers, a Request each. constraints: one for each answer, on rank 0; or none."""
+    """One prompt with params.n answers, a Request each.
+
+    bad_words: as in Request, on rank 0. constraints: one for each answer, on rank 0; or none.
+    """
 
     id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     seed: str
     eos_token_ids: tuple[int, ...]
+    bad_words: tuple[tuple[int, ...], ...] = ()
     constraints: tuple[Constraint, ...] = ()
 
     def child(self, answer: int) -> Request:
         """The request for one answer; only the first reports the prompt's log-probabilities."""
-        params = self.params
-        if answer > 0 and params.prompt_logprobs is not None:
-            params = replace(params, prompt_logprobs=None)
-        return Request(
-            f"{self.id}.{answer}", self.prompt_token_ids, params, f"{self.seed}.{answer}", self.eos_token_ids
-        )
+        params = self._further if answer > 0 else self.params
+        id, seed = f"{self.id}.{answer}", f"{self.seed}.{answer}"
+        return Request(id, self.prompt_token_ids, params, seed, self.eos_token_ids, self.bad_words)
+
+    @cached_property
+    def _further(self) -> SamplingParams:
+        """Parameters of all answers but the first."""
+        return self.params if self.params.prompt_logprobs is None else replace(self.params, prompt_logprobs=None)
 
     @cached_property
     def content(self) -> str:

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from glimmer.config import SamplingParams
 from glimmer.engine.sequence import Chunk, Constraint, Logprob, SamplerOutput, Sequence, Step, failure
-from glimmer.errors import EngineError
+from glimmer.errors import EngineError, RequestError
 
 log = logging.getLogger("glimmer")
 
+LARGEST = 1e20  # of a logit after biases and penalties: divided by any temperature it is still finite
 CANDIDATES = 1024  # top-k and top-p look at that many likeliest first, and sort everything only if these are too few
 
 
@@ -50,6 +51,11 @@ class Place:
     def tokens(self) -> list[int]:
         """Prompt and answer before this place."""
         return [*self.sequence.tokens, *self.drafts] if self.drafts else self.sequence.tokens
+
+    @property
+    def answer(self) -> list[int]:
+        """The answer before this place."""
+        return self.tokens[self.sequence.prompt_length :]
 
     def allows(self, token: int) -> bool:
         """Whether the constraint allows this token."""
@@ -88,7 +94,7 @@ class Sampler:
             if not own:
                 continue
             try:
-                tokens = list(islice(drawn, len(own))) if drawn is not None else self._tokens(own, logits)
+                tokens = list(islice(drawn, len(own))) if drawn is not None else self._tokens_alone(own, logits)
                 tokens = tokens[: 1 + _accepted(tokens, chunk.drafts)]
                 asked = chunk.sequence.request.params.logprobs
                 logprobs = (
@@ -119,6 +125,19 @@ class Sampler:
             if rows:
                 for i, token in zip(rows, draw(logits[rows], [places[i] for i in rows])):
                     tokens[i] = token
+        return tokens
+
+    def _tokens_alone(self, places: list[Place], raw: Tensor) -> list[int]:
+        """The same for places of one sequence, up to one that fails after a draft. Raises what the first one does."""
+        tokens: list[int] = []
+        for place in places:
+            try:
+                tokens += self._tokens([place], raw)
+            except Exception as error:
+                if not tokens:
+                    raise
+                log.debug("a draft was given up", exc_info=error)
+                break
         return tokens
 
 
@@ -187,29 +206,49 @@ def _adjusts(place: Place) -> bool:
         or p.presence_penalty != 0
         or p.frequency_penalty != 0
         or bool(p.logit_bias)
+        or p.allowed_token_ids is not None
+        or bool(place.sequence.request.bad_words)
         or place.num_output_tokens < p.min_tokens
         or place.allowed is not None
     )
 
 
 def _adjust_(logits: Tensor, place: Place) -> None:
-    """Penalties, then biases, then what must not come here; logits (V,) are changed in place."""
+    """Biases, then penalties, then what must not come here, as in vLLM; logits (V,) are changed in place.
+
+    RequestError if nothing may come here.
+    """
     p, request = place.params, place.sequence.request
+    if p.logit_bias:
+        ids, biases = request.biases
+        logits.index_add_(0, ids.to(logits.device), biases.to(logits.device))
     if p.repetition_penalty != 1:
         seen = torch.tensor(sorted(set(place.tokens)), device=logits.device)
         seen = seen[seen < len(logits)]
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
     if p.presence_penalty != 0 or p.frequency_penalty != 0:
-        answer = place.tokens[place.sequence.prompt_length :]
-        counts = torch.bincount(torch.tensor(answer, dtype=torch.int64, device=logits.device), minlength=len(logits))
+        answer = torch.tensor(place.answer, dtype=torch.int64, device=logits.device)
+        counts = torch.bincount(answer, minlength=len(logits))
         logits -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
-    for token, bias in (p.logit_bias or {}).items():
-        logits[token] += bias
+    logits.clamp_(-LARGEST, LARGEST)
+    if p.allowed_token_ids is not None:
+        allowed = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+        allowed[request.allowed.to(logits.device)] = True
+        logits[~allowed] = float("-inf")
+    if request.bad_words and (forbidden := request.forbidden_after(place.answer)):
+        logits[forbidden] = float("-inf")
     if place.num_output_tokens < p.min_tokens:
         logits[[i for i in request.stop_ids if i < len(logits)]] = float("-inf")
     if place.allowed is not None:
         logits[~place.allowed.to(logits.device)] = float("-inf")
+    if logits.amax() < -LARGEST:  # all of them are -inf
+        raise RequestError(
+            "allowed_token_ids",
+            f"no token may come after {place.num_output_tokens} tokens of the answer",
+            "allowed_token_ids that bad_words, min_tokens and a constraint leave some of",
+            "allow more tokens",
+        )
 
 
 def _limits(place: Place) -> bool:
@@ -274,9 +313,9 @@ def _uniform(place: Place) -> float:
 
 
 def _logprobs(logits: Tensor, token: int, count: int) -> dict[int, Logprob]:
-    """The chosen (or given) token's and the `count` likeliest tokens' log-probabilities; logits (V,)."""
+    """The chosen (or given) token's and the `count` likeliest tokens' log-probabilities (-1: all); logits (V,)."""
     logprobs = logits.log_softmax(-1)
-    values, ids = logprobs.topk(min(count, len(logprobs)))
+    values, ids = logprobs.topk(len(logprobs) if count < 0 else min(count, len(logprobs)))
     own = logprobs[token]
     found = {token: Logprob(float(own), int((logprobs > own).sum()) + 1)}
     found.update(

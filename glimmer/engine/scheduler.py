@@ -77,6 +77,8 @@ class Scheduler:
             n = self._length(sequence, budget)
             grown = self.blocks.allocate(sequence, sequence.num_computed_tokens + n)
             assert grown, "free blocks were counted"
+            if sequence.num_cached_tokens is None:
+                sequence.num_cached_tokens = sequence.num_computed_tokens
             self.running.append(sequence)
             chunks.append(self._chunk(sequence, n, budget))
             coming |= self._coming(chunks[-1:])
@@ -173,5 +175,5 @@ class Scheduler:
             self.blocks.release(sequence)
         elif not tokens and not prompt_logprobs:
             return None
-        logprobs = sampled.logprobs[: len(tokens)]
-        return Output(sequence.request.id, tuple(tokens), logprobs, prompt_logprobs, finish, problem)
+        logprobs, cached = sampled.logprobs[: len(tokens)], sequence.num_cached_tokens
+        return Output(sequence.request.id, tuple(tokens), logprobs, prompt_logprobs, finish, problem, cached)

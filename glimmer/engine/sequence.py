@@ -14,6 +14,7 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from glimmer.config import SamplingParams
@@ -47,13 +48,17 @@ class Constraint(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and one answer to it. `seed` makes its randomness; eos_token_ids end the answer unless ignored."""
+    """One prompt and one answer to it. `seed` makes its randomness; eos_token_ids end the answer unless ignored.
+
+    bad_words: params.bad_words as token ids, which must not follow one another in the answer; on rank 0.
+    """
 
     id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     seed: str
     eos_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -61,6 +66,25 @@ class Request:
         return frozenset(self.params.stop_token_ids or ()) | (
             frozenset() if self.params.ignore_eos else frozenset(self.eos_token_ids)
         )
+
+    @cached_property
+    def biases(self) -> tuple[Tensor, Tensor]:
+        """params.logit_bias as token ids and what is added to their logits; on the host."""
+        table = self.params.logit_bias or {}
+        return torch.tensor(list(table)), torch.tensor(list(table.values()), dtype=torch.float32)
+
+    @cached_property
+    def allowed(self) -> Tensor:
+        """params.allowed_token_ids, on the host."""
+        return torch.tensor(self.params.allowed_token_ids)
+
+    def forbidden_after(self, answer: list[int]) -> list[int]:
+        """Tokens that would complete one of the bad words after this answer."""
+        return [
+            last
+            for *first, last in self.bad_words
+            if len(first) <= len(answer) and answer[len(answer) - len(first) :] == first
+        ]
 
 
 @dataclass(frozen=True)
@@ -88,6 +112,7 @@ class Sequence:
     num_computed_tokens: int = 0
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`, made when they are needed
+    num_cached_tokens: int | None = None  # of the prompt: found in the cache when the sequence began
     num_prompt_logprobs_sent: int = 0  # rows of the prompt whose log-probabilities have been in an Output
 
     def __post_init__(self) -> None:
@@ -177,6 +202,7 @@ class Output:
     prompt_logprobs: tuple[dict[int, Logprob], ...] = ()
     finish_reason: FinishReason | None = None
     problem: EngineError | None = None
+    num_cached_tokens: int | None = None  # of the prompt: they were found in the cache
 
 
 def failure(what: str, error: BaseException) -> EngineError:

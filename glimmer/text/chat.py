@@ -10,8 +10,9 @@ Not here: tokens (tokenizer.py), and reading answers back into reasoning, conten
 
 import io
 import json
+import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -65,6 +66,7 @@ class ChatTemplate:
         messages: Sequence[dict[str, Any]],
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **kwargs: Any,
     ) -> str:
         """The prompt. It holds all special tokens, to be encoded with add_special_tokens=False.
@@ -72,6 +74,8 @@ class ChatTemplate:
         messages: dicts with "role" (system, user, assistant, tool) and "content" (a text, a list of text parts, or
             None), and where they apply "reasoning_content" and "tool_calls", as in OpenAI's API.
         tools: JSON objects that describe functions; the template prints each as it is.
+        add_generation_prompt: begin the assistant's answer.
+        continue_final_message: end with the last message, which is the assistant's, so that the model goes on with it.
         kwargs: further variables, such as enable_thinking (4.5, 4.6, 4.7) or clear_thinking (4.7).
         Raises RequestError that names the field at fault, or CheckpointError if there is no template or it misbehaves.
         """
@@ -94,7 +98,13 @@ class ChatTemplate:
                     break
                 prompt.write(piece)
             else:
-                return prompt.getvalue()
+                return (
+                    _up_to(variables["messages"][-1], prompt.getvalue())
+                    if continue_final_message
+                    else prompt.getvalue()
+                )
+        except RequestError:
+            raise
         except _Refusal as error:
             raise RequestError(
                 "messages",
@@ -229,6 +239,83 @@ def _messages(messages: Any) -> list[dict[str, Any]]:
             'send [{"role": "user", "content": "..."}]',
         )
     return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def check_turn(messages: Any, add_generation_prompt: bool, continue_final_message: bool) -> None:
+    """RequestError if it is not the assistant's turn. What is no list of messages is left to render() to refuse."""
+    last = messages[-1] if isinstance(messages, list | tuple) and messages else None
+    role = last.get("role") if isinstance(last, dict) else None
+    if add_generation_prompt and continue_final_message:
+        raise RequestError(
+            "continue_final_message",
+            "continue_final_message=True with add_generation_prompt=True",
+            "either a new answer, or more of the last message",
+            "pass add_generation_prompt=False with it",
+        )
+    if add_generation_prompt and role == "assistant":
+        raise RequestError(
+            "messages",
+            "the last message is the assistant's",
+            "a message that can be answered",
+            "to continue it, pass continue_final_message=True and add_generation_prompt=False",
+        )
+    if continue_final_message and role != "assistant":
+        raise RequestError(
+            "messages",
+            f"continue_final_message=True, and the last message is of role {reprlib.repr(role)}",
+            "an assistant's message to continue",
+            "leave continue_final_message out, or append the beginning of the answer",
+        )
+
+
+def _up_to(last: dict[str, Any], prompt: str) -> str:
+    """The prompt up to the end of the last message's text, as transformers cuts it. RequestError if it is not there."""
+    content = last["content"]
+    texts = [content] if isinstance(content, str) else [p if isinstance(p, str) else p["text"] for p in content]
+    text = texts[-1] if texts else ""
+    start = prompt.rfind(text.strip())
+    if start < 0 or not text.strip():
+        raise RequestError(
+            "messages",
+            "the last message's content is empty, or not in the prompt as it is written",
+            "a text that the chat template prints unchanged",
+            "put thoughts into reasoning_content, or send the prompt as text to generate",
+        )
+    whole = prompt[start : start + len(text)] == text  # else the template has stripped it
+    return prompt[: start + len(text if whole else text.strip())]
+
+
+def mark_content(messages: Any, names: Iterable[str]) -> tuple[str, Any]:
+    """(mark, messages) with the mark after each character in a user's or tool's content that may begin one of `names`.
+
+    A name that is typed there is not found in the rendered prompt, wherever the template puts it. Messages that are
+    no messages are returned as they are: render() refuses them. The mark is in none of the messages.
+    """
+    written = json.dumps(messages, ensure_ascii=False, default=str)
+    mark = next((mark for mark in map(chr, range(0xFDD0, 0xFDF0)) if mark not in written), None)
+    if mark is None:
+        raise RequestError(
+            "messages",
+            "all 32 noncharacters from U+FDD0 to U+FDEF",
+            "text without noncharacters",
+            "remove one of them",
+        )
+    first = re.compile("[" + "".join(re.escape(name[0]) for name in names if name) + "]") if names else None
+    changed: list[Any] = []
+    for message in messages if isinstance(messages, list | tuple) else []:
+        if isinstance(message, dict) and message.get("role") in ("user", "tool") and first is not None:
+            message = message | {"content": _marked(message.get("content"), first, mark)}
+        changed.append(message)
+    return mark, changed if isinstance(messages, list | tuple) else messages
+
+
+def _marked(value: Any, first: re.Pattern[str], mark: str) -> Any:
+    """A JSON value with the mark in all of its texts."""
+    if isinstance(value, str):
+        return first.sub(lambda found: found[0] + mark, value)
+    if isinstance(value, dict):
+        return {key: item if key == "type" else _marked(item, first, mark) for key, item in value.items()}
+    return [_marked(item, first, mark) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _message(message: Any, at: str) -> dict[str, Any]:

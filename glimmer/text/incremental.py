@@ -28,14 +28,16 @@ class IncrementalText:
         include_stop_str_in_output: bool = False,
         skip_special_tokens: bool = True,
         prefix: str = "",
+        min_tokens: int = 0,
     ):
-        """`prefix` is shown in front of the answer (an echoed prompt) and is not searched for stop strings.
+        """`prefix` is shown in front of the answer (an echoed prompt) and is not searched for stop strings; those that
+        end within the first `min_tokens` ids do not count.
 
         Raises RequestError if `stop` is not a list of texts of at least one character.
         """
         self.stopped: str | None = None
         self.used = 0
-        self._include_stop = include_stop_str_in_output
+        self._include_stop, self._min_tokens = include_stop_str_in_output, min_tokens
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
         self._search = StopSearch(stop)
         self._held = ""  # text that is still a beginning of a stop string
@@ -59,8 +61,8 @@ class IncrementalText:
         for id in token_ids:
             if self.stopped is not None:
                 break
-            shown.append(self._scan(self._detokenizer.push((id,))))
             self.used += 1
+            shown.append(self._scan(self._detokenizer.push((id,))))
         return self._release("".join(shown))
 
     def finish(self) -> str:
@@ -77,7 +79,7 @@ class IncrementalText:
     def _scan(self, text: str) -> str:
         """What of the held-back text and `text` may be shown. Sets `stopped` if a stop string is complete."""
         text, start = self._held + text, len(self._held)
-        hit = self._search.advance(text, start)
+        hit = self._search.advance(text, start, counts=self.used > self._min_tokens)
         if hit is not None:
             end, self.stopped = hit
             self._held = ""
@@ -124,8 +126,11 @@ class StopSearch:
         """How many characters at the end of the text are a beginning of a stop string."""
         return self._depth[self._state]
 
-    def advance(self, text: str, start: int) -> tuple[int, str] | None:
-        """Read text[start:]; return (end, stop string) of the first to be complete, `end` as an index in `text`."""
+    def advance(self, text: str, start: int, counts: bool = True) -> tuple[int, str] | None:
+        """Read text[start:]; return (end, stop string) of the first to be complete, `end` as an index in `text`.
+
+        counts: False if what is complete within this text shall not end the answer.
+        """
         if len(self._next) == 1:
             return None
         for i in range(start, len(text)):
@@ -133,7 +138,7 @@ class StopSearch:
                 self._state = self._shorter[self._state]
             self._state = self._next[self._state].get(text[i], 0)
             found = self._hit[self._state]
-            if found is not None:
+            if found is not None and counts:
                 return i + 1, found
         return None
 

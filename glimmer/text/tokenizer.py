@@ -7,8 +7,11 @@ Not here: chat templates (chat.py), stop strings (incremental.py), and any clean
 """
 
 import codecs
+import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ import tokenizers
 
 from glimmer.errors import CheckpointError, GlimmerError, RequestError
 from glimmer.foreign import MAX_TOKENIZER, is_unicode, quote, read_bytes, read_optional_json
+
+MAX_CHARACTERS = 1 << 24  # of a text to encode; the longest context, 202,752 tokens, holds far less
 
 
 def byte_symbols() -> list[str]:
@@ -51,6 +56,7 @@ class Tokenizer:
         self.special_ids = frozenset(special_ids)
         self.eos_token_id = eos_token_id
         self.size = max(self._bytes, default=-1) + 1
+        self._longest = max(map(len, self._bytes.values()), default=0)
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
@@ -84,12 +90,28 @@ class Tokenizer:
             (special.add if is_special else special.discard)(id)
         return cls(library, special, _eos(library, config.get("eos_token"), configured))
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
         """Ids of `text`; names of added tokens inside it (<|user|>, <think>, /nothink, ...) become those tokens.
 
         `add_special_tokens`: let the file's post-processor add what it adds. A rendered chat template already has it.
-        Raises RequestError if the text holds half a surrogate pair, or if the library fails.
+        `max_tokens`: a text of more bytes than so many of the longest tokens have is refused before it is encoded.
+        Raises RequestError if the text holds half a surrogate pair, which no UTF-8 can express; if it has more than
+        MAX_CHARACTERS; or if the library fails on it: long runs of spaces make its regular expressions give up.
         """
+        self._check_text(text, max_tokens)
+        return self._encode(self._library, text, add_special_tokens)
+
+    def _check_text(self, text: str, max_tokens: int | None) -> None:
+        """RequestError as `encode`, before the library sees the text."""
+        if len(text) > MAX_CHARACTERS or (max_tokens is not None and len(text) > max_tokens * self._longest):
+            most = MAX_CHARACTERS if max_tokens is None else min(MAX_CHARACTERS, max_tokens * self._longest)
+            tokens = "" if max_tokens is None else f", and of {max_tokens} tokens"
+            raise RequestError(
+                "prompt",
+                f"a prompt of {len(text)} characters",
+                f"at most {most} characters{tokens}",
+                "shorten the prompt",
+            )
         if not is_unicode(text):
             place = next(i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff")
             raise RequestError(
@@ -98,6 +120,9 @@ class Tokenizer:
                 "Unicode text",
                 "send the whole character; in JSON both halves, such as \\ud83d\\ude00",
             )
+
+    def _encode(self, library: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+        """What the library makes of a text that has been checked; RequestError if it fails."""
         with _problems_of_the_library(
             lambda problem: RequestError(
                 "text",
@@ -106,7 +131,44 @@ class Tokenizer:
                 "shorten the text, above all runs of millions of equal characters",
             )
         ):
-            return self._library.encode(text, add_special_tokens=add_special_tokens).ids
+            ids: list[int] = library.encode(text, add_special_tokens=add_special_tokens).ids
+            return ids
+
+    @cached_property
+    def added_names(self) -> frozenset[str]:
+        """Names of the added tokens, which `encode` takes for these tokens wherever they stand."""
+        return frozenset(token.content for token in self._library.get_added_tokens_decoder().values())
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The same without added tokens: their names are letters."""
+        content = json.loads(self._library.to_str()) | {"added_tokens": [], "post_processor": None}
+        return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+    def encode_marked(self, text: str, mark: str, max_tokens: int | None = None) -> list[int]:
+        """`encode` of a text in which `mark` stands within the names that are text; the marks are left out."""
+        self._check_text(text, max_tokens)
+        names = re.compile("|".join(map(re.escape, sorted(self.added_names, key=len, reverse=True))) or "(?!)")
+        ids: list[int] = []
+        at = 0
+        for name in names.finditer(text):
+            ids += self._encode(self._plain, text[at : name.start()].replace(mark, ""), False)
+            ids += self._encode(self._library, name[0], False)
+            at = name.end()
+        return ids + self._encode(self._plain, text[at:].replace(mark, ""), False)
+
+    def spellings(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """Ids of each word at the beginning of a text; and after a space, where its first token is another then.
+
+        These are the sequences that vLLM forbids for bad_words.
+        """
+        found: list[tuple[int, ...]] = []
+        for word in words:
+            begins, follows = (tuple(self.encode(space + (word.lstrip() or word), False)) for space in ("", " "))
+            found.append(begins)
+            if len(follows) == len(begins) and follows[0] != begins[0]:
+                found.append(follows)
+        return tuple(dict.fromkeys(found))
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Raises RequestError for an id that the vocabulary does not have."""

@@ -131,6 +131,54 @@ def test_bias_and_min_tokens():
     assert choose(logits, chunk(temperature=0, eos=[0], ignore_eos=True, min_tokens=1))[0].tokens[0] == 0
 
 
+def test_biases_come_before_penalties():
+    """As in vLLM: the penalty divides the biased logit."""
+    given = chunk(prompt=[0], temperature=0, repetition_penalty=2.0, logit_bias={0: 6.0})
+    assert choose([[1.0, 3.4, 0.0]], given)[0].tokens[0] == 0  # (1 + 6) / 2 = 3.5; the other order gives 6.5
+    assert choose([[1.0, 3.6, 0.0]], given)[0].tokens[0] == 1
+
+
+def test_the_largest_parameters_together_leave_a_distribution():
+    huge = dict(temperature=1e-12, repetition_penalty=1e-12, logit_bias={1: 1e15, 2: -1e15})
+    for more in ({}, {"top_k": 2}, {"top_p": 0.5}):
+        assert choose([[1.0, 3.0, 2.0]], chunk(prompt=[0, 1, 2], **huge, **more))[0].tokens == (1,)
+
+
+def test_allowed_token_ids():
+    logits = [5.0, 4.0, 3.0, 2.0]
+    assert choose([logits], chunk(temperature=0, allowed_token_ids=[3, 2, 3]))[0].tokens == (2,)
+    assert set(draws(logits, 200, temperature=5, allowed_token_ids=[1, 3])) == {1, 3}
+    beside = choose([logits, logits], chunk(temperature=0, allowed_token_ids=[1]), chunk(temperature=0))
+    assert [o.tokens for o in beside] == [(1,), (0,)]
+
+
+def with_bad_words(*words: tuple[int, ...], **sequence) -> Chunk:
+    made = chunk(temperature=0, **sequence)
+    object.__setattr__(made.sequence.request, "bad_words", words)
+    return made
+
+
+def test_bad_words_are_forbidden_where_they_would_be_complete():
+    logits = [[5.0, 4.0, 3.0]]
+    assert choose(logits, with_bad_words((0,)))[0].tokens == (1,)
+    assert choose(logits, with_bad_words((1, 0)))[0].tokens == (0,)
+    assert choose(logits, with_bad_words((1, 0), answer=[1]))[0].tokens == (1,)
+    assert choose(logits, with_bad_words((2, 1, 0), (0, 1), answer=[2, 1]))[0].tokens == (1,)
+    assert choose(logits, with_bad_words((2, 0), prompt=[2]))[0].tokens == (0,), "the prompt is no part of the answer"
+
+
+def test_where_nothing_may_come_the_request_fails_alone():
+    chunks = [chunk(temperature=0), chunk(allowed_token_ids=[1], eos=[1], min_tokens=3), chunk(temperature=0)]
+    first, none, last = choose([[1.0, 0.0]] * 3, *chunks)
+    assert (first.tokens, last.tokens) == ((0,), (0,)) and none.tokens == ()
+    assert "no token may come after 0 tokens" in none.problem.found
+
+
+def test_logprobs_of_the_whole_vocabulary():
+    made = choose([[1.0, 3.0, 2.0]], chunk(temperature=0, logprobs=-1))[0].logprobs[0]
+    assert {id: found.rank for id, found in made.items()} == {1: 1, 2: 2, 0: 3}
+
+
 def test_logprobs_are_of_the_raw_logits():
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
     made = choose(logits, chunk(temperature=0, logprobs=2, logit_bias={3: 100.0}), sampling_vocab_size=4)[0]

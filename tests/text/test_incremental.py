@@ -106,6 +106,20 @@ def test_a_broken_character_at_the_end_may_complete_a_stop_string(tokenizer):
     assert (shown, reply.stopped) == ("a", "\ufffd")
 
 
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize(
+    "minimum, shown, used",
+    [(0, "ab", 4), (3, "ab", 4), (4, "abxyab", 8), (7, "abxyab", 8), (8, "abxyabxyz", 9)],
+)
+def test_stop_strings_count_after_min_tokens(tokenizer, minimum, shown, used, include):
+    """One whose last character comes later counts, though it begins earlier."""
+    ids = list(b"abxyabxyz")
+    for cutting in ([[id] for id in ids], [ids], [ids[:5], ids[5:]]):
+        text, reply = run(tokenizer, cutting, ["xy"], include_stop_str_in_output=include, min_tokens=minimum)
+        assert text == reply.text == shown + ("xy" if include and used < 9 else "")
+        assert (reply.used, reply.stopped) == (used, "xy" if used < 9 else None)
+
+
 def test_a_prefix_is_shown_first_and_never_searched(tokenizer):
     reply = IncrementalText(tokenizer, ["ab"], prefix="ab a")
     assert reply.text == ""

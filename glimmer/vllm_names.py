@@ -1,0 +1,120 @@
+"""Parameters that vLLM has and glimmer has not: which of their values change nothing here, and why others are refused.
+
+A script that was written for vLLM runs unchanged where it asks for nothing that would change an answer. Not here:
+parameters that both have (config.py).
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from glimmer.errors import GlimmerError, shown
+
+Error = Callable[[str, str, str, str], GlimmerError]  # name, found, expected, to do
+
+
+class Only(NamedTuple):
+    """The values of a parameter that change nothing here, and what to do about another one. No values: all of them."""
+
+    values: tuple[Any, ...] = ()
+    todo: str = ""
+
+
+ANY = Only()
+NONE: tuple[Any, ...] = (None, (), [], {})
+
+# Of vLLM's LLM.
+ENGINE: Mapping[str, Only] = {
+    **dict.fromkeys(
+        (
+            "trust_remote_code", "enforce_eager", "disable_log_stats", "disable_log_requests", "use_tqdm_on_load",
+            "download_dir", "hf_token", "swap_space", "disable_custom_all_reduce", "max_seq_len_to_capture",
+            "enable_chunked_prefill", "long_prefill_token_threshold", "max_num_partial_prefills",
+            "max_parallel_loading_workers", "served_model_name", "compilation_config", "cudagraph_capture_sizes",
+            "async_scheduling", "disable_cascade_attn", "ignore_patterns", "max_logprobs", "attention_backend",
+            "guided_decoding_backend", "structured_outputs_config", "prefix_caching_hash_algo", "show_hidden_metrics",
+            "otlp_traces_endpoint", "collect_detailed_traces", "enable_prompt_tokens_details",
+            "safetensors_load_strategy", "optimization_level", "profiler_config",
+            "limit_mm_per_prompt", "mm_processor_kwargs",
+        ),
+        ANY,
+    ),
+    "pipeline_parallel_size": Only((1, None), "use tensor_parallel_size"),
+    "data_parallel_size": Only((1, None), "start a process for each replica"),
+    "enable_expert_parallel": Only((False, None), "use tensor_parallel_size, which cuts the experts too"),
+    "distributed_executor_backend": Only((None, "mp", "uni", "external_launcher"), "start the script with torchrun"),
+    "cpu_offload_gb": Only((0, None), "quantise (quantization='int8' or 'int4'), or use more processes"),
+    "num_gpu_blocks_override": Only((None,), "set kv_cache_memory_bytes"),
+    "speculative_config": Only((None,), "leave it out: the answers are the same without speculation"),
+    "hf_overrides": Only(NONE, "edit a copy of config.json"),
+    "hf_config_path": Only((None,), "put config.json into the model's directory"),
+    "revision": Only((None, "main"), "download that revision, and pass its directory as model"),
+    "code_revision": ANY,
+    "tokenizer_revision": Only((None, "main"), "put that tokenizer.json into the model's directory"),
+    "tokenizer_mode": Only(("auto", "hf", None), "use the tokenizer.json of the model"),
+    "load_format": Only(("auto", "safetensors", "hf", None), "use a directory of safetensors files"),
+    "model_loader_extra_config": Only(NONE, "leave it out"),
+    "config_format": Only(("auto", "hf", None), "use a Hugging Face directory"),
+    "model_impl": Only(("auto", "vllm", None), "leave it out: glimmer has one implementation"),
+    "task": Only(("auto", "generate", None), "leave it out: glimmer generates text and does nothing else"),
+    "runner": Only(("auto", "generate", None), "leave it out: glimmer generates text and does nothing else"),
+    "convert": Only(("auto", "none", None), "leave it out: glimmer generates text and does nothing else"),
+    "generation_config": Only(("auto", None), "pass SamplingParams, which generation_config.json does not change"),
+    "override_generation_config": Only(NONE, "pass SamplingParams"),
+    "enable_lora": Only((False, None), "merge the adapter into the weights"),
+    "enable_sleep_mode": Only((False, None), "close the LLM, and make a new one later"),
+    "scheduling_policy": Only(("fcfs", None), "leave it out: requests are served in their order"),
+    "calculate_kv_scales": Only((False, None), "leave it out"),
+    "logits_processors": Only(NONE, "use logit_bias, allowed_token_ids or bad_words"),
+    "kv_transfer_config": Only((None,), "leave it out"),
+    "additional_config": Only(NONE, "leave it out"),
+    "rope_scaling": Only(NONE, "edit a copy of config.json"),
+    "rope_theta": Only((None,), "edit a copy of config.json"),
+}  # fmt: skip
+
+# Of vLLM's SamplingParams.
+SAMPLING: Mapping[str, Only] = {
+    "best_of": Only((None, 1), "ask for n answers with logprobs, and choose by cumulative_logprob"),
+    "use_beam_search": Only((False, None), "sample n answers"),
+    "length_penalty": Only((1.0, None), "leave it out: there is no beam search"),
+    "early_stopping": Only((False, None), "leave it out: there is no beam search"),
+    "logits_processors": Only(NONE, "use logit_bias, allowed_token_ids or bad_words"),
+    "guided_decoding": Only((None,), "describe the form in the prompt: glimmer has no structured output yet"),
+    "structured_outputs": Only((None,), "describe the form in the prompt: glimmer has no structured output yet"),
+    "response_format": Only((None,), "describe the form in the prompt: glimmer has no structured output yet"),
+    "extra_args": Only(NONE, "leave it out"),
+    "flat_logprobs": Only((False, None), "leave it out: log-probabilities are dictionaries"),
+    "output_kind": ANY,  # LLM.generate returns answers that are done, LLM.stream returns pieces
+}
+
+# Of vLLM's LLM.generate and LLM.chat.
+CALL: Mapping[str, Only] = {
+    "lora_request": Only(NONE, "merge the adapter into the weights"),
+    "priority": Only(NONE, "leave it out: requests are served in their order"),
+    "tokenization_kwargs": Only(NONE, "encode the prompt yourself and pass {'prompt_token_ids': [ids]}"),
+    "mm_processor_kwargs": Only(NONE, "leave it out: the models read text only"),
+    "chat_template_content_format": Only(("auto", "string", "openai", None), "leave it out"),
+    "prompt_token_ids": Only((None,), "pass {'prompt_token_ids': [ids]} as a prompt"),
+    "guided_options_request": Only((None,), "describe the form in the prompt: glimmer has no structured output yet"),
+    "reasoning_effort": Only((None,), "pass chat_template_kwargs={'enable_thinking': False} to switch thinking off"),
+}
+
+
+def settle(
+    what: str, given: Mapping[str, Any], known: Mapping[str, Only], own: Iterable[str], error: Error
+) -> list[str]:
+    """The names of the parameters in `given`, all of which are without effect; the error for any other.
+
+    what: whose parameters they are; own: the names that it has itself, for errors.
+    """
+    for name, value in given.items():
+        only = known.get(name)
+        if only is None:
+            names = [*own]
+            near = difflib.get_close_matches(name, [*names, *known], 1)
+            todo = f"did you mean {near[0]!r}?" if near else f"leave {name} out"
+            raise error(name, f"{what} has no parameter {name!r}", "one of " + ", ".join(names), todo)
+        if only.values and not any(type(value) is type(one) and value == one for one in only.values):
+            accepted = " or ".join(dict.fromkeys(repr(one) for one in only.values[:2]))
+            raise error(name, f"{name}={shown(value)}, which {what} cannot honour", accepted, only.todo)
+    return sorted(given)
