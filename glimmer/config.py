@@ -418,10 +418,8 @@ class EngineConfig:
             )
         if self.kv_cache_dtype not in ("auto", "int8"):
             raise ConfigError(f"kv_cache_dtype={self.kv_cache_dtype!r}", "'auto' or 'int8'", "choose one of these")
-        if not Number(-MAX_SEED, MAX_SEED, whole=True).holds(self.seed):
-            raise ConfigError(
-                f"seed={shown(self.seed)}", f"a whole number from -{MAX_SEED} to {MAX_SEED}", "pass another"
-            )
+        if not ENGINE_SEED.holds(self.seed):
+            raise ConfigError(f"seed={shown(self.seed)}", str(ENGINE_SEED), "pass another")
         for key in ("enable_prefix_caching", "skip_tokenizer_init"):
             if not isinstance(getattr(self, key), bool):
                 raise ConfigError(f"{key}={getattr(self, key)!r}", "True or False", "pass one of these")
