@@ -1,29 +1,27 @@
 """ChatTemplate: messages and tools -> the prompt, by the Jinja template that comes with a checkpoint.
 
 Neither input is trusted. Messages come from users: they are checked and copied into the form that GLM's templates rely
-on; the caller's objects are not changed. The template comes from the checkpoint: it is a program, and runs in Jinja's
-sandbox, where it can read its messages but no file, no module and no private attribute of a Python object.
-Bounded: the length of the prompt, one range(), products and powers. NOT bounded: the time that nested loops take, and
-the memory of texts that a template doubles or pads without printing them. Whoever loads a checkpoint trusts it so far.
+on; the caller's objects are not changed. The template comes from the checkpoint: it is a program, and runs with the
+bounds of sandbox.py. A template that cannot be compiled is refused when it is asked for: raw prompts need none.
 Not here: tokens (tokenizer.py), and reading answers back into reasoning, content and tool calls.
 """
 
 import io
 import json
+import os
 import re
 import reprlib
 from collections.abc import Iterable, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
+from jinja2 import Template
 from jinja2.exceptions import SecurityError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from glimmer.errors import CheckpointError, RequestError
+from glimmer.foreign import read_optional_json, read_text
+from glimmer.text.sandbox import MAX_CHARACTERS, MAX_SOURCE, Refusal, Sandbox, bounded
 
-MAX_CHARACTERS = 1 << 24  # of a prompt, and of a text built by `*`; the longest context, 202,752 tokens, holds far less
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -31,34 +29,32 @@ class ChatTemplate:
     """The chat template of a checkpoint. One object may render for several threads at once."""
 
     def __init__(self, source: str | None, origin: str):
-        """Compile `source`; None if the checkpoint has none. `origin` says in error messages where it came from.
-
-        Raises CheckpointError if `source` is not a Jinja template.
-        """
+        """`source`: None if the checkpoint has none. `origin` says in error messages where it came from."""
         self.origin = origin
-        try:
-            self._template = None if source is None else _ENVIRONMENT.from_string(source)
-        except Exception as error:  # a template can make Jinja's compiler fail in many ways, with the same remedy
-            raise CheckpointError(
-                f"{origin} is not a template that Jinja can compile: {_problem(error)}",
-                "a chat template as transformers renders it",
-                "use the chat_template.jinja of the model's repository, or remove it and send raw prompts",
-            ) from error
+        self._template: Template | None = None
+        self._fault: CheckpointError | None = None
+        if source is not None:
+            try:
+                self._template = _compile(source, origin)
+            except CheckpointError as fault:
+                self._fault = fault
 
     @classmethod
     def load(cls, directory: str | Path) -> "ChatTemplate":
         """The template in chat_template.jinja, else the one under "chat_template" in tokenizer_config.json.
 
-        A checkpoint without any is loaded too: base models have none, and only render() needs it.
-        Raises CheckpointError if a file cannot be read or the template is broken.
+        A checkpoint without any, or with a broken one, is loaded too: only render() needs it, and says what is wrong.
         """
         path = Path(directory) / "chat_template.jinja"
-        if path.is_file():
-            return cls(_read(path), str(path))
-        path = Path(directory) / "tokenizer_config.json"
-        if path.is_file():
-            return cls(_configured_template(path), f'"chat_template" in {path}')
-        return cls(None, str(directory))
+        try:
+            if os.path.lexists(path):
+                return cls(read_text(path, MAX_SOURCE), str(path))
+            path = Path(directory) / "tokenizer_config.json"
+            return cls(_configured_template(path), f'"chat_template" in {path}' if path.exists() else str(directory))
+        except CheckpointError as fault:
+            broken = cls(None, str(path))
+            broken._fault = fault
+            return broken
 
     def render(
         self,
@@ -79,6 +75,8 @@ class ChatTemplate:
         kwargs: further variables, such as enable_thinking (4.5, 4.6, 4.7) or clear_thinking (4.7).
         Raises RequestError that names the field at fault, or CheckpointError if there is no template or it misbehaves.
         """
+        if self._fault is not None:
+            raise self._fault
         if self._template is None:
             raise CheckpointError(
                 f"{self.origin} has no chat template",
@@ -93,19 +91,20 @@ class ChatTemplate:
         }
         prompt = io.StringIO()
         try:
-            for piece in self._template.generate(variables):
-                if prompt.tell() + len(piece) > MAX_CHARACTERS:
-                    break
-                prompt.write(piece)
-            else:
-                return (
-                    _up_to(variables["messages"][-1], prompt.getvalue())
-                    if continue_final_message
-                    else prompt.getvalue()
-                )
+            with bounded():
+                for piece in self._template.generate(variables):
+                    if prompt.tell() + len(piece) > MAX_CHARACTERS:
+                        break
+                    prompt.write(piece)
+                else:
+                    return (
+                        _up_to(variables["messages"][-1], prompt.getvalue())
+                        if continue_final_message
+                        else prompt.getvalue()
+                    )
         except RequestError:
             raise
-        except _Refusal as error:
+        except Refusal as error:
             raise RequestError(
                 "messages",
                 f"the chat template refuses them: {_problem(error)}",
@@ -136,72 +135,26 @@ class ChatTemplate:
 # ── the template ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class _Refusal(jinja2.TemplateError):
-    """The template called raise_exception()."""
+_ENVIRONMENT = Sandbox()
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, where in addition no single product or power can fill the memory or never end."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        if isinstance(left, int) and isinstance(right, int):
-            too_big = max(abs(left), abs(right)) >= 1 << 63 or (operator == "**" and right > 64)
-        else:
-            lengths = [max(x, 0) if isinstance(x, int) else len(x) for x in (left, right) if not isinstance(x, float)]
-            too_big = len(lengths) == 2 and lengths[0] * lengths[1] > MAX_CHARACTERS
-        if too_big:
-            raise SecurityError(f"the result of {operator!r} would be too big")
-        return super().call_binop(context, operator, left, right)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise _Refusal(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own tojson escapes for HTML; a prompt wants plain JSON."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
-def _environment() -> _Sandbox:
-    """The filters, functions and settings that transformers gives to templates, so that both render alike."""
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-_ENVIRONMENT = _environment()
-
-
-def _read(path: Path) -> str:
+def _compile(source: str, origin: str) -> Template:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+        if len(source) > MAX_SOURCE:
+            raise ValueError(f"it has {len(source)} characters, where {MAX_SOURCE} are read")
+        return _ENVIRONMENT.from_string(source)
+    except Exception as error:  # a template can make Jinja's compiler fail in many ways, with the same remedy
         raise CheckpointError(
-            f"{path} cannot be read: {_problem(error)}",
-            "a text file in UTF-8",
-            "download the file again",
+            f"{origin} is not a template that Jinja can compile: {_problem(error)}",
+            "a chat template as transformers renders it",
+            "use the chat_template.jinja of the model's repository; raw prompts (completions) work without it",
         ) from error
 
 
 def _configured_template(path: Path) -> str | None:
     """ "chat_template" in tokenizer_config.json: absent, a text, or a list of named texts of which "default" counts."""
+    found = read_optional_json(path, "the tokenizer's configuration").get("chat_template")
     try:
-        found = json.loads(_read(path)).get("chat_template")
         if isinstance(found, list):
             found = {entry["name"]: entry["template"] for entry in found}["default"]
         if found is None or isinstance(found, str):
@@ -209,7 +162,7 @@ def _configured_template(path: Path) -> str | None:
         problem = f"it is {_kind(found)}"
     except KeyError as error:
         problem = f"it is a list without {error}"
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except TypeError as error:
         problem = _problem(error)
     raise CheckpointError(
         f'"chat_template" in {path} cannot be read: {problem}',
@@ -221,7 +174,7 @@ def _configured_template(path: Path) -> str | None:
 def _problem(error: Exception) -> str:
     """The message of an exception that Jinja or a template has raised, on one line of at most 300 characters."""
     text = " ".join(str(error).split())
-    kind = "" if isinstance(error, _Refusal) else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, Refusal) else f"{type(error).__name__}: "
     return kind + (text if len(text) <= 300 else text[:300] + "...")
 
 

@@ -3,6 +3,8 @@
 import copy
 import functools
 import json
+import resource
+import time
 from pathlib import Path
 
 import checkpoints
@@ -11,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glimmer.errors import CheckpointError, RequestError
+from glimmer.text import sandbox
 from glimmer.text.chat import MAX_CHARACTERS, ChatTemplate
+from glimmer.text.sandbox import bounded
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = json.loads((DATA / "golden_renders.json").read_text(encoding="utf-8"))
@@ -102,7 +106,8 @@ def test_our_template_is_glm_4_5_s_on_any_conversation(messages, begin, tools, t
 
 
 def test_our_template_reads_null_as_no_text_even_without_our_checks():
-    bare = load(OURS)._template.render(messages=[{"role": "user", "content": None}])
+    with bounded():
+        bare = load(OURS)._template.render(messages=[{"role": "user", "content": None}])
     assert bare == "[gMASK]<sop><|user|>\n"
 
 
@@ -280,6 +285,76 @@ def test_the_longest_prompt():
     assert str(MAX_CHARACTERS) in error.found
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        *(
+            f"{{% set ns = namespace(x={start}) %}}{{% for i in range(60) %}}{step}{{% endfor %}}{{{{ ns.x }}}}"
+            for start, step in (
+                ("'ab'", "{% set ns.x = ns.x ~ ns.x %}"),
+                ("'ab'", "{% set ns.x = ns.x + ns.x %}"),
+                ("'ab'", "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}"),
+                ("'ab'", "{% set ns.x = '%s%s' % (ns.x, ns.x) %}"),
+                ("'ab'", "{% set ns.x = '{0}{0}'.format(ns.x) %}"),
+                ("'ab'", "{% set ns.x = [ns.x, ns.x] | join %}"),
+                ("'ab'", "{% set ns.x = ns.x.replace('a', 'aa') %}"),
+                ("'ab'", "{% set ns.x = ns.x | replace('a', 'aa') %}"),
+                ("'ab'", "{% macro twice(x) %}{{ x }}{{ x }}{% endmacro %}{% set ns.x = twice(ns.x) %}"),
+                ("[1]", "{% set ns.x = ns.x + ns.x %}"),
+                ("[1]", "{% set ns.x = [ns.x, ns.x] %}"),
+                ("[1]", "{% set ns.x = (ns.x, ns.x) %}"),
+                ("{}", "{% set ns.x = {'a': ns.x, 'b': ns.x} %}"),
+                ("{}", "{% set ns.x = dict(a=ns.x, b=ns.x) %}"),
+            )
+        ),
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
+        "{% set ns = namespace(l=[]) %}{% for i in range(9999) %}{% set ns.l = ns.l + ['x' * 9999999] %}{% endfor %}",
+        "{{ 'x' | center(10 ** 10) }}",
+        "{{ 'x' | indent(10 ** 10, true) }}",
+        "{{ 'x'.ljust(10 ** 10) }}",
+        "{{ 'x'.zfill(10 ** 10) }}",
+        "{{ '\t'.expandtabs(10 ** 10) }}",
+        "{{ '%09999999999d' % 1 }}",
+        "{{ '%*d' % (10 ** 10, 1) }}",
+        "{{ '%9999999999d' | format(1) }}",
+        "{{ '{:9999999999}'.format(1) }}",
+        "{{ '{:{}}'.format(1, 10 ** 10) }}",
+        "{{ {'a': 1} | tojson(indent=10 ** 10) }}",
+        "{{ [[1] * 99999] * 99999 | sum(start=[]) }}",
+        "{{ (('x' * 9999999).split('') | list) }}",
+        "{{ ' '.join([' ' * 9999999] * 9999) }}",
+        "{{ range(10 ** 10) }}",
+    ],
+)
+def test_time_and_memory_of_a_template_are_bounded(source, monkeypatch):
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.5)
+    begun, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises((CheckpointError, RequestError)):
+        template(source).render([ASK])
+    assert time.monotonic() - begun < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
+
+
+def test_bounds_change_no_ordinary_template():
+    source = (
+        "{%- set ns = namespace(last=-1, seen=[]) -%}{%- for m in messages -%}{%- if m.role == 'user' -%}"
+        "{%- set ns.last = loop.index0 -%}{%- set ns.seen = ns.seen + [m.content] -%}{%- endif -%}"
+        "{{ loop.index }}/{{ loop.length }}{{ ',' if not loop.last }}{%- endfor -%}"
+        "{% for a, b in [(1, 2), (3, 4)] %}[{{ a + b }}]{% endfor %}{{ ns.last }}{{ ns.seen | join('+') }}"
+        "{{ {'a': [1, 'x']} | tojson }}{{ 'a' ~ 1 ~ none }}{{ '%s-%d' % ('y', 5) }}{{ '{}!'.format('z') }}"
+        "{{ messages | map(attribute='role') | list }}{{ ('user', 'x')[0] in ['user'] }}"
+    )
+    rendered = template(source).render([ASK, {"role": "assistant", "content": "y"}])
+    assert rendered == "1/2,2/2[3][7]0x" + '{"a": [1, "x"]}' + "a1Noney-5z!['user', 'assistant']True"
+
+
+def test_a_generation_block_is_what_is_inside():
+    source = "{% for m in messages %}{% generation %}<{{ m.content }}>{% endgeneration %}{% endfor %}"
+    assert template(source).render([ASK]) == "<x>"
+
+
 # ── load ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -328,7 +403,8 @@ def test_without_a_template_only_rendering_fails(tmp_path, config):
 )
 def test_a_broken_template_is_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    assert str(tmp_path / name) in refusal(CheckpointError, lambda: ChatTemplate.load(tmp_path)).found
+    broken = ChatTemplate.load(tmp_path)  # raw prompts need no template
+    assert str(tmp_path / name) in refusal(CheckpointError, lambda: broken.render([ASK])).found
 
 
 def test_the_test_checkpoint_has_our_template(directory):
