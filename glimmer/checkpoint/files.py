@@ -18,6 +18,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +69,7 @@ class Checkpoint:
     Every *.safetensors file of the directory counts, whether the index names it or not: GLM-4.7 keeps its MTP layer
     in a file that the index of some repositories leaves out. Of a tensor that lies in two files the one is taken that
     the index names. index_fault says where the index and the files disagree, if they do: whoever knows which tensors
-    are wanted raises it, or warns when all are there. Not for use by several threads at once.
+    are wanted raises it, or warns when all are there. Several threads may read at once.
 
     Raises CheckpointError when the directory or a file cannot be used.
     """
@@ -78,6 +79,7 @@ class Checkpoint:
         self._tensors: dict[str, Stored] = {}
         self._versions: dict[Path, Version] = {}
         self._current: tuple[Path, int] | None = None  # the file that was read last, and its descriptor
+        self._reading = Lock()  # one file is open at a time
         self._closed = False
         self._read: set[str] = set()
         paths = _list(self.directory)
@@ -167,6 +169,11 @@ class Checkpoint:
 
     def _data(self, file: Path, begin: int, end: int) -> Tensor:
         """Bytes begin:end of a file, as uint8."""
+        with self._reading:
+            return self._data_alone(file, begin, end)
+
+    def _data_alone(self, file: Path, begin: int, end: int) -> Tensor:
+        """The same, for the thread that holds the lock."""
         descriptor = self._descriptor(file)
         if begin == end:
             return torch.empty(0, dtype=torch.uint8)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,14 @@ def test_index_decides_between_files(directory, chosen):
     write_index(directory, {"a": chosen})
     checkpoint = Checkpoint(directory)
     assert checkpoint.tensor("a").item() == int(chosen[0])
+
+
+def test_threads_that_read_from_several_files(directory):
+    for i in range(4):
+        save_file({str(i): torch.full((64, 64), i)}, directory / f"{i}.safetensors")
+    with Checkpoint(directory) as checkpoint, ThreadPoolExecutor(4) as threads:
+        found = threads.map(lambda i: checkpoint.tensor(str(i % 4)).unique().tolist(), range(2000), timeout=60)
+        assert list(found) == [[i % 4] for i in range(2000)]
 
 
 def test_twice_without_an_index(directory):

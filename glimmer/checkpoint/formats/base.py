@@ -164,7 +164,7 @@ def stored_group_size(
             "finish the download of the checkpoint",
         )
     found = checkpoint.shape(scale)
-    if len(found) == 2 and checkpoint.dtype(scale) in FLOATS:
+    if inner > 0 and len(found) == 2 and checkpoint.dtype(scale) in FLOATS:
         groups = found[shape.index(None)]
         fits = found == tuple(groups if side is None else side for side in shape)
         if fits and groups == 1:

@@ -195,6 +195,8 @@ class PackQuantized(CompressedTensors):
             want_tensor(checkpoint, zero, (-(-out * bits // 32), groups), torch.int32)
         if order in has:
             want_tensor(checkpoint, order, (inner,), torch.int32)
+        if bits == 4 and inner % 2:
+            misfit(checkpoint, name, f"an even number of inputs, and not {inner}")
         tensors = (name, scale, *has)
         if bits == 4:
             return Matrix(Kind.INT4, (out, inner), tensors, group_size, zero in has)

@@ -11,7 +11,7 @@ EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d{1,9})\.(gate|up|down)_proj", re.AS
 
 class Stacked(Format):
     """mlp.experts.gate_up_proj (experts, 2 * width, hidden), each expert's gate above its up, and mlp.experts.down_proj
-    (experts, hidden, width). `read` gives a read-only view into the file.
+    (experts, hidden, width).
     """
 
     accepts = "experts of a layer in one tensor (bf16, fp16, fp32)"
