@@ -150,6 +150,11 @@ class Backend(ABC):
         """threads: CPU threads that compute, where the CPU does."""
         self.device, self.threads = device, threads
 
+    @classmethod
+    def make(cls, device: torch.device, threads: int, cache: "KVCacheSpec | None") -> "Backend":
+        """The backend for an engine whose KV cache shall hold what `cache` says; None: it has none."""
+        return cls(device, threads)
+
     # ------------------------------------------------------------------ rows
 
     @abstractmethod

@@ -7,6 +7,7 @@ installed this module does not import, and selection.py says so.
 """
 
 import json
+import logging
 import math
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from glimmer.backends.base import ExpertSet, KVCache, KVCacheSpec, Packed, Route
 from glimmer.backends.reference import Reference
 from glimmer.batch import Batch
 from glimmer.weight import ExpertWeights, Kind, Weight, layout
+
+log = logging.getLogger("glimmer")
 
 STRIP = 16  # slots of the cache that lie together: a block has a whole number of strips
 CONVERTED_AT_ONCE = 4 << 20  # bytes of a plain matrix whose values change their type
@@ -72,6 +75,16 @@ class Cpu(Reference):
         self._results = _native.BufferPool(MAX_UNUSED)
         self._capture_memory = _native.BufferPool(sys.maxsize)
         self._capture: CapturedStep | None = None
+
+    @classmethod
+    def make(cls, device: torch.device, threads: int, cache: KVCacheSpec | None) -> "Cpu":
+        if cache is None or fits_strips(cache):
+            return Cpu(device, threads)
+        log.warning(
+            "slow: plain torch computes attention, because block_size=%d is no multiple of %d or head_dim=%d is odd",
+            cache.block_size, STRIP, cache.head_dim,
+        )  # fmt: skip
+        return CpuAnyBlock(device, threads)
 
     @property
     def torch_threads(self) -> int:

@@ -41,20 +41,18 @@ def choose(device: torch.device, threads: int = 1, cache: KVCacheSpec | None = N
         )
     if device.type == HOST.type and _missing is not None:
         _say_what_is_missing()
-    if (asked if asked != "auto" else available[0]) == Reference.name:
-        return Reference(device, threads)
-    if cache is None or cpu.fits_strips(cache):
-        return cpu.Cpu(device, threads)
-    log.warning(
-        "slow: plain torch computes attention, because block_size=%d is no multiple of %d or head_dim=%d is odd",
-        cache.block_size, cpu.STRIP, cache.head_dim,
-    )  # fmt: skip
-    return cpu.CpuAnyBlock(device, threads)
+    chosen = next(each for each in _backends(device) if asked in ("auto", each.name))
+    return chosen.make(device, threads, cache)
+
+
+def _backends(device: torch.device) -> list[type[Backend]]:
+    """What serves a device here, the best first."""
+    return [*([cpu.Cpu] if _missing is None and device.type == HOST.type else []), Reference]
 
 
 def names(device: torch.device) -> list[str]:
-    """Backends that serve a device here, the best first."""
-    return [*([cpu.Cpu.name] if _missing is None and device.type == HOST.type else []), Reference.name]
+    """The names of the backends that serve a device here, the best first."""
+    return [each.name for each in _backends(device)]
 
 
 def host_quantizer(threads: int) -> Callable[[Weight, str, int | None], Weight]:

@@ -5,7 +5,9 @@ torch makes of it. An op passes if its error is at most twice plain torch's, plu
 plain torch rounds differs from processor to processor, and on some it is lucky.
 """
 
+import importlib
 import itertools
+import pkgutil
 import threading
 from collections.abc import Iterator
 
@@ -13,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from glimmer import backends
 from glimmer import device as devices
-from glimmer.backends import reference
 from glimmer.backends.base import LAYOUTS, OPS, Backend, KVCache, KVCacheSpec, RouteRule
 from glimmer.backends.selection import choose, names
 from glimmer.backends.timed import Timed
@@ -30,12 +32,12 @@ except ImportError:
 
 KINDS = devices.available()
 SETS = [f"cpu cpu {name}" for name in cpu._native.available().split()] if cpu else []
-ALSO = [f"{kind} reference" for kind in KINDS if len(names(torch.device(kind))) > 1]
+ALSO = [f"{kind} {name}" for kind in KINDS for name in names(torch.device(kind))[1:]]
 
 
 @pytest.fixture(scope="module", params=[*KINDS, *ALSO, *SETS])
 def served(request) -> Iterator[tuple[Backend, torch.device]]:
-    """(ops, device): who serves each device, the reference where that is another, and each instruction set."""
+    """(ops, device): all that serve each device, the best first, and each instruction set."""
     kind, only, name = [*request.param.split(), "", ""][:3]
     best = cpu._native.isa() if cpu else None
     with pytest.MonkeyPatch.context() as patch:
@@ -770,7 +772,14 @@ def test_the_table_names_every_op(served):
 
 
 def backend_classes() -> list[type[Backend]]:
-    return [reference.Reference, Timed, *([cpu.Cpu, cpu.CpuAnyBlock] if cpu else [])]
+    """All backends of the package, whether their devices are here or not."""
+    for module in pkgutil.iter_modules(backends.__path__):
+        if module.name != "cpu" or cpu:
+            importlib.import_module(f"glimmer.backends.{module.name}")
+    classes: list[type[Backend]] = [Backend]
+    for cls in classes:
+        classes += [each for each in cls.__subclasses__() if each.__module__.startswith("glimmer.")]
+    return classes[1:]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
