@@ -14,6 +14,7 @@ Not here: the keys of MindSpore Transformers (mindformers/options.py), and what 
 import difflib
 import fnmatch
 import json
+import math
 import os
 import re
 import types
@@ -62,7 +63,7 @@ def whole(value: Any) -> int:
 
 def number(value: Any) -> float:
     """a number"""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)) or math.isnan(float(value)):
         raise ValueError
     return float(value)
 
@@ -435,6 +436,7 @@ class Command:
         home: where relative paths are looked for if they are not in the current directory. Raises ConfigError.
         """
         typed, words, literal = self.read_command_line(argv)
+        _check_directory()
         given = self.resolve(COMMAND_LINE, typed, "command line")
         weaker = [self.resolve(ENVIRONMENT, {key: value}, name) for name, key, value in self.read_environment()]
         ignored = set(given[1])
@@ -647,8 +649,11 @@ class Command:
         names = {flag.removeprefix("--"): flag for flag in self.flags if flag.startswith("--")}
         tail = key.rpartition(".")[2]
         near = [known for known in names if known.rpartition(".")[2] == tail]
-        near = near or (difflib.get_close_matches(key, names, 1, 0.6) if len(key) > 2 else [])
+        near = near or (difflib.get_close_matches(key, names, 1, 0.6 if len(key) > 5 else 0.75) if len(key) > 2 else [])
         nearest = f"; the nearest is {near[0]!r}" if near else ""
+        elsewhere = [known for known, words in WORDS.items() if _normal(f"--{key}") in (f"--{known}", *words.flags)]
+        if elsewhere:
+            nearest = f"; {elsewhere[0]!r} is a setting of other commands"
         others = f" or {self.foreign.page}" if self.foreign.page else ""
         todo = f"see glimmer {self.name} --help{others}"
         if self.positional is None and source == "command line":
@@ -695,6 +700,16 @@ def _help(option: Option) -> str:
 
 def _entry(name: str, help: str) -> str:
     return f"  {name:36}{help}" if len(name) < 36 else f"  {name}\n{'':38}{help}"
+
+
+def _check_directory() -> None:
+    """Refuse a working directory that somebody has removed: libraries end the process when they meet one."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(
+            f"the current directory: {error.strerror}", "a directory that is there", "change to another one with cd"
+        ) from None
 
 
 def _unreadable() -> tuple[type[Exception], ...]:

@@ -88,6 +88,12 @@ def quantize(model: Path, out: Path, quantization: str, group_size: int | None) 
     config = ModelConfig.load(model)
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out} exists", "a directory that is yet to be made", "choose another name, or remove it")
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(
+            f"{out} cannot be written: there is no directory {out.absolute().parent}",
+            "a place that is there",
+            "make it, or name another",
+        )
     partial = out.absolute().parent / f".{out.name}.{os.getpid()}.partial"
     formats.check(config.quantization_config)
     with files.Checkpoint(model) as checkpoint:

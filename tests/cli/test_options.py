@@ -1,5 +1,6 @@
 """The table of options: the dataclasses' fields, other engines' names, where values come from and which is stronger."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Literal
@@ -222,7 +223,7 @@ def test_a_directory_as_a_prompt_is_probably_the_model(tmp_path):
         predict.read_job(settings, [], 1, lambda: tmp_path)
     assert f"--model {tmp_path}" in caught.value.todo
     settings = predict.COMMAND.read(["--", str(tmp_path)])
-    assert predict.read_job(settings, [], 1, lambda: tmp_path).prompts == [str(tmp_path)]
+    assert predict.read_job(settings, [], 1, lambda: tmp_path).literal == [str(tmp_path)]
 
 
 # ---------------------------------------------------------------------- sources, and which is stronger
@@ -313,3 +314,37 @@ def test_a_command_has_options_of_its_own():
     command = Command("try", "", "", {"own": {"depth": Option(options.count, "N", "how deep", "3")}})
     assert read("--depth", "4", command=command) == {"depth": 4}
     assert "from 1 on" in refusal("--depth", "0", command=command)
+
+
+@pytest.mark.parametrize(
+    "command, flag, said",
+    [
+        (bench.COMMAND, "--temp", "'temperature' is a setting of other commands"),
+        (bench.COMMAND, "--max-model-len", "'max_model_len' is a setting of other commands"),
+        (bench.COMMAND, "--blocksize", "the nearest is 'block_size'"),
+        (predict.COMMAND, "--tempreature", "the nearest is 'temperature'"),
+        (predict.COMMAND, "--max-lenght", "the nearest is 'max_length'"),
+    ],
+)
+def test_an_unknown_name_brings_one_that_is_near(command, flag, said):
+    assert said in str(command.unknown(flag, "command line"))
+
+
+def test_what_is_no_number_is_called_that():
+    with pytest.raises(ConfigError, match=r"temperature='nan' \(command line\)\n  expected: a number"):
+        predict.COMMAND.read(["--temperature", "nan", "hi"])
+
+
+def test_homes_of_nobody_are_paths_like_others():
+    assert options.path("~nobody-of-that-name/x") == "~nobody-of-that-name/x"
+    assert options.path("~/x") == os.path.expanduser("~") + "/x"
+
+
+@pytest.mark.parametrize("command", [bench.COMMAND, predict.COMMAND])
+def test_a_removed_working_directory_is_refused(tmp_path, monkeypatch, command):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(ConfigError, match="the current directory: No such file"):
+        command.read([])

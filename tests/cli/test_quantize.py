@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from glimmer import LLM, SamplingParams
 from glimmer.backends import selection
 from glimmer.checkpoint.files import INDEX, Checkpoint
-from glimmer.cli import quantize
+from glimmer.cli import demo, quantize
 from glimmer.cli.main import main
 from glimmer.config import EngineConfig, ModelConfig
 from glimmer.errors import CheckpointError, ConfigError
@@ -216,3 +216,8 @@ def test_memory_is_that_of_a_few_matrices(checkpoint, tmp_path):
     with Checkpoint(tmp_path / "large") as large:
         size, largest = (f(large.nbytes(name) for name in large.names()) for f in (sum, max))
     assert size > 300 << 20 and (peak - before) << 10 < 3 * largest, f"{peak - before} KiB for {size >> 10}"
+
+
+def test_a_missing_folder_is_refused_before_anything_is_read(tmp_path, capsys):
+    assert main(["quantize", str(demo.MODEL), str(tmp_path / "no/out"), "--quantization", "int8"]) == 2
+    assert f"there is no directory {tmp_path / 'no'}" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
