@@ -30,6 +30,7 @@ from glimmer.engine.ranks import Call, ParentRequest
 from glimmer.engine.runner import Runner
 from glimmer.errors import CheckpointError, ConfigError, RequestError, shown
 from glimmer.group import Group
+from glimmer.hub import model_directory
 from glimmer.outputs import Delta, Event, Reader, RequestMetrics, RequestOutput
 from glimmer.text.chat import ChatTemplate, check_turn, mark_content
 from glimmer.text.tokenizer import Tokenizer
@@ -93,7 +94,7 @@ class LLM:
     ):
         ignored = _settle_engine(model, unknown)
         self.config = EngineConfig(
-            model=str(model),
+            model=str(model_directory(model)),
             dtype=_dtype_name(dtype),
             device=device,
             backend=backend,

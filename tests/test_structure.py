@@ -12,7 +12,7 @@ FILES = sorted(p.relative_to(ROOT) for p in PACKAGE.rglob("*.py"))
 LEVELS = (
     ("errors",),
     ("foreign", "vllm_names"),
-    ("config", "weight", "batch", "group"),
+    ("config", "weight", "batch", "group", "hub"),
     ("checkpoint", "backends", "parallel", "device", "text"),
     ("model",),
     ("engine",),
@@ -25,7 +25,7 @@ LEVEL = {package: number for number, level in enumerate(LEVELS) for package in l
 # Beyond the order of levels: what a package must not import even from below.
 FORBIDDEN = {
     "errors": ("torch",),
-    "foreign": ("torch", "numpy", "tokenizers"),
+    **dict.fromkeys(("foreign", "hub"), ("torch", "numpy", "tokenizers")),
     "config": ("torch", "transformers"),
     "checkpoint": ("glimmer.backends", "glimmer.parallel", "glimmer.group", "glimmer.device", "glimmer.text"),
     "backends": (
@@ -124,7 +124,7 @@ def test_words_that_belong_to_one_file(path):
         assert not strings & kinds, f"{path} names a device"  # options.py lists what --device may be
     if str(path) not in ("glimmer/parallel.py", "glimmer/mindformers/launch.py"):
         assert not [n for n, _ in imports(tree) if begins(n, "torch.distributed")], f"{path} talks to other ranks"
-    if str(path) not in ("glimmer/parallel.py", "glimmer/backends/selection.py", *COMMAND_LINE):
+    if str(path) not in ("glimmer/parallel.py", "glimmer/backends/selection.py", "glimmer/hub.py", *COMMAND_LINE):
         assert not {a for a in said if a.startswith(("os.environ", "os.getenv"))}, f"{path} reads the environment"
     assert not [n for n, _ in imports(tree) if begins(n, "transformers") or begins(n, "pickle")], f"{path}"
     calls = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}

@@ -29,6 +29,7 @@ from glimmer.cli.results import Prompt, Results, read_prompts, row, save
 from glimmer.config import EngineConfig, SamplingParams
 from glimmer.errors import ConfigError, GlimmerError, RequestError
 from glimmer.foreign import read_json
+from glimmer.hub import model_directory
 from glimmer.mindformers import options as mindformers
 from glimmer.mindformers.options import GENERATION, KEYS, TRANSLATED
 
@@ -176,7 +177,7 @@ def read_job(
                 f"if it is the model, write --model {word}; if it is a prompt, write it after a lone --",
             )
     engine = settings.fields(ENGINE_OPTIONS)
-    engine["model"] = mindformers.one_directory(given) or str(default_model())
+    engine["model"] = str(model_directory(mindformers.one_directory(given) or default_model()))
     engine["tensor_parallel_size"] = mindformers.processes(given, running, argv, home)
     sampling = {"max_tokens": MAX_TOKENS} | settings.fields(ANSWERS)
     if mindformers.greedy(given):

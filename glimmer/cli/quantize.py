@@ -24,6 +24,7 @@ from glimmer.cli.options import ENGINE, Command, Option, path, pick
 from glimmer.config import ModelConfig, check_quantization
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.foreign import read_json
+from glimmer.hub import model_directory
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +76,7 @@ def main(argv: list[str]) -> int:
     model, out, quantization = (settings.take(name) for name in ("model", "out", "quantization"))
     group_size = settings.take("group_size")
     check_quantization(quantization, group_size)
-    nbytes = quantize(Path(model), Path(out), quantization, group_size)
+    nbytes = quantize(model_directory(model), Path(out), quantization, group_size)
     print(f"{out}: {tqdm.format_sizeof(nbytes, 'B')} of weights in {quantization}")
     return 0
 

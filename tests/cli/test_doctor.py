@@ -1,5 +1,8 @@
 """`glimmer doctor` names what will serve: the same as the engine would choose."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -41,3 +44,20 @@ def test_a_block_size_that_plain_torch_serves_is_said(capsys):
 def test_a_backend_that_is_not_here_is_refused(capsys):
     assert main(["doctor", "--device", "cpu", "--backend", "tpu"]) == 2
     assert "backend='tpu'" in capsys.readouterr().err
+
+
+def test_a_model_and_what_ends_its_answers(capsys, checkpoint, tmp_path):
+    directory = shutil.copytree(checkpoint(), tmp_path / "model")
+    (directory / "generation_config.json").write_text('{"eos_token_id": 7, "top_p": 0.9}')
+    tokens = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps(tokens | {"eos_token": {"content": "</think>"}}))
+    assert main(["doctor", str(directory), "--device", "cpu"]) == 0
+    rows = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines() if not line.startswith("op "))
+    names = [each.split()[1] for each in rows["eos"].split(", ")]
+    assert rows["eos"].startswith("7 ") and names[1:] == ["<|endoftext|>", "<|user|>", "<|observation|>", "</think>"]
+    assert rows["context"] == "4096 tokens" and rows["sampling"] == "top_p 0.9"
+
+
+def test_a_model_that_is_not_there(capsys):
+    assert main(["doctor", "/nowhere/at all"]) == 2
+    assert "does not exist" in capsys.readouterr().err

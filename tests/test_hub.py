@@ -1,0 +1,57 @@
+"""Hub ids, folders of the local cache and snapshots, for everything that takes a model."""
+
+import shutil
+
+import pytest
+
+from glimmer.cli.main import main
+from glimmer.errors import CheckpointError
+from glimmer.hub import model_directory
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A repository with one snapshot in a cache."""
+    found = tmp_path / "hub" / "models--zai-org--GLM-4.5-Air"
+    (found / "snapshots" / COMMIT).mkdir(parents=True)
+    (found / "refs").mkdir()
+    (found / "refs" / "main").write_text(COMMIT)
+    return found
+
+
+@pytest.mark.parametrize("variable, below", [("HF_HUB_CACHE", "hub"), ("HF_HOME", ".")])
+def test_an_id_is_found_in_the_cache(variable, below, repository, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path / below))
+    assert model_directory("zai-org/GLM-4.5-Air") == repository / "snapshots" / COMMIT
+    with pytest.raises(CheckpointError, match="no such repository"):
+        model_directory("zai-org/GLM-4.6")
+
+
+def test_folders_of_the_cache_and_snapshots(repository):
+    snapshot = repository / "snapshots" / COMMIT
+    assert model_directory(repository) == model_directory(str(snapshot)) == snapshot
+    (repository / "refs" / "main").unlink()
+    assert model_directory(repository) == snapshot
+    (repository / "snapshots" / "other").mkdir()
+    with pytest.raises(CheckpointError, match="2 snapshots"):
+        model_directory(repository)
+
+
+def test_a_path_comes_before_an_id(repository, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zai-org" / "GLM-4.5-Air").mkdir(parents=True)
+    assert str(model_directory("zai-org/GLM-4.5-Air")) == "zai-org/GLM-4.5-Air"
+
+
+def test_commands_take_an_id(checkpoint, tmp_path, repository, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint(), repository / "snapshots" / COMMIT, dirs_exist_ok=True)
+    name = "zai-org/GLM-4.5-Air"
+    assert main(["doctor", name, "--device", "cpu"]) == 0
+    assert main(["predict", "--model", name, "--max-tokens", "2", "--max-model-len", "32", "hi"]) == 0
+    assert main(["quantize", name, str(tmp_path / "out"), "--quantization", "int8"]) == 0
