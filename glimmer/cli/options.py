@@ -258,6 +258,8 @@ def _kind(name: str, hint: Any) -> tuple[Kind, tuple[str, ...], bool]:
 ENGINE = options_of(EngineConfig)
 SAMPLING = options_of(SamplingParams)
 GENERAL = {"config": Option(path, "FILE.yaml", "read settings from this file; what is typed is stronger")}
+# Variables that are no settings of a command: parallel.py reads them.
+OTHER_VARIABLES = {"GLIMMER_JOIN_TIMEOUT", "GLIMMER_COLLECTIVE_TIMEOUT", "GLIMMER_REQUEST_TIMEOUT"}
 
 
 def pick(table: Mapping[str, Option], *names: str) -> dict[str, Option]:
@@ -439,6 +441,8 @@ class Command:
         _check_directory()
         given = self.resolve(COMMAND_LINE, typed, "command line")
         weaker = [self.resolve(ENVIRONMENT, {key: value}, name) for name, key, value in self.read_environment()]
+        for line in unknown_variables():
+            say(self.name, line)
         ignored = set(given[1])
         if "config" in given[0]:
             file = locate(given[0]["config"].value, home)
@@ -577,8 +581,9 @@ class Command:
             key = flag.key if flag is not None and flag.positive else name
             if key in GENERAL:  # a file cannot name another file
                 raise self.unknown(name, str(file))
-            if found.setdefault(key, value) != value:
+            if key in found and found[key] != value:
                 raise ConfigError(f"two values of {key} ({file})", "one value", "leave one of them out")
+            found[key] = value
         return found
 
     def _flat(self, tree: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, Any]]:
@@ -674,6 +679,16 @@ class Command:
             lines += ["", "Defaults are in brackets. Settings of engine and answers may also stand in the environment,"]
             lines += ["as GLIMMER_<NAME>, e.g. GLIMMER_MAX_MODEL_LEN=4096; what is typed is stronger."]
         return "\n".join([*lines, *self.notes]) + "\n"
+
+
+def unknown_variables() -> list[str]:
+    """A line for each variable in the environment that looks like a setting and is none."""
+    known = {f"GLIMMER_{key.upper()}" for key in ENGINE | SAMPLING} | OTHER_VARIABLES
+    lines: list[str] = []
+    for name in sorted(name for name in os.environ if name.startswith("GLIMMER_") and name not in known):
+        near = difflib.get_close_matches(name, known, 1, 0.8)
+        lines.append(f"{name} in the environment is no setting, and ignored" + (f"; {near[0]} is one" if near else ""))
+    return lines
 
 
 def _normal(name: str) -> str:

@@ -1,8 +1,10 @@
 """The table of options: the dataclasses' fields, other engines' names, where values come from and which is stronger."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -271,6 +273,7 @@ def test_command_line_over_environment_over_file_over_default(tmp_path, monkeypa
         ([], {"GLIMMER_THREADS": "many"}, "", "threads='many' (environment variable GLIMMER_THREADS)"),
         ([], {}, "threads: many", "threads='many' (c.yaml)"),
         ([], {}, "thread: 3", "no key 'thread' (c.yaml)"),
+        ([], {}, "temperature: .nan", "temperature=nan"),
         ([], {}, "model: ''", "model='' (c.yaml)"),
         ([], {}, "config: other.yaml", "no key 'config' (c.yaml)"),
         ([], {}, "max_model_len: 4\nctx-size: 5", "two values of max_model_len (c.yaml)"),
@@ -291,6 +294,24 @@ def test_an_error_says_where_the_value_stood(argv, variables, content, words, tm
         settings.check(SamplingParams, settings.fields(options.without(SAMPLING, "seed")))
     assert words in str(caught.value), str(caught.value)
     assert isinstance(caught.value, (ConfigError, RequestError))
+
+
+def test_a_variable_that_is_no_setting_is_named(monkeypatch, capsys):
+    monkeypatch.setenv("GLIMMER_MAX_MODEL_LENGTH", "64")
+    monkeypatch.setenv("GLIMMER_COLOUR", "")
+    monkeypatch.setenv("GLIMMER_JOIN_TIMEOUT", "5")
+    assert read() == {}
+    assert capsys.readouterr().err.splitlines() == [
+        "glimmer try: GLIMMER_COLOUR in the environment is no setting, and ignored",
+        "glimmer try: GLIMMER_MAX_MODEL_LENGTH in the environment is no setting, and ignored; "
+        "GLIMMER_MAX_MODEL_LEN is one",
+    ]
+
+
+def test_every_variable_that_is_read_is_known():
+    sources = Path(options.__file__).parents[1].rglob("*.py")
+    read = {name for file in sources for name in re.findall(r'"(GLIMMER_[A-Z_]+)"', file.read_text())}
+    assert {"GLIMMER_JOIN_TIMEOUT", "GLIMMER_BACKEND"} <= read <= options.OTHER_VARIABLES | {"GLIMMER_BACKEND"}
 
 
 def test_a_file_may_serve_several_commands(tmp_path, capsys):
