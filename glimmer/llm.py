@@ -398,9 +398,18 @@ class LLM:
         self, messages: Sequence[dict[str, Any]], sampling_params: SamplingParams | None = None, **options: Any
     ) -> Iterator[Delta]:
         """`stream` for a conversation. options: those of `render`."""
-        _settle_call("stream_chat", {name: options[name] for name in options if name not in RENDERING}, RENDERING)
-        options = {name: options[name] for name in options if name in RENDERING}
-        return self.stream(self.render(messages, **options), self._chat_params(sampling_params))
+        return self.stream(self._rendered("stream_chat", messages, options), self._chat_params(sampling_params))
+
+    def astream_chat(
+        self, messages: Sequence[dict[str, Any]], sampling_params: SamplingParams | None = None, **options: Any
+    ) -> AsyncIterator[Delta]:
+        """`astream` for a conversation. options: those of `render`."""
+        return self.astream(self._rendered("astream_chat", messages, options), self._chat_params(sampling_params))
+
+    def _rendered(self, method: str, messages: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+        """`render` for a method that takes its options, and those of vLLM's chat that change nothing."""
+        _settle_call(method, {name: options[name] for name in options if name not in RENDERING}, RENDERING)
+        return self.render(messages, **{name: options[name] for name in options if name in RENDERING})
 
     def _stream(self, output: RequestOutput, params: SamplingParams) -> Iterator[Delta]:
         events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
@@ -490,10 +499,13 @@ class LLM:
         keep = params.truncate_prompt_tokens
         if ids is None:
             ids = self._encode(text, add_special_tokens=True, whole=keep is None) if text else []
-        elif not isinstance(ids, (list, tuple)) or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-            raise RequestError("prompt_token_ids", "ids that are not whole numbers", "a list of token ids", "pass ints")
+        elif not isinstance(ids, (list, tuple)):
+            found = f"prompt_token_ids of type {type(ids).__name__}"
+            raise RequestError("prompt_token_ids", found, "a list of token ids", "pass a list of ints")
         if keep is not None:
             ids = ids[-(self.max_model_len - 1 if keep == -1 else keep) :]
+        if any(isinstance(i, bool) or not isinstance(i, int) for i in ids[: self.max_model_len]):
+            raise RequestError("prompt_token_ids", "ids that are not whole numbers", "a list of token ids", "pass ints")
         if self.tokenizer is None and (params.stop or params.bad_words):
             name = "stop" if params.stop else "bad_words"
             raise RequestError(

@@ -457,6 +457,13 @@ def test_stream_chat(llm):
     with pytest.raises(RequestError, match="no parameter 'temperature'"):
         llm.stream_chat(hello, temperature=0)
 
+    async def read() -> list:
+        return [
+            piece async for piece in llm.astream_chat(hello, spelt(9), chat_template_kwargs={"enable_thinking": False})
+        ]
+
+    assert joined(asyncio.run(read())) == (whole.text, whole.token_ids, whole.finish_reason)
+
 
 def test_the_assistants_last_message_is_continued_or_refused(llm):
     begun = [{"role": "user", "content": "Count"}, {"role": "assistant", "content": "One, two, "}]

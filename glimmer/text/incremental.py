@@ -8,6 +8,7 @@ Not here: stop tokens (the engine ends on those) and the meaning of the text (re
 import reprlib
 from collections import deque
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from glimmer.errors import RequestError
 from glimmer.text.tokenizer import Detokenizer, Tokenizer
@@ -112,57 +113,68 @@ class StopSearch:
                 "a list of texts of at least one character each",
                 'write stop as a list, such as ["\\n\\n", "END"], without empty texts',
             )
-        self._next: list[dict[str, int]] = [{}]  # per state: character -> the state one character longer
-        self._depth = [0]
-        self._hit: list[str | None] = [None]  # the longest stop string that ends here
-        self._shorter = [0]  # the next shorter beginning that the text also ends with
-        for word in stop:
-            self._add(word)
-        self._link()
+        self._automaton = _automaton(tuple(stop))
         self._state = 0
 
     @property
     def depth(self) -> int:
         """How many characters at the end of the text are a beginning of a stop string."""
-        return self._depth[self._state]
+        return self._automaton.depth[self._state]
 
     def advance(self, text: str, start: int, counts: bool = True) -> tuple[int, str] | None:
         """Read text[start:]; return (end, stop string) of the first to be complete, `end` as an index in `text`.
 
         counts: False if what is complete within this text shall not end the answer.
         """
-        if len(self._next) == 1:
+        longer, shorter, hit = self._automaton.longer, self._automaton.shorter, self._automaton.hit
+        if len(longer) == 1:
             return None
         for i in range(start, len(text)):
-            while self._state and text[i] not in self._next[self._state]:
-                self._state = self._shorter[self._state]
-            self._state = self._next[self._state].get(text[i], 0)
-            found = self._hit[self._state]
+            while self._state and text[i] not in longer[self._state]:
+                self._state = shorter[self._state]
+            self._state = longer[self._state].get(text[i], 0)
+            found = hit[self._state]
             if found is not None and counts:
                 return i + 1, found
         return None
 
+
+class _Automaton:
+    """The states of StopSearch. They do not change once they are made: all answers to a prompt share them."""
+
+    def __init__(self, words: tuple[str, ...]):
+        self.longer: list[dict[str, int]] = [{}]  # per state: character -> the state one character longer
+        self.depth = [0]
+        self.hit: list[str | None] = [None]  # the longest stop string that ends here
+        self.shorter = [0]  # the next shorter beginning that the text also ends with
+        for word in words:
+            self._add(word)
+        self._link()
+
     def _add(self, word: str) -> None:
         state = 0
         for character in word:
-            if character not in self._next[state]:
-                self._next[state][character] = len(self._next)
-                self._next.append({})
-                self._depth.append(self._depth[state] + 1)
-                self._hit.append(None)
-                self._shorter.append(0)
-            state = self._next[state][character]
-        self._hit[state] = word
+            if character not in self.longer[state]:
+                self.longer[state][character] = len(self.longer)
+                self.longer.append({})
+                self.depth.append(self.depth[state] + 1)
+                self.hit.append(None)
+                self.shorter.append(0)
+            state = self.longer[state][character]
+        self.hit[state] = word
 
     def _link(self) -> None:
-        """Fill `_shorter` from the short states to the long, and record in each state a stop string that ends there."""
-        queue = deque(self._next[0].values())
+        """Fill `shorter` from the short states to the long, and record in each state a stop string that ends there."""
+        queue = deque(self.longer[0].values())
         while queue:
             state = queue.popleft()
-            for character, longer in self._next[state].items():
-                back = self._shorter[state]
-                while back and character not in self._next[back]:
-                    back = self._shorter[back]
-                self._shorter[longer] = self._next[back].get(character, 0)
-                self._hit[longer] = self._hit[longer] or self._hit[self._shorter[longer]]
+            for character, longer in self.longer[state].items():
+                back = self.shorter[state]
+                while back and character not in self.longer[back]:
+                    back = self.shorter[back]
+                self.shorter[longer] = self.longer[back].get(character, 0)
+                self.hit[longer] = self.hit[longer] or self.hit[self.shorter[longer]]
                 queue.append(longer)
+
+
+_automaton = lru_cache(maxsize=8)(_Automaton)

@@ -20,6 +20,7 @@ import tokenizers
 from glimmer.errors import CheckpointError, GlimmerError, RequestError
 from glimmer.foreign import MAX_TOKENIZER, is_unicode, quote, read_bytes, read_optional_json
 
+LONG = 1 << 14  # characters; the library takes some 30 ms for as many
 MAX_CHARACTERS = 1 << 24  # of a text to encode; the longest context, 202,752 tokens, holds far less
 
 
@@ -131,7 +132,11 @@ class Tokenizer:
                 "shorten the text, above all runs of millions of equal characters",
             )
         ):
-            ids: list[int] = library.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) > LONG:  # only this call lets other threads of the interpreter run meanwhile
+                [encoding] = library.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            else:
+                encoding = library.encode(text, add_special_tokens=add_special_tokens)
+            ids: list[int] = encoding.ids
             return ids
 
     @cached_property

@@ -180,6 +180,14 @@ def test_all_is_shown_but_a_beginning_of_a_stop_string(tokenizer, text, stop):
         assert reply.text + beginning_of_a_stop(text[:n], stop) == text[:n]
 
 
+def test_answers_to_one_prompt_share_the_states_of_their_search():
+    words = ["a" * 8000, "b" * 8000]
+    one, other = StopSearch(words), StopSearch(list(words))
+    assert one._automaton is other._automaton
+    assert one.advance("a" * 7999, 0) is None and other.advance("b", 0) is None
+    assert (one.depth, other.depth) == (7999, 1) and one.advance("a", 0) == (1, words[0])
+
+
 def test_the_search_takes_time_in_proportion_to_the_text():
     class Counting(str):
         looked_at = 0

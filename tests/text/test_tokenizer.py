@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 
 import pytest
 import tokenizers
@@ -284,3 +286,45 @@ def test_a_broken_tokenizer_config_is_named(tmp_path, content):
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(content)
     assert f"{tmp_path / 'tokenizer_config.json'} cannot be read" in refused(tmp_path)
+
+
+@pytest.mark.slow
+def test_long_texts_do_not_stop_other_threads(tokenizer):
+    """They are encoded by another call of the library, with the same ids."""
+    words = "hello <|user|> 世界  \n\n12345 " * 20_000
+    gaps, done = [], threading.Event()
+
+    def tick() -> None:
+        last = time.monotonic()
+        while not done.is_set():
+            time.sleep(0.005)
+            now = time.monotonic()
+            gaps.append(now - last)
+            last = now
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    begin = time.monotonic()
+    ids = tokenizer.encode(words, add_special_tokens=False)
+    took = time.monotonic() - begin
+    done.set()
+    thread.join(10)
+    assert ids == tokenizer._library.encode(words, add_special_tokens=False).ids
+    assert max(gaps) < max(0.5, took / 2)
+
+
+def test_texts_that_cannot_fit_are_refused_before_they_are_encoded(tokenizer):
+    longest = max(len(tokenizer.token_bytes(id)) for id in range(tokenizer.size))
+    assert len(tokenizer.encode("x" * 10 * longest, False, max_tokens=10)) > 0
+    for text, most in (("x" * (10 * longest + 1), 10), ("x" * (2**24 + 1), None)):
+        with pytest.raises(RequestError) as caught:
+            tokenizer.encode(text, False, max_tokens=most)
+        assert caught.value.field == "prompt" and f"{len(text)} characters" in caught.value.found
+
+
+def test_spellings_of_a_word_are_those_that_vllm_forbids(tokenizer):
+    begins, follows = (tuple(tokenizer.encode(text, False)) for text in ("word", " word"))
+    expected = {begins} | ({follows} if len(follows) == len(begins) and follows[0] != begins[0] else set())
+    assert set(tokenizer.spellings(["word", " word"])) == expected
+    assert tokenizer.spellings([" "]) == (tuple(tokenizer.encode(" ", False)), *tokenizer.spellings([" "])[1:])
+    assert tokenizer.spellings([]) == ()
