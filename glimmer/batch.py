@@ -1,4 +1,4 @@
-"""Batch: all that one forward pass is told; the word that model and backends share.
+"""Batch: all inputs of one forward pass; the type that model and backends share.
 
 A step computes chunks: n tokens of one sequence each. A long prompt's chunk has many rows, a decoding sequence has
 one, a draft check a few; nothing in the model or the kernels distinguishes them.

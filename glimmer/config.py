@@ -412,30 +412,32 @@ class EngineConfig:
                 _check_count(key, getattr(self, key), ConfigError)
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise ConfigError(
-                f"dtype={self.dtype!r}",
+                f"dtype={shown(self.dtype)}",
                 "'auto', 'bfloat16' or 'float32'",
                 "choose one of these; float16 overflows in this family's residual stream",
             )
         if self.kv_cache_dtype not in ("auto", "int8"):
-            raise ConfigError(f"kv_cache_dtype={self.kv_cache_dtype!r}", "'auto' or 'int8'", "choose one of these")
+            raise ConfigError(f"kv_cache_dtype={shown(self.kv_cache_dtype)}", "'auto' or 'int8'", "choose one of these")
         if not ENGINE_SEED.holds(self.seed):
             raise ConfigError(f"seed={shown(self.seed)}", str(ENGINE_SEED), "pass another")
         for key in ("enable_prefix_caching", "skip_tokenizer_init"):
             if not isinstance(getattr(self, key), bool):
-                raise ConfigError(f"{key}={getattr(self, key)!r}", "True or False", "pass one of these")
+                raise ConfigError(f"{key}={shown(getattr(self, key))}", "True or False", "pass one of these")
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-            raise ConfigError(f"gpu_memory_utilization={self.gpu_memory_utilization!r}", "a share in (0, 1]", "try 0.9")
+            raise ConfigError(
+                f"gpu_memory_utilization={shown(self.gpu_memory_utilization)}", "a share in (0, 1]", "try 0.9"
+            )
 
 
 def check_quantization(quantization: str | None, group_size: int | None) -> None:
     """ConfigError unless glimmer has this quantisation, with this group size."""
     if quantization not in (None, "int8", "int4"):
-        raise ConfigError(f"quantization={quantization!r}", "'int8', 'int4' or None", "choose one of these")
+        raise ConfigError(f"quantization={shown(quantization)}", "'int8', 'int4' or None", "choose one of these")
     fits = type(group_size) is int and group_size > 0 and group_size % 32 == 0 and quantization == "int4"
     if group_size is not None and not fits:
         raise ConfigError(
-            f"group_size={group_size!r} with quantization={quantization!r}",
+            f"group_size={shown(group_size)} with quantization={shown(quantization)}",
             "a multiple of 32, with int4 only",
             "leave group_size out, or try 32 or 128",
         )

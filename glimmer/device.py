@@ -140,7 +140,7 @@ def default_cache(device: torch.device) -> int | None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told; a CPU always has."""
+    """Wait until the device has finished all that was queued; a CPU always has."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize(device)
 

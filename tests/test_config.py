@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from dataclasses import fields
 
 import pytest
 from checkpoints import TINY
@@ -508,3 +509,15 @@ def test_defaults_are_vllm_s():
     assert (p.n, p.temperature, p.top_p, p.top_k, p.min_p, p.max_tokens, p.min_tokens) == (1, 1.0, 1.0, 0, 0.0, 16, 0)
     assert (p.logprobs, p.prompt_logprobs, p.seed) == (None, None, None)
     assert (p.ignore_eos, p.skip_special_tokens, p.include_stop_str_in_output) == (False, True, False)
+
+
+STRANGE = [10**5000, -(10**5000), [10**5000], float("nan"), object()]
+
+
+@pytest.mark.parametrize("value", STRANGE, ids=["huge", "-huge", "list", "nan", "object"])
+@pytest.mark.parametrize("name", [field.name for field in fields(EngineConfig)])
+def test_no_value_of_a_setting_is_too_strange_for_a_refusal(name, value):
+    try:
+        EngineConfig(**{"model": "m", name: value})
+    except ConfigError as error:
+        assert len(str(error)) < 500

@@ -46,7 +46,7 @@ class Cost:
 class Timed(Backend):
     """The ops of `inner`, measured. Whoever computes with it holds what `inner` has packed and allocated.
 
-    names: of packed matrices, by id. synchronize: waits until the device has done what it was told.
+    names: of packed matrices, by id. synchronize: waits until the device has finished all that was queued.
     """
 
     name = "timed"

@@ -1,1 +1,1 @@
-"""Requests in, tokens out. engine.py:step is the whole story; start there."""
+"""Requests in, tokens out. Engine.step in engine.py is one step from beginning to end; start there."""

@@ -35,7 +35,7 @@ class Blocks:
         return -(-tokens // self.size)
 
     def allocate(self, sequence: Sequence, tokens: int) -> bool:
-        """Make room for the sequence's first `tokens` tokens. False, and nothing changes, if there is not enough."""
+        """Allocate the blocks of the sequence's first `tokens` tokens. False, and no change, if too few are free."""
         more = self.needed(tokens) - len(sequence.blocks)
         if more > len(self._free):
             return False

@@ -135,7 +135,7 @@ class Runner:
         except torch.OutOfMemoryError as error:
             raise NotEnoughMemory(
                 f"a step of {len(batch.tokens)} tokens ran out of memory: {str(error).splitlines()[0]}",
-                "room for a step's activations beside weights and cache",
+                "enough memory for a step's activations beside weights and cache",
                 "lower max_num_batched_tokens, max_num_seqs or gpu_memory_utilization",
             ) from None
 
@@ -216,7 +216,7 @@ def make_kv_cache_config(
             f"{gib(weights + activations + cache)} needed on {device} by this process: {gib(weights)} for weights,"
             f" {gib(activations)} for a step's activations, {gib(cache)} for the KV cache;"
             f" {gib(free)} free for it, of which {gib(usable)} may be used ({limit})",
-            "room for all three; nothing has been loaded",
+            "enough memory for all three; nothing has been loaded",
             "free some memory, share the model among more processes (tensor_parallel_size), quantise it (quantization),"
             f" lower max_model_len or max_num_batched_tokens, or raise {limit.partition('=')[0]}",
         )

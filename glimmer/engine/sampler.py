@@ -281,7 +281,7 @@ def _draw_limited(logits: Tensor, places: list[Place]) -> list[int]:
         kept = kept * (torch.arange(candidates, device=probs.device) < top_k)
         if candidates == vocabulary or _suffices(kept, top_k, top_p, min_p):
             break
-    # With top_k, the mass that top_p speaks of is that of the k tokens; without, it is the whole.
+    # With top_k, the probability that top_p is a share of is that of the k tokens; without, it is the whole.
     whole = torch.where(top_k < vocabulary, kept.sum(-1, keepdim=True), 1.0)
     before = kept.cumsum(-1) - kept
     kept = kept * (before < top_p * whole) * (kept >= min_p * kept[:, :1])

@@ -41,7 +41,7 @@ SHOWN = 8  # names in an error message; the rest is counted
 MTP_ONLY = ("eh_proj.", "enorm.", "hnorm.", "embed_tokens.", "shared_head.")  # what an ordinary layer does not have
 CACHE_SCALES = (".self_attn.k_proj.k_scale", ".self_attn.v_proj.v_scale")
 
-Progress = Callable[[int], object]  # is told the bytes that have been loaded since the last call
+Progress = Callable[[int], object]  # is called with the bytes that have been loaded since the last call
 
 
 def build_model(
@@ -120,7 +120,7 @@ class WeightLoader:
         self.widened = self._widened()
 
     def load(self, progress: Progress = lambda nbytes: None) -> None:
-        """Read our cuts into the layers. progress is told the bytes of nbytes that each unit of matrices makes up."""
+        """Read our cuts into the layers. progress is called with the share of nbytes of each unit of matrices."""
         with _one_thread():
             for spec in self.param_specs:
                 layer = self._layers[spec.layer]

@@ -273,8 +273,8 @@ def quantization_config(
 ) -> dict[str, Any]:
     """The quantization_config of a checkpoint whose modules have these (kind, group_size); formats: who writes a kind.
 
-    The most frequent pair speaks for all linear layers; the modules of each other pair are listed, as patterns in which
-    any number may stand for a layer or an expert.
+    The most frequent pair is written for all linear layers; the modules of each other pair are listed, as patterns in
+    which any number may stand for a layer or an expert.
     """
     pairs = Counter(pair for pair in matrices.values() if pair[0] != Kind.PLAIN)
     groups: dict[str, dict[str, Any]] = {}
