@@ -21,6 +21,7 @@ from glimmer import LLM, SamplingParams
 from glimmer.backends.reference import Reference
 from glimmer.checkpoint.files import INDEX, Checkpoint
 from glimmer.checkpoint.formats import check
+from glimmer.cli.quantize import quantize
 from glimmer.config import ModelConfig
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.group import Group
@@ -453,3 +454,20 @@ def test_refused_by_name(config, found):
     with pytest.raises(ConfigError) as caught:
         check(config)
     assert found in caught.value.found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fp8 blocks", "nvfp4", "experts in one tensor"])
+def test_quantize_takes_what_is_widened(name, twins, source, tmp_path):
+    """`glimmer quantize` writes what the outline has promised; its result computes what the engine quantises itself."""
+    if name == "experts in one tensor":
+        save_file(stack(load_file(source / "model.safetensors"), range(1, 5), ("gate_up", "down")),
+                  source / "model.safetensors")  # fmt: skip
+    else:
+        source, _ = twins(name)
+    quantize(source, tmp_path / "int8", "int8", None)
+    with LLM(str(source), dtype="float32", max_model_len=64, quantization="int8") as llm:
+        (there,) = llm.generate({"prompt_token_ids": TOKENS}, SamplingParams(temperature=0, max_tokens=8))
+    with LLM(str(tmp_path / "int8"), dtype="float32", max_model_len=64) as llm:
+        (here,) = llm.generate({"prompt_token_ids": TOKENS}, SamplingParams(temperature=0, max_tokens=8))
+    assert here.outputs[0].token_ids == there.outputs[0].token_ids

@@ -127,7 +127,7 @@ def read(
 ) -> Weight:
     """Rows start:stop and columns start:stop (None: all) of the matrix of `module`.
 
-    Plain values, and codes that are on disk as Weight has them, are a read-only view into the file; scales are float32
+    Plain values, and codes that are on disk as Weight has them, come in their type on disk; scales are float32
     copies, and scales_dtype is their type on disk. Raises CheckpointError as `stored` does, when a scale is no
     positive, finite number (int4: not finite), when g_idx gives a column to another group than its place does, when
     columns are cut within a group, and when zero points are not in the middle where config.json says that all are.
@@ -151,7 +151,7 @@ def _writers() -> dict[Kind, Format]:
 
 
 def vector(checkpoint: Checkpoint, name: str, rows: Slice = None) -> Tensor:
-    """Elements start:stop (None: all) of the weight of a norm or of a bias, as stored: a read-only view into the file.
+    """Elements start:stop (None: all) of the weight of a norm or of a bias, in its type on disk.
 
     Raises CheckpointError when it is missing, not one-dimensional, or not bf16, fp16 or fp32.
     """
