@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from glimmer.cli import demo
+from glimmer.cli import demo, exits
 from glimmer.cli.lazy import lazy
 from glimmer.cli.options import ENGINE, Command, Option, count, counts, truth, without
 from glimmer.config import EngineConfig, SamplingParams
@@ -231,10 +231,11 @@ def _picture(figure: Figure, profile: "Profile") -> None:
     milliseconds = whole / figure.seen * 1e3
     print(f"\n{figure.what}: {figure.seconds * 1e3:,.2f} ms; operation by operation {milliseconds:,.2f} ms:")
     longest = max(part.seconds for part in parts.values())
+    block = "█" if exits.can_show("█") else "#"
     small = sum(part.seconds for part in parts.values() if part.seconds < LEAST * whole)
     rows = [(name, part.seconds, part) for name, part in parts.items() if part.seconds >= LEAST * whole]
     for name, seconds, part in [*rows, ("all others", small, None)]:
         near = max(part.at_best(figure.limits)) / seconds if part and figure.limits else 0
         limit = f"{100 * near:>5.0f} % of its limit" if near else f"{'':19}"
-        bar = "█" * round(BAR * seconds / longest)
+        bar = block * round(BAR * seconds / longest)
         print(f"  {name:<32}{seconds / figure.seen * 1e3:>10.2f} ms{100 * seconds / whole:>6.1f} %{limit}  {bar}")

@@ -28,7 +28,7 @@ from glimmer.cli.options import ENGINE, SAMPLING, Command, Option, Settings, def
 from glimmer.cli.results import Prompt, Results, read_prompts, row, save
 from glimmer.config import EngineConfig, SamplingParams
 from glimmer.errors import ConfigError, GlimmerError, RequestError
-from glimmer.foreign import read_json
+from glimmer.foreign import parse_json, read_bytes, read_json
 from glimmer.hub import model_directory
 from glimmer.mindformers import options as mindformers
 from glimmer.mindformers.options import GENERATION, KEYS, TRANSLATED
@@ -214,8 +214,8 @@ def read_job(
 def read_tools(file: Path) -> list[dict[str, Any]]:
     """The descriptions of tools in a JSON file. ConfigError if it holds anything else."""
     try:
-        tools = json.loads(file.read_text("utf-8")) if file.is_file() else None
-    except (OSError, ValueError, RecursionError):
+        tools = parse_json(read_bytes(file, error=ConfigError))
+    except (FileNotFoundError, ValueError):
         tools = None
     if not isinstance(tools, list) or not tools or not all(isinstance(tool, dict) for tool in tools):
         raise ConfigError(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from glimmer.cli.options import locate
 from glimmer.errors import ConfigError, GlimmerError
+from glimmer.foreign import parse_json
 
 if TYPE_CHECKING:
     from glimmer.outputs import CompletionOutput, RequestOutput
@@ -121,13 +122,14 @@ def _lines(content: str, name: str) -> list[Prompt]:
 def _records(content: str, name: str) -> Iterator[Prompt]:
     """The prompts of a .jsonl file."""
     for n, line in enumerate(content.rstrip().split("\n"), 1):
+        reason = ""
         try:
-            prompt = _prompt_of(json.loads(line))
-        except (ValueError, RecursionError):
-            prompt = None
+            prompt = _prompt_of(parse_json(line))
+        except ValueError as error:
+            prompt, reason = None, f" ({error!s:.120})"
         if prompt is None:
             raise ConfigError(
-                f"{name} line {n}: {line:.80}",
+                f"{name} line {n}: {line:.80}{reason}",
                 '{"prompt": "text"} or {"messages": [{"role": "user", "content": "text"}, ...]}, and no other key',
                 "correct the line; sampling is set for all prompts together, by options",
             )
@@ -297,10 +299,10 @@ class Results:
     def _take(self, line: bytes, n: int) -> bool:
         """Keep the row in line n; False if it is none. ConfigError if it belongs to another prompt or run."""
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             index, prompt = row["index"], row["prompt"]
             row["text"], row["error"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             return False
         now = self.prompts[index] if isinstance(index, int) and index in range(len(self.prompts)) else None
         if now != prompt:

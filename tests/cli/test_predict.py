@@ -342,7 +342,7 @@ def test_a_line_that_is_no_prompt_is_refused_by_its_number(tmp_path, line):
 
 def test_lone_surrogates_in_a_jsonl_file_are_no_text(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"messages": [{"role": "user", "content": "\\ud800"}]}\n')
-    with pytest.raises(ConfigError, match=r"prompt .*ud800"):
+    with pytest.raises(ConfigError, match=r"p\.jsonl line 1: .*surrogate"):
         read_prompts([], [str(tmp_path / "p.jsonl")], None)
 
 
