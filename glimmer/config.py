@@ -404,6 +404,9 @@ class EngineConfig:
     group_size: int | None = None
 
     def __post_init__(self) -> None:
+        for key in ("model", "dtype", "device", "backend", "kv_cache_dtype"):
+            if not isinstance(getattr(self, key), str):
+                raise ConfigError(f"{key}={shown(getattr(self, key))}", "a text", f"pass a text as {key}")
         check_quantization(self.quantization, self.group_size)
         for key in ("tensor_parallel_size", "block_size", "max_num_seqs", "max_num_batched_tokens"):
             _check_count(key, getattr(self, key), ConfigError)

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from glimmer import device as devices
@@ -32,7 +33,7 @@ from glimmer.errors import CheckpointError, ConfigError, RequestError, shown
 from glimmer.group import Group
 from glimmer.hub import model_directory
 from glimmer.outputs import Delta, Event, Reader, RequestMetrics, RequestOutput
-from glimmer.text.chat import ChatTemplate, check_turn, mark_content
+from glimmer.text.chat import ChatTemplate, check_turn, choose_mark, mark_content
 from glimmer.text.tokenizer import Tokenizer
 
 log = logging.getLogger("glimmer")
@@ -92,6 +93,8 @@ class LLM:
         group: Group | None = None,
         **unknown: Any,
     ):
+        if not isinstance(model, (str, Path)):
+            raise ConfigError(f"model={shown(model)}", "a path", "pass the path of a Hugging Face directory")
         ignored = _settle_engine(model, unknown)
         self.config = EngineConfig(
             model=str(model_directory(model)),
@@ -294,6 +297,11 @@ class LLM:
         on_step: Callable[[int], None] | None,
     ) -> list[RequestOutput]:
         """`generate` for whatever prompt_of makes a prompt of; `word` is what an error calls it."""
+        for name, callback in (("on_finish", on_finish), ("on_step", on_step)):
+            if callback is not None and not callable(callback):
+                raise ConfigError(
+                    f"{name}={shown(callback)}", "a function", f"pass a function as {name}, or leave it out"
+                )
         if errors not in ("raise", "return"):
             raise ConfigError(f"errors={shown(errors)}", "'raise' or 'return'", "choose one of these")
         outputs: list[RequestOutput] = []
@@ -374,11 +382,11 @@ class LLM:
             template = ChatTemplate(_text("chat_template", chat_template), "chat_template")
         check_turn(messages, add_generation_prompt, continue_final_message)
         kwargs |= {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        text = template.render(messages, tools=tools, **kwargs)
         if special_tokens_in_content == "control" or self.tokenizer is None:
-            text = template.render(messages, tools=tools, **kwargs)
             return {"prompt": text, "prompt_token_ids": self._encode(text, add_special_tokens=False)}
-        mark, marked = mark_content(messages, self.tokenizer.added_names)
-        text = template.render(marked, tools=tools, **kwargs)
+        mark = choose_mark(text)
+        text = template.render(mark_content(messages, self.tokenizer.added_names, mark), tools=tools, **kwargs)
         ids = self.tokenizer.encode_marked(text, mark, self.max_model_len)
         return {"prompt": text.replace(mark, ""), "prompt_token_ids": ids}
 
@@ -604,9 +612,9 @@ def _settle_call(method: str, given: Mapping[str, Any], own: Sequence[str]) -> N
 
 
 def _dtype_name(dtype: Any) -> str:
-    """torch.bfloat16, "half" and the like under the names that EngineConfig checks."""
-    name = str(dtype).removeprefix("torch.")
-    return {"half": "float16", "float": "float32"}.get(name, name)
+    """torch.bfloat16, "half" and the like under the names that EngineConfig checks; what is no dtype, as it is."""
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    return {"half": "float16", "float": "float32"}.get(name, name) if isinstance(name, str) else name
 
 
 def _listed(prompts: Any) -> list[Any]:

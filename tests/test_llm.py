@@ -359,13 +359,28 @@ def test_parameters_of_vllm(checkpoint, caplog):
         ("dtype", "half"),
         ("dtype", torch.float16),
         ("enable_lora", True),
+        ("dtype", 5),
+        ("dtype", 10**5000),
+        ("device", 5),
+        ("backend", 10**5000),
+        ("group_size", 10**5000),
+        ("quantization", [10**5000]),
+        ("enable_prefix_caching", 10**5000),
+        ("max_model_len", 10**400),
+        ("seed", 10**5000),
     ],
-    ids=str,
+    ids=lambda value: shown(value)[:40],
 )
 def test_parameters_of_vllm_that_would_change_answers_are_refused(name, value, checkpoint):
     with pytest.raises(ConfigError) as error:
         LLM(str(checkpoint()), **{name: value})
     assert error.value.found.startswith(name) and error.value.expected and error.value.todo
+
+
+@pytest.mark.parametrize("model", [None, 5, 10**5000, ["a"]], ids=shown)
+def test_a_model_is_a_path(model):
+    with pytest.raises(ConfigError, match="model="):
+        LLM(model)
 
 
 def test_an_unknown_parameter_is_refused_with_a_near_name():
@@ -515,6 +530,11 @@ def test_typed_control_tokens_are_control_tokens_or_text(typed, llm):
     assert llm.tokenizer.decode(text["prompt_token_ids"], skip_special_tokens=False) == text["prompt"]
     parts = [{"role": "user", "content": [{"type": "text", "text": part} for part in (typed[:3], typed[3:])]}]
     assert count(llm.render(parts, special_tokens_in_content="text")) == count(frame)
+    assert count(llm.render([*said, {"role": "tool", "content": typed}], special_tokens_in_content="text")) < 12
+    endless: list = ["x"]
+    endless.append({"output": endless})
+    with pytest.raises(RequestError):
+        llm.render([{"role": "tool", "content": endless}], special_tokens_in_content="text")
     with pytest.raises(RequestError, match="special_tokens_in_content='no'"):
         llm.chat(said, special_tokens_in_content="no")
 

@@ -10,7 +10,6 @@ import io
 import json
 import os
 import re
-import reprlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,11 @@ from typing import Any
 from jinja2 import Template
 from jinja2.exceptions import SecurityError
 
-from glimmer.errors import CheckpointError, RequestError
+from glimmer.errors import CheckpointError, RequestError, shown
 from glimmer.foreign import read_optional_json, read_text
 from glimmer.text.sandbox import MAX_CHARACTERS, MAX_SOURCE, Refusal, Sandbox, bounded
 
+MAX_DEPTH = 64  # of lists and objects within a message
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -215,7 +215,7 @@ def check_turn(messages: Any, add_generation_prompt: bool, continue_final_messag
     if continue_final_message and role != "assistant":
         raise RequestError(
             "messages",
-            f"continue_final_message=True, and the last message is of role {reprlib.repr(role)}",
+            f"continue_final_message=True, and the last message is of role {shown(role)}",
             "an assistant's message to continue",
             "leave continue_final_message out, or append the beginning of the answer",
         )
@@ -238,37 +238,45 @@ def _up_to(last: dict[str, Any], prompt: str) -> str:
     return prompt[: start + len(text if whole else text.strip())]
 
 
-def mark_content(messages: Any, names: Iterable[str]) -> tuple[str, Any]:
-    """(mark, messages) with the mark after each character in a user's or tool's content that may begin one of `names`.
+def choose_mark(prompt: str) -> str:
+    """A character that is not in a rendered prompt, and never part of a text. RequestError if there is none."""
+    for mark in map(chr, range(0xFDD0, 0xFDF0)):
+        if mark not in prompt:
+            return mark
+    raise RequestError(
+        "messages",
+        "all 32 noncharacters from U+FDD0 to U+FDEF",
+        "text, in which there is none of them",
+        "remove one of them",
+    )
 
-    A name that is typed there is not found in the rendered prompt, wherever the template puts it. Messages that are
-    no messages are returned as they are: render() refuses them. The mark is in none of the messages.
+
+def mark_content(messages: Sequence[dict[str, Any]], names: Iterable[str], mark: str) -> list[dict[str, Any]]:
+    """The messages, with the mark after each character of a user's or tool's content that may begin one of `names`.
+
+    So no name that is typed there is found in the rendered prompt, wherever the template puts it. For messages that
+    render() accepts; RequestError if their content is nested too deeply.
     """
-    written = json.dumps(messages, ensure_ascii=False, default=str)
-    mark = next((mark for mark in map(chr, range(0xFDD0, 0xFDF0)) if mark not in written), None)
-    if mark is None:
-        raise RequestError(
-            "messages",
-            "all 32 noncharacters from U+FDD0 to U+FDEF",
-            "text without noncharacters",
-            "remove one of them",
-        )
-    first = re.compile("[" + "".join(re.escape(name[0]) for name in names if name) + "]") if names else None
-    changed: list[Any] = []
-    for message in messages if isinstance(messages, list | tuple) else []:
-        if isinstance(message, dict) and message.get("role") in ("user", "tool") and first is not None:
-            message = message | {"content": _marked(message.get("content"), first, mark)}
-        changed.append(message)
-    return mark, changed if isinstance(messages, list | tuple) else messages
+    first = re.compile("[" + "".join(re.escape(name[0]) for name in names if name) + "]" if names else "(?!)")
+    return [
+        message | {"content": _marked(message.get("content"), first, mark)}
+        if message["role"] in ("user", "tool")
+        else message
+        for message in messages
+    ]
 
 
-def _marked(value: Any, first: re.Pattern[str], mark: str) -> Any:
+def _marked(value: Any, first: re.Pattern[str], mark: str, depth: int = 0) -> Any:
     """A JSON value with the mark in all of its texts."""
+    if depth > MAX_DEPTH:
+        raise RequestError(
+            "messages", f"content nested more than {MAX_DEPTH} deep", "text, or a list of texts", "send text"
+        )
     if isinstance(value, str):
         return first.sub(lambda found: found[0] + mark, value)
     if isinstance(value, dict):
-        return {key: item if key == "type" else _marked(item, first, mark) for key, item in value.items()}
-    return [_marked(item, first, mark) for item in value] if isinstance(value, list | tuple) else value
+        return {key: item if key == "type" else _marked(item, first, mark, depth + 1) for key, item in value.items()}
+    return [_marked(item, first, mark, depth + 1) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _message(message: Any, at: str) -> dict[str, Any]:
@@ -279,7 +287,7 @@ def _message(message: Any, at: str) -> dict[str, Any]:
         # GLM's templates leave out messages of a role that they do not know, and say nothing.
         raise RequestError(
             f"{at}.role",
-            f"{at}.role is {reprlib.repr(role) if 'role' in message else 'absent'}",
+            f"{at}.role is {shown(role) if 'role' in message else 'absent'}",
             f"one of {', '.join(ROLES)}",
             "correct the role; instructions of a developer go under system",
         )
@@ -318,7 +326,7 @@ def _content(content: Any, role: str, at: str) -> str | list[Any]:
     for i, part in enumerate(content):
         if not (isinstance(part, str) or known(part)):
             # The template would leave it out and say nothing.
-            found = f"a part of type {reprlib.repr(part.get('type'))}" if isinstance(part, dict) else _kind(part)
+            found = f"a part of type {shown(part.get('type'))}" if isinstance(part, dict) else _kind(part)
             raise RequestError(f"{at}[{i}]", f"{at}[{i}] is {found}", expected, "send the content as text")
     return list(content)
 

@@ -5,12 +5,11 @@ string whose last character comes first ends the answer; of several that end on 
 Not here: stop tokens (the engine ends on those) and the meaning of the text (reasoning, tool calls).
 """
 
-import reprlib
 from collections import deque
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-from glimmer.errors import RequestError
+from glimmer.errors import RequestError, shown
 from glimmer.text.tokenizer import Detokenizer, Tokenizer
 
 
@@ -109,7 +108,7 @@ class StopSearch:
         if not isinstance(stop, list | tuple) or not all(isinstance(word, str) and word for word in stop):
             raise RequestError(
                 "stop",
-                f"stop is {reprlib.repr(stop)}",
+                f"stop is {shown(stop)}",
                 "a list of texts of at least one character each",
                 'write stop as a list, such as ["\\n\\n", "END"], without empty texts',
             )
