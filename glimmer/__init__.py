@@ -3,9 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from glimmer.config import SamplingParams
-
 if TYPE_CHECKING:
+    from glimmer.config import SamplingParams
     from glimmer.llm import LLM
 
 __all__ = ["LLM", "SamplingParams", "__version__"]
@@ -13,7 +12,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """LLM brings torch with it, which takes seconds: it is imported when somebody asks for it."""
-    if name != "LLM":
+    """LLM brings torch with it, which takes seconds: names are imported when somebody asks for them."""
+    modules = {"LLM": "glimmer.llm", "SamplingParams": "glimmer.config"}
+    if name not in modules:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module("glimmer.llm").LLM
+    return getattr(importlib.import_module(modules[name]), name)

@@ -24,7 +24,12 @@ CLOSED_PIPE = 141
 
 
 class Terminated(BaseException):
-    """SIGTERM has come: somebody, or the launcher of a job that cannot go on, ends this process."""
+    """SIGTERM has come: somebody, or the launcher of a job that cannot go on, ends this process.
+
+    told: it has been said on the terminal already, with what is kept.
+    """
+
+    told = False
 
 
 def terminate(*_: object) -> None:
@@ -102,7 +107,9 @@ def run(command: str, work: Callable[[], int]) -> int:
     except BrokenPipeError:
         discard(sys.stdout)
         return CLOSED_PIPE
-    except Terminated:  # the process that started this one shall see that SIGTERM ended it
+    except Terminated as reason:  # the process that started this one shall see that SIGTERM ended it
+        if not reason.told:
+            tell(f"glimmer {command}: interrupted")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
         raise

@@ -306,6 +306,8 @@ def run(job: Job, results: Results, progress: "Progress", shown: bool) -> int:
             progress.warn(word)
         if isinstance(reason, KeyboardInterrupt):
             return exits.INTERRUPTED
+        if isinstance(reason, exits.Terminated):
+            reason.told = True
         raise
 
 

@@ -809,6 +809,18 @@ def test_ctrl_c_while_a_command_is_loading_is_one_line(tmp_path, command):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", f"\nglimmer {command}: interrupted\n")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["predict", "bench"])
+def test_sigterm_leaves_the_word_of_ctrl_c_and_ends_the_process(tmp_path, command):
+    (tmp_path / "torch.py").write_text("import os\nos.kill(os.getpid(), 15)  # as if somebody had just sent it")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    argv = [command, *["hi"] * (command == "predict"), "--model", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "glimmer", *argv], env=env, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-15, "", f"glimmer {command}: interrupted\n")
+
+
 def test_help_tells_of_every_name(capsys):
     assert predict.main(["--help"]) == 0
     out = capsys.readouterr().out
