@@ -27,6 +27,7 @@ class Transport(Protocol):
     """
 
     timeout: float  # seconds that a collective may take
+    request_timeout: float  # seconds that a rank may wait for the others to ask what it asks
 
     def all_reduce(self, x: Tensor, members: Sequence[int], minimum: bool = False) -> None:
         """Replace x by the sum (or the minimum) over the members."""
@@ -70,6 +71,11 @@ class Group:
     def timeout(self) -> float:
         """Seconds that a collective may take. A rank that has nothing to send must send something more often."""
         return math.inf if self.transport is None else self.transport.timeout
+
+    @property
+    def request_timeout(self) -> float:
+        """Seconds that this rank may wait for the others to ask what it asks."""
+        return math.inf if self.transport is None else self.transport.request_timeout
 
     @property
     def connected(self) -> Transport:

@@ -5,27 +5,35 @@ same program. `Mesh` connects them and names a process that does not come. A mes
 its collectives return their argument.
 
 Every wait has a deadline: GLIMMER_JOIN_TIMEOUT seconds for the others to start, GLIMMER_COLLECTIVE_TIMEOUT seconds for
-each collective (both 300 by default). When a peer is lost, the EngineError names it. The process groups are destroyed
-by `close`, and at the latest when the interpreter exits: a thread of gloo that frees a tensor while the interpreter is
-being finalised would abort the process.
+each collective (both 300 by default), GLIMMER_REQUEST_TIMEOUT seconds (1800) for the other ranks to ask what this one
+asks. When a peer is lost, the EngineError names it. What may wait for another machine within a library is called in a
+thread (within), so that a signal ends the process all the while; and a rank ends with its launcher. The process groups
+are destroyed by `close`, and at the latest when the interpreter exits: a thread of gloo that frees a tensor while the
+interpreter is being finalised would abort the process.
 
 This is the only file, beside the launcher, that uses torch.distributed or reads torchrun's variables. Not here: the
 collectives as the model sees them (group.py), which tensor is cut in which way (model/names.py).
 """
 
 import atexit
+import fcntl
+import functools
 import math
 import os
+import queue
 import re
+import signal
 import socket
 import stat
+import struct
 import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,6 +43,9 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from glimmer.errors import ConfigError, EngineError
 from glimmer.group import Group
 
+T = TypeVar("T")
+
+ANSWER = 10.0  # seconds within which a store answers that is not lost
 GRACE = 3.0  # seconds that the survivors of a failed collective wait for a sign of life of each other
 SLICE = 1.0  # seconds between two looks at signals and at the deadline while a collective runs
 
@@ -112,6 +123,148 @@ def local_rank() -> int:
     return int(_number("LOCAL_RANK", 0, 0, 2**16))
 
 
+def within(seconds: float, what: Callable[[], T]) -> T:
+    """What `what` returns or raises; RuntimeError if that takes longer.
+
+    It is called in a thread of its own: this one handles signals meanwhile, and goes on at the deadline.
+    """
+    results: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
+
+    def call() -> None:
+        try:
+            results.put(what())
+        except BaseException as error:
+            results.put(error)
+
+    threading.Thread(target=call, name="glimmer-wait", daemon=True).start()
+    try:
+        result = results.get(timeout=seconds)
+    except queue.Empty:
+        raise RuntimeError(f"no answer within {seconds:g} s") from None
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+class JobStore:
+    """The key-value store through which the processes of a job find each other, wherever it is.
+
+    Its methods are those of torch.distributed's stores. Each of them raises RuntimeError if the store is lost, or has
+    not answered within the timeout; signals are handled meanwhile. `torch` is the store itself. lost: makes another
+    error of that one.
+    """
+
+    def __init__(self, store: Any, lost: Callable[[RuntimeError], Exception] = lambda error: error):
+        self.torch, self.lost = store, lost
+
+    @staticmethod
+    def open(
+        address: str, port: int, timeout: float, *, master: bool = False, listener: int | None = None
+    ) -> "JobStore":
+        """Connect to a store, or open it (master), on the socket with the file descriptor `listener` if it is given.
+
+        RuntimeError after `timeout` seconds, also if something listens there that is no store and says nothing.
+        """
+        limit = timedelta(seconds=timeout)
+        connect = partial(TCPStore, address, port, None, master, limit, False, master_listen_fd=listener)
+        return JobStore(within(timeout + SLICE, connect))
+
+    def prefixed(self, prefix: str) -> "JobStore":
+        """The same store, in which every key begins with the prefix."""
+        return JobStore(PrefixStore(prefix, self.torch), self.lost)
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long a call may take."""
+        timeout: timedelta = self.torch.timeout
+        return timeout
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Change how long a call may take."""
+        self.torch.set_timeout(timeout)
+
+    def set(self, key: str, value: str | bytes) -> None:
+        """Write a value."""
+        self._call(lambda: self.torch.set(key, value))
+
+    def get(self, key: str) -> bytes:
+        """A value, as soon as it is there."""
+        return bytes(self._call(lambda: self.torch.get(key)))
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether there are values of all these keys."""
+        return bool(self._call(lambda: self.torch.check(keys)))
+
+    def wait(self, keys: list[str]) -> None:
+        """Return when there are values of all these keys."""
+        self._call(lambda: self.torch.wait(keys))
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to a number, and return it."""
+        return int(self._call(lambda: self.torch.add(key, amount)))
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        """Write a value if the present one is the expected one; return what is there then."""
+        return bytes(self._call(lambda: self.torch.compare_set(key, expected, desired)))
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        """Values, as soon as they are there."""
+        return list(self._call(lambda: self.torch.multi_get(keys)))
+
+    def multi_set(self, keys: list[str], values: list[str]) -> None:
+        """Write values."""
+        self._call(lambda: self.torch.multi_set(keys, values))
+
+    def _call(self, what: Callable[[], T]) -> T:
+        try:
+            return within(self.timeout.total_seconds() + SLICE, what)
+        except RuntimeError as error:
+            raise self.lost(error) from None
+
+
+@functools.cache
+def end_with_launcher() -> None:
+    """Have this process end when torchrun's agent or the launcher, its parent, ends, even if that is killed."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # nobody but those ends all ranks when one of them fails
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(SLICE)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5 * SLICE)  # for a handler that saves something
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="glimmer-launcher", daemon=True).start()
+
+
+def address_towards(address: str) -> str | None:
+    """The address (IPv4) from which this machine reaches another address or name; None if that cannot be told."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))  # sends nothing: it only asks the routing table
+        except OSError:
+            return None
+        own: str = probe.getsockname()[0]
+        return own
+
+
+def interface_towards(address: str) -> str | None:
+    """The network interface through which this machine reaches `address` (IPv4); None if that cannot be told."""
+    get_address = 0x8915  # SIOCGIFADDR of Linux
+    own = address_towards(address)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex() if own else ():
+            try:
+                answer = fcntl.ioctl(probe, get_address, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # an interface without an IPv4 address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == own:
+                return name
+    return None
+
+
 class World:
     """The connection of this process to all others: store, process groups, deadlines, and an orderly end.
 
@@ -120,8 +273,13 @@ class World:
 
     def __init__(self, rank: int, size: int, device: torch.device, backend: str, join_timeout: float):
         self.rank, self.size, self.device = rank, size, device
-        self.timeout = _number("GLIMMER_COLLECTIVE_TIMEOUT", 300.0, 1, 1e7)
+        self.timeout = collective_timeout()
+        self.request_timeout = _number("GLIMMER_REQUEST_TIMEOUT", 1800.0, 1, 1e7)
+        end_with_launcher()
         self.store = _join(rank, size, _number("GLIMMER_JOIN_TIMEOUT", join_timeout, 0, 1e7))
+        if backend == "gloo":
+            _choose_interface(rank, size, self.store)
+        self.store.set_timeout(timedelta(seconds=self.timeout))
         self._backend = backend
         self._handles: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._connections: dict[int, tuple[int, int]] = {}  # file descriptor -> device and inode of its socket
@@ -138,20 +296,24 @@ class World:
         before = _sockets()
         # gloo waits a little longer than we do, so that the deadline is ours, and ends by itself soon after it
         timeout = timedelta(seconds=self.timeout + 5 * SLICE)
-        try:
+
+        def make() -> dist.ProcessGroup | None:
             if not dist.is_initialized():
-                store = PrefixStore("group", self.store)
+                store = PrefixStore("group", self.store.torch)
                 dist.init_process_group(
                     self._backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout
                 )
             if len(ranks) == self.size:
-                handle = dist.group.WORLD
-            else:
-                handle = dist.new_group(list(ranks), timeout=timeout, backend=self._backend)
+                return dist.group.WORLD
+            made: dist.ProcessGroup | None = dist.new_group(list(ranks), timeout=timeout, backend=self._backend)
+            return made
+
+        try:
+            handle = within(self.timeout + 10 * SLICE, make)
         except RuntimeError as error:
             raise EngineError(
                 f"rank {self.rank} on {socket.gethostname()} met the others at {':'.join(map(str, _store_address()))},"
-                f" but cannot connect to them: {_first_line(error)}",
+                f" but cannot connect to them: {first_line(error)}",
                 f"{self._backend} connections between all ranks",
                 "see whether another rank ended first; check the firewall, and the network interface if one is set"
                 " (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, HCCL_SOCKET_IFNAME)",
@@ -209,6 +371,7 @@ class World:
                 if self._closed:
                     raise self._left(members) from None
                 self.abort()
+                self.store.set_timeout(timedelta(seconds=ANSWER))
                 raise lost_peer(self.rank, members, self.store, str(error)) from None
             except BaseException:  # an interrupt: the others must not wait for a rank that has left the collective
                 self.abort()
@@ -306,7 +469,7 @@ def lost_peer(rank: int, members: Sequence[int], store: Any, symptom: str) -> En
         return _lost_store(rank, error)
     culprits = ", ".join(f"rank {r} on {host}" for r, host in where.items()) or "a rank that has failed by itself"
     return EngineError(
-        f"rank {rank} on {socket.gethostname()} lost {culprits} ({_first_line(symptom)})",
+        f"rank {rank} on {socket.gethostname()} lost {culprits} ({first_line(symptom)})",
         f"all {len(members)} ranks to compute each step together",
         "read the log of the rank named above: it holds the first error; then start the job again",
     )
@@ -360,29 +523,60 @@ def _check_sizes(tp: int, ep: int, dp: int, size: int) -> None:
         )
 
 
-def _join(rank: int, size: int, timeout: float) -> Any:
-    """The store of the job, in which every rank has written its host's name. Waits `timeout` seconds for all ranks."""
+def collective_timeout(default: float = 300.0) -> float:
+    """Seconds that a process may wait for another in the middle of a job: GLIMMER_COLLECTIVE_TIMEOUT."""
+    return _number("GLIMMER_COLLECTIVE_TIMEOUT", default, 1, 1e7)
+
+
+def _choose_interface(rank: int, size: int, store: JobStore) -> None:
+    """Have gloo use the network interface through which the ranks have met, unless the user has chosen one.
+
+    By itself it takes the one that the host's name resolves to, which many systems set to loopback. Where the meeting
+    point is reached by loopback, ranks of other machines know from where this one can be reached.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    address, _ = _store_address()
+    try:
+        if store.get(f"address/{rank}").startswith(b"127."):
+            others = (store.get(f"address/{other}").decode() for other in range(size))
+            address = next((other for other in others if other and not other.startswith("127.")), address)
+    except RuntimeError as error:
+        raise _lost_store(rank, error) from None
+    interface = interface_towards(address)
+    if interface is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+def _join(rank: int, size: int, timeout: float) -> JobStore:
+    """The store of the job, in which every rank has written the name of its host, and its address towards the store.
+
+    Waits `timeout` seconds for all ranks.
+    """
     address, port = _store_address()
     place = f"{address}:{port}"
     opens = rank == 0 and not _store_of_launcher()
+    deadline = time.monotonic() + timeout
     try:
-        opened = TCPStore(address, port, None, opens, timedelta(seconds=timeout), wait_for_workers=False)
+        opened = JobStore.open(address, port, timeout, master=opens)
     except RuntimeError as error:
         if opens:
             raise ConfigError(
-                f"rank 0 on {socket.gethostname()} cannot open {place}: {_first_line(error)}",
+                f"rank 0 on {socket.gethostname()} cannot open {place}: {first_line(error)}",
                 "a free port of this machine",
                 "choose another MASTER_PORT, on every machine",
             ) from None
         raise EngineError(
-            f"rank {rank} on {socket.gethostname()} cannot reach {place}: {_first_line(error)}",
+            f"rank {rank} on {socket.gethostname()} cannot reach {place}: {first_line(error)}",
             "the meeting point that rank 0 opens",
-            "check MASTER_ADDR and MASTER_PORT, the firewall, and that the first machine's command runs",
+            "check MASTER_ADDR and MASTER_PORT, the firewall, and that the first machine's command runs; where that"
+            " machine's own name resolves to loopback, give it torchrun's --local-addr",
         ) from None
-    store = PrefixStore(f"glimmer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", opened)
-    deadline = time.monotonic() + timeout
+    opened.set_timeout(timedelta(seconds=min(timeout, ANSWER)))
+    store = opened.prefixed(f"glimmer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}")
     missing = list(range(size))
     try:
+        store.set(f"address/{rank}", address_towards(address) or "")
         store.set(f"host/{rank}", socket.gethostname())
         while missing and time.monotonic() < deadline:
             missing = [r for r in missing if not store.check([f"host/{r}"])]
@@ -431,13 +625,13 @@ def _lost_store(rank: int, symptom: object) -> EngineError:
     who = f"{'the launcher' if _store_of_launcher() else 'rank 0'} on {address}"
     return EngineError(
         f"rank {rank} on {socket.gethostname()} lost {who}, which held the meeting point at port {port}"
-        f" ({_first_line(symptom)})",
+        f" ({first_line(symptom)})",
         f"{who} to stay until the job is done",
         "see what was said there: it holds the first error; then start the job again",
     )
 
 
-def _first_line(error: object) -> str:
+def first_line(error: object) -> str:
     """The first line of a transport's error message, shortened, without its place in the source."""
     line = re.sub(r"^\[\S+\.(cc|cpp|h|hpp):\d+\] ", "", (str(error).splitlines() or [""])[0])
     return textwrap.shorten(line, 160, placeholder=" ...")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jobs import processes_in, until
 from torch.distributed import HashStore, TCPStore
 
 from glimmer.config import ModelConfig
@@ -89,6 +91,40 @@ def test_who_never_joined_is_named(model, tmp_path):
         job = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert job.returncode == 1 and "Traceback" not in job.stderr
         assert words in job.stderr
+
+
+def test_a_silent_listener_does_not_defeat_the_timeout(model, tmp_path):
+    """Something else listens at the meeting point: it takes the connection and says nothing. Ctrl-C ends the wait."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(silent.getsockname()[1]), "WORLD_SIZE": "2"}
+        jobs = [
+            subprocess.Popen(
+                [sys.executable, SCRIPT, model, str(tmp_path / "out")],
+                env=os.environ | meeting | {"RANK": "1", "GLIMMER_JOIN_TIMEOUT": timeout},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for timeout in ("3", "60")
+        ]
+        _, said = jobs[0].communicate(timeout=40)
+        assert jobs[0].returncode == 1 and "cannot reach 127.0.0.1" in said and "Traceback" not in said
+        begin = time.monotonic()
+        jobs[1].send_signal(signal.SIGINT)
+        jobs[1].communicate(timeout=20)
+        assert time.monotonic() - begin < 2.5
+
+
+def test_ranks_end_with_a_torchrun_that_is_killed(tmp_path):
+    """torchrun leaves its processes running; ours see that their parent is gone."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(Path(__file__).with_name("ranks.py")), "interrupted"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    job = subprocess.Popen(command, cwd=tmp_path, **pipes)
+    assert [job.stdout.readline() for _ in range(2)] == [b"up\n"] * 2
+    assert len(processes_in(tmp_path)) == 3
+    job.kill()
+    until(lambda: processes_in(tmp_path) == [], 4)
+    job.communicate(timeout=10)
 
 
 STORE = """

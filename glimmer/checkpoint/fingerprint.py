@@ -7,11 +7,10 @@ Not here: the comparison (engine/runner.py), and what the files mean.
 """
 
 import os
-import stat
 from hashlib import blake2b
 from pathlib import Path
 
-from glimmer.errors import CheckpointError
+from glimmer.foreign import open_regular, unreadable
 
 WHOLE = 32 << 20
 SAMPLES, PAGE = 64, 4096
@@ -26,21 +25,14 @@ def fingerprints(directory: str | Path) -> dict[str, str]:
         names |= {name for name in FILES if (directory / name).exists()}
         return {name: _fingerprint(directory / name) for name in sorted(names)}
     except OSError as error:
-        raise CheckpointError(
-            f"{error.filename or directory} cannot be read: {error.strerror or error}",
-            "a readable file",
-            "check its permissions",
-        ) from None
+        raise unreadable(Path(error.filename or directory), error) from None
 
 
 def _fingerprint(file: Path) -> str:
     digest = blake2b(digest_size=12)
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe must not wait for a writer
+    descriptor = open_regular(file)
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{file} is no regular file", "a file of a checkpoint", f"replace {file.name}")
-        size = status.st_size
+        size = os.fstat(descriptor).st_size
         if size <= WHOLE:
             spans = [(begin, PAGE * 256) for begin in range(0, size, PAGE * 256)]
         else:

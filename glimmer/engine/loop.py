@@ -49,7 +49,6 @@ T = TypeVar("T")
 
 LINGER = 0.05  # seconds that the thread of a single process waits for the next request before it ends
 HEARTBEAT = 0.5  # seconds between two messages of an idle rank 0
-BEGIN = 3600.0  # seconds that a rank waits with its first request until all ranks have one, or follow
 LEAVE = 1.0  # seconds that `close` on several ranks waits for rank 0's last message, and for the last step
 LAST_STEP = 600.0  # seconds that `close` waits for the last step of a single process
 MESSAGE = 1 << 20  # bytes that rank 0 sends at the head of a step, about; one request may be longer
@@ -84,7 +83,7 @@ class Loop:
         self._queue: OrderedDict[str, OpenRequest] = OrderedDict()  # those whose answers have not all begun, in order
         self._answers: dict[str, tuple[OpenRequest, int]] = {}  # by request id: what the engine works on
         self._watching: dict[Call, None] = {}  # calls whose clients want to know of every step
-        self._matcher = CallMatcher(self._group.rank)  # of callers on ranks other than 0
+        self._matcher = CallMatcher(self._group.rank, self._group.request_timeout)  # of callers on ranks other than 0
         self._call_numbers, self._ordinals = itertools.count(), itertools.count(1)
         self._ordering: int | None = None  # the one thread that makes all ordered calls; 0 if there are several
         self._guard = threading.RLock()  # over the three below
@@ -219,7 +218,7 @@ class Loop:
             self._running, self._thread = True, threading.current_thread()
             self._latest = self._thread
         try:
-            self._group.wait_for_all("answers requests", BEGIN)
+            self._group.wait_for_all("answers requests", self._group.request_timeout)
             self._together = True
             while self._turn():
                 pass

@@ -9,8 +9,8 @@ same parameters. Of equal calls, and of equal prompts in one call, the first get
     this rank's caller is first   it waits until rank 0's call arrives (CallMatcher.arrive)
 
 A call that rank 0 does not make is refused: at once where both ranks make all such calls from one thread, so that calls
-can be counted and compared; otherwise when rank 0 has asked for something else for MISMATCH seconds, or nothing for
-ABSENT seconds. Not here: how the message travels (parallel.py), and when (loop.py).
+can be counted and compared; otherwise when rank 0 has asked for something else for MISMATCH seconds, or nothing for the
+time that the group sets (GLIMMER_REQUEST_TIMEOUT). Not here: how the message travels (parallel.py), and when (loop.py).
 """
 
 import json
@@ -31,7 +31,6 @@ from glimmer.errors import RequestError
 log = logging.getLogger("glimmer")
 
 MISMATCH = 30.0  # seconds that a call waits while rank 0 asks for something else
-ABSENT = 1800.0  # seconds that a call waits while rank 0 asks for nothing
 MAX_HELD = 1 << 19  # outputs that a rank holds for callers that have not asked yet
 
 
@@ -175,11 +174,12 @@ def _digest(value: Any) -> str:
 class CallMatcher:
     """Calls of rank 0 as another rank sees them, and that rank's own calls. The engine's thread alone uses it.
 
+    timeout: seconds that a call waits while rank 0 asks for nothing.
     hold: whether outputs that nobody has asked for are kept; not where this rank has no callers of its own.
     """
 
-    def __init__(self, rank: int):
-        self.rank, self.hold = rank, True
+    def __init__(self, rank: int, timeout: float = 1800.0):
+        self.rank, self.timeout, self.hold = rank, timeout, True
         self.num_held = 0
         self._arriving: dict[int, RemoteCall] = {}  # by number: calls of which more requests may come
         self._unclaimed: list[RemoteCall] = []
@@ -232,8 +232,8 @@ class CallMatcher:
             others = [remote for remote in self._unclaimed if now - max(call.since, remote.since) > MISMATCH]
             if others:
                 self._refuse(call, f"rank 0 asks for something else: {_shown(others[0].requests[0])}")
-            elif now - call.since > ABSENT:
-                self._refuse(call, f"rank 0 has not asked for it for {ABSENT:g} s")
+            elif now - call.since > self.timeout:
+                self._refuse(call, f"rank 0 has not asked for it for {self.timeout:g} s")
 
     def end(self, error: BaseException) -> None:
         """No call that waits will be answered."""

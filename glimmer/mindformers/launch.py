@@ -21,7 +21,6 @@ import shlex
 import shutil
 import signal
 import socket
-import struct
 import sys
 import time
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch exports them without saying so
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
@@ -38,6 +36,7 @@ from torch.distributed.elastic.multiprocessing.tail_log import TailLog
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
 from glimmer.errors import ConfigError, EngineError, GlimmerError
+from glimmer.parallel import JobStore, collective_timeout, first_line, interface_towards, within
 
 USAGE = """\
 usage: bash scripts/msrun_launcher.sh "COMMAND" [WORKER_NUM]
@@ -62,10 +61,23 @@ example
     --use_parallel True --parallel_config.model_parallel 2 --pretrained_model_dir DIR --predict_data 'Hello'" 2
 """
 
+# What each process does before it becomes COMMAND: it asks Linux to be ended with the launcher, and joins its streams,
+# for which the agent would open a file each.
+BEGIN = """\
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+if os.getppid() == int(sys.argv[1]):
+    os.dup2(1, 2)
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
 ROOT = Path(__file__).resolve().parents[2]
 SELF = 5.0  # seconds that node 0 tries to reach itself at the address that it has been given
-FAREWELL = 2.0  # seconds that node 0 stays after a failure, so that the other machines hear of it
-LOST = 30  # seconds without an answer from node 0 after which it counts as lost
+LAST_WORDS = 0.5  # seconds that a node takes at most to say why it ends
+FAREWELL = 1.0  # seconds that node 0 stays after a failure, so that the other machines hear of it
+LOST = 30.0  # seconds without an answer from node 0 after which it counts as lost; or GLIMMER_COLLECTIVE_TIMEOUT
+STOP = 5  # seconds that processes have after a signal, before they are killed
 
 
 @dataclass(frozen=True)
@@ -192,12 +204,13 @@ class Rendezvous(RendezvousHandler):
 
     def __init__(self, job: Job):
         self.job, self.host, self.nodes = job, socket.gethostname(), 1
-        self.store: TCPStore | None = None
+        self.store: JobStore | None = None
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Wait for the other nodes. EngineError says who is missing, ConfigError how nodes contradict each other."""
         job, deadline = self.job, time.monotonic() + self.job.timeout
         self.store = self._host() if job.node_rank == 0 else self._visit(deadline)
+        self.store.lost = self._lost
         me = {"host": self.host, "pid": os.getpid(), "workers": job.local_worker, "worker_num": job.worker_num}
         first = json.loads(self.store.compare_set(f"node/{job.node_rank}", "", json.dumps(me)))
         if first != me:
@@ -208,11 +221,12 @@ class Rendezvous(RendezvousHandler):
             )
         nodes = self._gather(deadline)
         self.nodes = len(nodes)
-        self.store.set_timeout(timedelta(seconds=LOST))
-        place = RendezvousStoreInfo(job.master_addr, self.store.port)
-        return RendezvousInfo(PrefixStore("agent", self.store), job.node_rank, len(nodes), place)
+        self.store.set_timeout(timedelta(seconds=collective_timeout(LOST)))
+        place = RendezvousStoreInfo(job.master_addr, self.store.torch.port)
+        store: Any = self.store.prefixed("agent")  # the agent calls nothing but the methods that a JobStore has
+        return RendezvousInfo(store, job.node_rank, len(nodes), place)
 
-    def _host(self) -> TCPStore:
+    def _host(self) -> JobStore:
         job = self.job
         try:
             if job.alone:  # nobody else has business there
@@ -242,32 +256,27 @@ class Rendezvous(RendezvousHandler):
                 "correct MASTER_ADDR, or run this command on that machine",
             ),
         )
-        return TCPStore(
-            job.master_addr,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=job.timeout),
-            master_listen_fd=listener.detach(),
-        )
+        return JobStore.open(job.master_addr, port, job.timeout, master=True, listener=listener.detach())
 
-    def _visit(self, deadline: float) -> TCPStore:
+    def _visit(self, deadline: float) -> JobStore:
         job, place = self.job, f"{self.job.master_addr}:{self.job.master_port}"
         self._say(
             f"node {job.node_rank} with {job.local_worker} of {job.worker_num} processes looks for node 0 at"
             f" {place}, at most {job.timeout:g} s"
         )
-        self._reach(
-            job.master_port,
-            deadline,
-            EngineError(
-                f"node 0 did not come within {job.timeout:g} s: {place} does not answer node {job.node_rank},"
-                f" {self.host}",
-                "the launcher of node 0 to listen there",
-                "start it on node 0 with the same MASTER_ADDR and MASTER_PORT; check the addresses and the firewall",
-            ),
+        absent = EngineError(
+            f"node 0 did not come within {job.timeout:g} s: {place} does not answer node {job.node_rank}, {self.host}",
+            "the launcher of node 0 to listen there",
+            "start it on node 0 with the same MASTER_ADDR and MASTER_PORT; check the addresses and the firewall",
         )
-        return TCPStore(job.master_addr, job.master_port, is_master=False, timeout=timedelta(seconds=LOST))
+        self._reach(job.master_port, deadline, absent)
+        try:
+            store = JobStore.open(job.master_addr, job.master_port, max(deadline - time.monotonic(), 1))
+        except RuntimeError as error:  # something else listens there
+            absent.found += f" ({first_line(error)})"
+            raise absent from None
+        store.set_timeout(timedelta(seconds=collective_timeout(LOST)))
+        return store
 
     def _reach(self, port: int, deadline: float, otherwise: GlimmerError) -> None:
         """Connect to MASTER_ADDR until something listens there. (Ctrl-C would not end the store's own attempts.)"""
@@ -292,7 +301,7 @@ class Rendezvous(RendezvousHandler):
         nodes: dict[int, dict[str, Any]] = {}
         while True:
             for rank in range(job.worker_num):
-                if rank not in nodes and self._has(f"node/{rank}"):
+                if rank not in nodes and self._joined.check([f"node/{rank}"]):
                     nodes[rank] = json.loads(self._joined.get(f"node/{rank}"))
             here = sum(node["workers"] for node in nodes.values())
             came = ", ".join(f"node {r} ({n['host']}) with {n['workers']}" for r, n in sorted(nodes.items()))
@@ -318,33 +327,31 @@ class Rendezvous(RendezvousHandler):
 
     def num_nodes_waiting(self) -> int:
         """The agent asks this ten times a second: the moment to hear of a failure elsewhere, as an EngineError."""
-        if self.nodes > 1 and self._has("failed"):
+        if self.nodes > 1 and self._joined.check(["failed"]):
             raise EngineError(*json.loads(self._joined.get("failed")))
         return 0
 
     @property
-    def _joined(self) -> TCPStore:
+    def _joined(self) -> JobStore:
         assert self.store is not None, "the store is opened by next_rendezvous"
         return self.store
 
-    def _has(self, key: str) -> bool:
-        try:
-            return bool(self._joined.check([key]))
-        except RuntimeError as error:
-            raise EngineError(
-                f"node 0 ({self.job.master_addr}) is lost: {str(error).splitlines()[0][:160]}",
-                "node 0 to stay until the job is done",
-                "see what its launcher said, then start again everywhere",
-            ) from None
+    def _lost(self, error: RuntimeError) -> EngineError:
+        return EngineError(
+            f"node 0 ({self.job.master_addr}) is lost: {first_line(error)}",
+            "node 0 to stay until the job is done",
+            "see what its launcher said, then start again everywhere",
+        )
 
     def tell(self, error: GlimmerError) -> None:
         """Let the other nodes know why this one ends. The first to speak is heard."""
         if self.store is None or self.nodes == 1:
             return
+        store, words = self.store.torch, json.dumps([error.found, error.expected, error.todo])
         try:
-            self.store.compare_set("failed", "", json.dumps([error.found, error.expected, error.todo]))
+            within(LAST_WORDS, lambda: store.compare_set("failed", "", words))
         except RuntimeError:
-            return  # node 0 is gone, so all nodes have found out already
+            return  # node 0 is gone, or cannot be reached: the others find out by themselves
         if self.job.node_rank == 0:
             time.sleep(FAREWELL)
 
@@ -369,25 +376,6 @@ class Rendezvous(RendezvousHandler):
     def shutdown(self) -> bool:
         """Nothing to do: the store goes with the launcher."""
         return True
-
-
-def interface_towards(address: str) -> str | None:
-    """The network interface through which this machine reaches `address` (IPv4); None if that cannot be told."""
-    get_address = 0x8915  # SIOCGIFADDR of Linux
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((address, 9))  # sends nothing: it only asks the routing table
-        except OSError:
-            return None
-        own = probe.getsockname()[0]
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(probe, get_address, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # an interface without an IPv4 address
-                continue
-            if socket.inet_ntoa(answer[20:24]) == own:
-                return name
-    return None
 
 
 # ---------------------------------------------------------------------- logs
@@ -463,7 +451,7 @@ def run(job: Job) -> int:
     """Run this machine's part of the job; returns the exit code. GlimmerError names the process or machine at fault."""
     logs, rendezvous = WorkerLogs(job), Rendezvous(job)
     interface = interface_towards(job.master_addr)
-    if interface is not None:
+    if interface is not None and (job.alone or interface != "lo"):  # processes of ours find a better one
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     os.environ.setdefault("PYTHONUNBUFFERED", "1")  # logs are read while they are written
     os.environ["GLIMMER_JOIN_TIMEOUT"] = f"{job.timeout:g}"
@@ -479,15 +467,15 @@ def run(job: Job) -> int:
     spec = WorkerSpec(
         role="worker",
         local_world_size=job.local_worker,
-        entrypoint="/bin/sh",
-        # The agent opens one file for each stream; the shell joins them. The agent also substitutes $names: doubled.
-        args=("-c", 'exec "$$@" 2>&1', "worker", *(word.replace("$", "$$") for word in job.command)),
+        entrypoint=sys.executable,
+        # The agent substitutes $names: doubled.
+        args=("-ISc", BEGIN, str(os.getpid()), *(word.replace("$", "$$") for word in job.command)),
         rdzv_handler=rendezvous,
         max_restarts=0,
         monitor_interval=0.1,
     )
     try:
-        result = LocalElasticAgent(spec, logs, exit_barrier_timeout=60).run()
+        result = LocalElasticAgent(spec, logs, exit_barrier_timeout=60, shutdown_timeout=STOP).run()
         if result.is_failed():
             raise failure(result.failures, logs, rendezvous.host)
     except SignalException as caught:
@@ -512,9 +500,10 @@ def run(job: Job) -> int:
 
 def failure(failures: dict[int, ProcessFailure], logs: WorkerLogs, host: str) -> GlimmerError:
     """Which process ended the job, and how. Those that the agent then ended by SIGTERM are not to blame."""
-    rank, culprit = next(
-        ((r, f) for r, f in failures.items() if f.exitcode != -signal.SIGTERM), next(iter(failures.items()))
-    )
+    ended = (-signal.SIGTERM, 128 + signal.SIGTERM)
+    order = {ConfigError.exit_code: 0} | dict.fromkeys(ended, 2)  # the others of a refused job have lost that rank
+    rank = min(failures, key=lambda rank: (order.get(failures[rank].exitcode, 1), rank))
+    culprit = failures[rank]
     code, file = culprit.exitcode, logs.file(rank)
     how = f"ended with exit code {code}" if code > 0 else f"was killed by signal {-code} ({signal.Signals(-code).name})"
     todo = "see what it said" + " above" * (rank == 0)
@@ -548,4 +537,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: a thread that hears from the store while the interpreter is finalised would abort the process.
+    os._exit(code)

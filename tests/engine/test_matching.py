@@ -142,8 +142,7 @@ def test_calls_that_are_not_counted_are_refused_after_a_time(monkeypatch):
     monkeypatch.setattr(ranks, "MISMATCH", -1.0)
     a, b = Call([parent("0", (1,))], Asker()), Call([parent("1", (2,))], Asker())
     assert "rank 0 asks for something else: a prompt of 1 tokens (2)" in refused(CallMatcher(1), a, b, True)
-    monkeypatch.setattr(ranks, "ABSENT", -1.0)
-    alone, matcher = Call([parent("0", (1,))], Asker()), CallMatcher(1)
+    alone, matcher = Call([parent("0", (1,))], Asker()), CallMatcher(1, timeout=-1.0)
     matcher.claim(alone)
     matcher.refuse_overdue()
     assert "rank 0 has not asked for it" in alone.client.error.found

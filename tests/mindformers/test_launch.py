@@ -13,6 +13,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import jobs
 import pytest
@@ -21,6 +22,7 @@ from jobs import ROOT, ended, launcher, processes_in, script, until
 from glimmer.cli import predict
 from glimmer.errors import ConfigError, EngineError, GlimmerError
 from glimmer.mindformers import launch
+from glimmer.parallel import interface_towards
 
 pytestmark = pytest.mark.slow
 
@@ -135,6 +137,15 @@ def test_resume_with_nothing_left_loads_no_model(checkout, start, checkpoint):
     assert again == answer
 
 
+def test_refusals_end_with_their_own_code_every_time(start, checkpoint):
+    """The process groups are destroyed on this path too: no rank is ended by a signal of its own making."""
+    command = f"run_mindformer.py --model {checkpoint(dtype='float32')} --max-model-len 99999999 hello"
+    for _ in range(3):
+        code, out, err = ended(start(launcher(command, "2")))
+        assert code == 2 and "ended with exit code 2" in err and "signal" not in err, out + err
+        assert "max_model_len=99999999" in out
+
+
 def test_two_jobs_at_once_and_the_end_of_both(checkout, start):
     """They take different ports and log directories; Ctrl-C and SIGTERM leave no process behind. nohup works."""
     script(checkout, "print(os.environ['MASTER_PORT'], flush=True)\ntime.sleep(100)\n")
@@ -215,6 +226,38 @@ def test_ctrl_c_on_one_machine_is_heard_on_the_other(node, checkout, start):
     assert processes_in(checkout) == []
 
 
+def test_ranks_end_with_a_launcher_that_is_killed(checkout, start):
+    script(checkout, "print('up', flush=True)\ntime.sleep(100)\n")
+    job = start(launcher("worker.py", "2"))
+    logs = [checkout / f"output/msrun_log/worker_{rank}.log" for rank in (0, 1)]
+    until(lambda: all(log.exists() and log.read_text() == "up\n" for log in logs))
+    job.kill()
+    until(lambda: processes_in(checkout) == [], 2)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (None, 1)])
+def test_a_launcher_ends_although_node_0_is_silent(number, code, checkout, start):
+    """Node 0's launcher, which holds the meeting point, is stopped: its connections stay, and it says nothing."""
+    script(checkout, "print('up', flush=True)\ntime.sleep(100)\n")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    rest = lambda n: ("2", "1", "127.0.0.1", port, str(n), f"logs{n}", "False", "60")
+    deadline = "60" if number else "3"
+    both = [start(launcher("worker.py", *rest(n)), GLIMMER_COLLECTIVE_TIMEOUT=deadline) for n in (0, 1)]
+    logs = [checkout / f"logs{n}/worker_{n}.log" for n in (0, 1)]
+    until(lambda: all(log.exists() and log.read_text() == "up\n" for log in logs))
+    both[0].send_signal(signal.SIGSTOP)
+    time.sleep(1)  # until node 1 waits for an answer
+    begin = time.monotonic()
+    if number:
+        both[1].send_signal(number)
+    found, _, err = ended(both[1], timeout=20)
+    assert found == code and time.monotonic() - begin < (2.5 if number else 8), err
+    assert (number.name if number else "node 0 (127.0.0.1) is lost: no answer within") in err
+    both[0].kill()
+    until(lambda: processes_in(checkout) == [], 2)
+
+
 def test_a_busy_port_is_reported_at_once(start):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
@@ -266,6 +309,25 @@ def test_who_is_missing_is_named():
     assert f"does not answer node 1, {host} (Connection refused)" in second.found
     for error in rendezvous((0, 1, 4), (2, 1, 4), timeout=2):
         assert "node 1 did not come within 2 s: 2 of 4" in error.found or "node 0 (127.0.0.1) is lost" in error.found
+
+
+def test_something_else_that_listens_and_says_nothing():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        part = launch.Job((sys.executable,), 2, 1, "127.0.0.1", silent.getsockname()[1], 1, timeout=2)
+        begin = time.monotonic()
+        with pytest.raises(EngineError, match=r"node 0 did not come within 2 s: .*\(no answer"):
+            launch.Rendezvous(part).next_rendezvous()
+    assert time.monotonic() - begin < 6
+
+
+def test_who_ended_a_job_is_who_refused_it(tmp_path):
+    logs = launch.WorkerLogs(launch.Job((sys.executable,), log_dir=tmp_path))
+    for rank in range(3):
+        logs.file(rank).write_text("")
+    for codes, culprit in (((1, 2, -15), 1), ((143, 1, -15), 1), ((-15, -9, 1), 1), ((143, -15, 143), 0)):
+        failures = {rank: SimpleNamespace(exitcode=code) for rank, code in enumerate(codes)}
+        assert f"rank {culprit} on here " in launch.failure(failures, logs, "here").found
+    logs.close()
 
 
 def test_machines_that_contradict_each_other_are_told():
@@ -360,5 +422,5 @@ def test_usage(capsys):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
 def test_the_interface_towards_an_address():
-    assert launch.interface_towards("127.0.0.1") == "lo"
-    assert launch.interface_towards("no such name") is None
+    assert interface_towards("127.0.0.1") == "lo"
+    assert interface_towards("no such name") is None

@@ -55,9 +55,9 @@ def start(cable, checkout):
     """start(node, shell command, **variables) -> a running Popen on that machine, whose name is node0 or node1."""
     running = jobs.Jobs(checkout)
 
-    def begin(node: int, command: str, **variables: str) -> subprocess.Popen:
-        machine = ["ip", "netns", "exec", cable[node], "unshare", "--uts"]
-        return running.start(command, machine, f"hostname node{node}; ", **variables)
+    def begin(node: int, command: str, before: str = "", **variables: str) -> subprocess.Popen:
+        machine = ["ip", "netns", "exec", cable[node], "unshare", "--uts", "--mount"]
+        return running.start(command, machine, f"hostname node{node}; {before}", **variables)
 
     yield begin
     running.kill()
@@ -103,3 +103,39 @@ def test_a_rank_that_dies_on_one_machine_ends_the_job_on_the_other(checkout, sta
         assert code == 1
         assert "rank 2 on node1 was killed by signal 9 (SIGKILL); log output/msrun_log/worker_2.log" in err
     assert time.monotonic() - begin < 10 and jobs.processes_in(checkout) == []
+
+
+def test_a_cut_link_is_named_on_both_sides_by_the_deadline(cable, checkout, start, checkpoint):
+    """No packet comes through any more, and no connection is closed: each side hears nothing of the other."""
+    log = checkout / "output/msrun_log/worker_0.log"
+    command = f"run_mindformer.py --model {checkpoint(dtype='float32')} --max_new_tokens 4000 --ignore-eos hello"
+    words = lambda node: (command, "2", "1", ADDRESSES[0], "50005", node, "output/msrun_log", "False", "60")
+    both = [start(node, jobs.launcher(*words(str(node))), GLIMMER_COLLECTIVE_TIMEOUT="4") for node in (0, 1)]
+    jobs.until(lambda: log.exists() and "loaded" in log.read_text())
+    time.sleep(2)
+    ip("-n", cable[0], "link", "set", "wire0", "down")
+    try:
+        begin = time.monotonic()
+        (code0, out0, err0), (code1, _, err1) = (jobs.ended(job, timeout=60) for job in both)
+        assert time.monotonic() - begin < 4 + 30
+    finally:
+        ip("-n", cable[0], "link", "set", "wire0", "up")
+    assert (code0, code1) == (1, 1)
+    assert "lost rank 1 on node1" in out0 + err0, out0 + err0
+    assert "node 0 (10.77.0.1) is lost" in err1 or "lost the launcher on 10.77.0.1" in err1, err1
+    assert jobs.processes_in(checkout) == []
+
+
+def test_torchrun_on_machines_whose_own_names_resolve_to_loopback(checkout, start):
+    """As many systems set /etc/hosts. The ranks connect through the interface between the machines all the same."""
+    script = jobs.ROOT / "tests/ranks.py"
+    options = "--nnodes 2 --nproc-per-node 1 --master-addr node0 --master-port 50007"
+    command = lambda node: f"$PYTHON -m torch.distributed.run {options} --node-rank {node} {script} exit 0"
+    (checkout / "hosts0").write_text("127.0.0.1 localhost\n127.0.1.1 node0\n")
+    (checkout / "hosts1").write_text(f"127.0.0.1 localhost\n127.0.1.1 node1\n{ADDRESSES[0]} node0\n")
+    both = [
+        start(node, command(node), f"mount --bind hosts{node} /etc/hosts; ", GLIMMER_JOIN_TIMEOUT="30")
+        for node in (0, 1)
+    ]
+    for code, out, err in (jobs.ended(job, timeout=90) for job in both):
+        assert code == 0, out + err
