@@ -277,8 +277,7 @@ class World:
         self.request_timeout = _number("GLIMMER_REQUEST_TIMEOUT", 1800.0, 1, 1e7)
         end_with_launcher()
         self.store = _join(rank, size, _number("GLIMMER_JOIN_TIMEOUT", join_timeout, 0, 1e7))
-        if backend == "gloo":
-            _choose_interface(rank, size, self.store)
+        _choose_interface(rank, size, self.store)
         self.store.set_timeout(timedelta(seconds=self.timeout))
         self._backend = backend
         self._handles: dict[tuple[int, ...], dist.ProcessGroup] = {}
