@@ -111,7 +111,7 @@ def test_a_silent_listener_does_not_defeat_the_timeout(model, tmp_path):
         begin = time.monotonic()
         jobs[1].send_signal(signal.SIGINT)
         jobs[1].communicate(timeout=20)
-        assert time.monotonic() - begin < 2.5
+        assert time.monotonic() - begin < 6  # the end of an interpreter with torch included, on a busy machine
 
 
 def test_ranks_end_with_a_torchrun_that_is_killed(tmp_path):
