@@ -22,7 +22,7 @@ from glimmer.backends.base import Backend
 from glimmer.backends.selection import HOST, host_quantizer
 from glimmer.checkpoint import formats
 from glimmer.checkpoint.files import Checkpoint
-from glimmer.checkpoint.formats.base import FLOATS, Matrix
+from glimmer.checkpoint.formats.base import FLOATS, Matrix, sliced_groups
 from glimmer.config import ModelConfig
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.group import Group
@@ -116,6 +116,7 @@ class WeightLoader:
         self._scales_dtypes = {spec.layer: self._scales_dtype(spec) for spec in self.param_specs}
         for spec in self.param_specs:
             self._check_packed_together(spec)
+            self._check_cuts(spec)
         self.nbytes = sum(self._nbytes(spec, spec.units) + self._vector_bytes(spec) for spec in self.param_specs)
         self.widened = self._widened()
 
@@ -236,6 +237,13 @@ class WeightLoader:
                     "one format for q, k and v, one for gate and up of all experts of a layer, and one for their down",
                     "use a checkpoint that quantises them alike",
                 )
+
+    def _check_cuts(self, spec: ParamSpec) -> None:
+        """Refuse cuts within a group of columns that share a scale."""
+        for shard in spec.shards:
+            size = self._stored[shard.name].group_size
+            if size is not None and shard.cols is not None:
+                sliced_groups(shard.name, size, *shard.cols)
 
     def _shard_alignment(self, module: str, width: int) -> int:
         """How many inputs of a matrix belong together, so that no process should get only some of them."""

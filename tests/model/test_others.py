@@ -257,22 +257,21 @@ def test_models_of_others_compute_what_their_values_say(name, twins):
 @pytest.mark.parametrize("name", FORMATS)
 def test_values_of_others_are_exact_on_every_rank(name, twins):
     """Rows and columns of each rank's cut, decoded, are the plain twin's; where a cut falls into a group of 4-bit
-    codes it is refused."""
+    codes it is refused before anything is loaded."""
     coded, plain = twins(name)
     for size in (1, 2):
         for rank in range(size):
             with Checkpoint(coded) as ours, Checkpoint(plain) as theirs:
-                there = loader_of(coded, ours, Group(rank, size))
+                try:
+                    there = loader_of(coded, ours, Group(rank, size))
+                except CheckpointError as error:
+                    assert size > 1 and "quantised in groups of" in error.found
+                    continue
                 here = loader_of(plain, theirs, Group(rank, size))
                 here.param_specs = there.param_specs
                 for spec in there.param_specs:
                     for unit in spec.units:
-                        try:
-                            found = there._weights(spec, unit)
-                        except CheckpointError as error:
-                            assert size > 1 and "quantised in groups of" in error.found
-                            continue
-                        for a, b in zip(found, here._weights(spec, unit)):
+                        for a, b in zip(there._weights(spec, unit), here._weights(spec, unit)):
                             a, b = a.dequantize(), b.dequantize()
                             assert a.shape == b.shape and (a - b).abs().max() <= 1e-6 * b.abs().max(), spec.layer
 
