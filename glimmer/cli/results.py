@@ -229,19 +229,23 @@ class Results:
         """Keep a row: it counts when it is on disk, and a row of which only a part fitted is taken back."""
         if self.made_by:
             row = row | {"made_by": self.made_by}
-        if self.file is not None:
-            line = json.dumps(row, ensure_ascii=False).translate(LINES_OF_ITS_OWN).encode() + b"\n"
-            size = os.fstat(self.file.fileno()).st_size
-            try:
-                _write(self.file, line)
-            except OSError as error:
-                self.file.truncate(size)
-                raise ConfigError(
-                    f"--output {self.path}: {error.strerror}",
-                    "space on the disk for a row",
-                    "free some space; the same command with --resume answers the rest",
-                ) from None
-        self.rows[row["index"]] = row
+        if self.file is None:
+            self.rows[row["index"]] = row
+            return
+        line = json.dumps(row, ensure_ascii=False).translate(LINES_OF_ITS_OWN).encode() + b"\n"
+        size = os.fstat(self.file.fileno()).st_size
+        try:
+            _write(self.file, line)
+        except OSError as error:
+            self.file.truncate(size)
+            raise ConfigError(
+                f"--output {self.path}: {error.strerror}",
+                "space on the disk for a row",
+                "free some space; the same command with --resume answers the rest",
+            ) from None
+        finally:  # Ctrl-C may come between the row and whoever counts it
+            if os.fstat(self.file.fileno()).st_size == size + len(line):
+                self.rows[row["index"]] = row
 
     def _open(self, path: Path) -> BinaryIO:
         """The file, locked, without a buffer."""

@@ -498,6 +498,18 @@ def test_a_row_that_does_not_fit_does_not_count(tmp_path, monkeypatch):
     assert file.read_bytes().count(b"\n") == 2
 
 
+def test_ctrl_c_while_a_row_is_written_counts_what_is_in_the_file(tmp_path, monkeypatch):
+    rows = Results(PROMPTS, tmp_path / "rows.jsonl", False)
+
+    def interrupt(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        rows.add(ANSWERED[0])
+    assert list(rows.rows) == [0] and (tmp_path / "rows.jsonl").read_bytes().count(b"\n") == 1
+
+
 def test_a_row_is_a_line_for_every_reader(tmp_path):
     text = "a\u2028b\u2029c\x85d\x0be\nf\r北京"
     rows = Results([text], tmp_path / "rows.jsonl", False)
