@@ -1,11 +1,13 @@
 // Workers spin for 3 ms after each region, since the next region of the same step follows within microseconds, and then sleep:
 // waking a sleeping thread costs tens of microseconds, and an idle engine must use no CPU. A worker that the operating system
-// has not scheduled in time misses a region, and nobody waits for it.
+// has not scheduled in time misses a region, and nobody waits for it. One that loses its CPU within a task holds up the region
+// for a time slice or more: beside other busy programs the caller computes alone for a while, and then tries again.
 #include "pool.h"
 
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -33,6 +35,8 @@ static inline void relax() {}
 namespace glimmer {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 constexpr auto SPIN = std::chrono::microseconds(3000);  // the longest gap between two regions of one step
 constexpr int SPINS_BEFORE_YIELD = 1 << 14;             // of a caller that waits for a worker, which may lack a CPU
 constexpr int SLOTS = 3;
@@ -54,6 +58,41 @@ struct Buffer {
     }
 };
 
+// When the caller computes without its workers, because the system gives them no CPU: after it has waited for one of them, or
+// after a while in which they have hardly taken part, for a multiple of that time; and for twice as long as before if they
+// have been let in for less time than they had been kept out.
+struct Backoff {
+    static constexpr auto LATE = std::chrono::microseconds(1000);    // less than a time slice, more than the rest of a task
+    static constexpr auto WINDOW = std::chrono::microseconds(2000);  // many times what waking a worker takes
+    static constexpr Clock::duration LONGEST = std::chrono::seconds(1);
+    static constexpr int MULTIPLE = 4, REGIONS = 32;  // a window has at least so many regions
+    Clock::time_point until{};                        // alone until then
+    Clock::duration length{0};
+    Clock::time_point window{};  // the window's begin
+    int opened = 0, helped = 0;  // regions of the window, and those in which a worker took part
+
+    bool alone(Clock::time_point now) const { return now < until; }
+
+    // The caller has computed from `begin` to `end`, with or without a worker's help, and waited for workers until `now`.
+    void after(Clock::time_point begin, Clock::time_point end, Clock::time_point now, bool help) {
+        if (opened++ == 0) window = begin;
+        helped += help;
+        if (now - end > LATE && now - end > end - begin) {  // a task may be as long as all that the caller did
+            keep_out(now, now - end);
+        } else if (opened >= REGIONS && now - window > WINDOW) {
+            if (4 * helped < opened) keep_out(now, now - window);
+            opened = helped = 0;
+        }
+    }
+
+    void keep_out(Clock::time_point now, Clock::duration lost) {
+        const auto again = now - lost - until < length ? 2 * length : Clock::duration(0);
+        length = std::min(std::max(MULTIPLE * lost, again), LONGEST);
+        until = now + length;
+        opened = helped = 0;
+    }
+};
+
 // How often this process is the child of a fork since the library was loaded.
 std::atomic<int> forks{0};
 const int registered = pthread_atfork(nullptr, nullptr, [] { forks++; });
@@ -72,10 +111,12 @@ struct Pool::State {
     std::atomic<long> next{0};
     std::atomic<bool> stop{false};
     std::atomic<int> asleep{0};
+    std::atomic<bool> helped{false};  // a worker has entered the region
     const std::function<void(long)>* task = nullptr;
     long n = 0;
     std::mutex failing;
     std::exception_ptr failure;
+    Backoff backoff;
     Buffer buffers[SLOTS];
 
     static constexpr uint64_t OPEN = 1 << 15, INSIDE = OPEN - 1, NUMBER = ~(OPEN | INSIDE), STEP = OPEN << 1;
@@ -103,11 +144,11 @@ struct Pool::State {
 
     void loop(uint64_t seen) {
         while (true) {
-            auto until = std::chrono::steady_clock::now() + SPIN;
+            auto until = Clock::now() + SPIN;
             auto unchanged = [&] { return (region.load(std::memory_order_seq_cst) & NUMBER) == seen && !stop.load(); };
             for (int round = 1; unchanged(); round++) {
                 relax();
-                if (round % 256 || std::chrono::steady_clock::now() < until) continue;
+                if (round % 256 || Clock::now() < until) continue;
                 std::unique_lock<std::mutex> lock(mutex);
                 asleep++;
                 wake.wait(lock, [&] { return !unchanged(); });
@@ -116,6 +157,7 @@ struct Pool::State {
             if (stop.load()) return;
             seen = region.load(std::memory_order_acquire) & NUMBER;
             if (!enter(seen)) continue;
+            helped.store(true, std::memory_order_relaxed);
             work();
             region.fetch_sub(1, std::memory_order_release);
         }
@@ -125,24 +167,27 @@ struct Pool::State {
         task = &each;
         n = count;
         next.store(0, std::memory_order_relaxed);
-        if (count == 1 || threads == 1) {
+        const auto begin = threads == 1 ? Clock::time_point() : Clock::now();
+        if (count == 1 || threads == 1 || backoff.alone(begin)) {
             work();
         } else {
             for (int i = (int)workers.size() + 1; i < threads; i++)
                 workers.emplace_back([this, now = region.load() & NUMBER] { loop(now); });
             const uint64_t number = (region.load(std::memory_order_relaxed) & NUMBER) + STEP;
             region.store(number | OPEN, std::memory_order_seq_cst);
-            // The mutex is taken only if a worker sleeps: one that is about to holds it, and looks at the region once more.
-            if (asleep.load(std::memory_order_seq_cst)) {
-                std::lock_guard<std::mutex> lock(mutex);
-                wake.notify_all();
-            }
+            // Without the mutex, which a worker that has lost its CPU may hold: one that falls asleep just now misses this region,
+            // for which nobody waits, and is woken by the next.
+            if (asleep.load(std::memory_order_relaxed)) wake.notify_all();
             work();
             region.fetch_and(~OPEN, std::memory_order_acq_rel);
+            const auto end = Clock::now();
+            bool waited = false;
             for (int spins = 1; region.load(std::memory_order_acquire) & INSIDE; spins++) {
+                waited = true;
                 relax();
                 if (spins % SPINS_BEFORE_YIELD == 0) sched_yield();
             }
+            backoff.after(begin, end, waited ? Clock::now() : end, helped.exchange(false, std::memory_order_relaxed));
         }
         if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
     }

@@ -429,6 +429,17 @@ def test_threads_may_share_a_backend(ops, noise):
     assert len(found) == 20 and all(same(y, expected) for y in found)
 
 
+def test_more_threads_than_cpus_give_the_same_bits_and_do_not_wait_for_each_other(ops, noise):
+    """Most of them have no CPU: with and without their help, the rows are the same."""
+    weight, x = ops.pack_linear([Weight("plain", noise(600, 512))], torch.float32), noise(70, 512)
+    expected, many = ops.linear(x, weight, None), cpu.Cpu(ops.device, 50)
+    deadline = time.monotonic() + 60
+    for i in range(300):
+        rows = 1 + i % 70
+        assert same(many.linear(x[:rows], weight, None), expected[:rows])
+        assert time.monotonic() < deadline, f"{i} of 300 in a minute"
+
+
 @pytest.mark.parametrize("n", [0, -1, 1 << 20])
 def test_pools_of_impossible_size_are_refused(n):
     with pytest.raises(ValueError, match="thread"):
