@@ -65,8 +65,8 @@ struct Backoff {
     static constexpr auto LATE = std::chrono::microseconds(1000);    // less than a time slice, more than the rest of a task
     static constexpr auto WINDOW = std::chrono::microseconds(2000);  // many times what waking a worker takes
     static constexpr Clock::duration LONGEST = std::chrono::seconds(1);
-    static constexpr int MULTIPLE = 4, REGIONS = 32;  // a window has at least so many regions
-    Clock::time_point until{};                        // alone until then
+    static constexpr int MULTIPLE = 4, REGIONS = 8;  // a window has at least so many regions
+    Clock::time_point until{};                       // alone until then
     Clock::duration length{0};
     Clock::time_point window{};  // the window's begin
     int opened = 0, helped = 0;  // regions of the window, and those in which a worker took part
