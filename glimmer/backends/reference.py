@@ -101,13 +101,15 @@ class Reference(Backend):
     def route(self, logits: Tensor, bias: Tensor, rule: RouteRule) -> tuple[Tensor, Tensor]:
         """Sigmoid scores; the correction bias takes part in choosing experts, never in weighing them."""
         scores = logits.float().sigmoid()
-        choice = scores + bias
+        choice = (scores + bias).nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # scores keep the NaN
         if rule.n_group > 1:
             groups = choice.unflatten(-1, (rule.n_group, -1))  # (T, G, E/G)
-            best = groups.topk(2, -1).values.sum(-1).topk(rule.topk_group, -1).indices  # (T, topk_group)
+            of_group = groups.topk(2, -1).values.sum(-1)
+            of_group = of_group.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+            best = _best(of_group, rule.topk_group)  # (T, topk_group)
             allowed = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(-1, best, True)
             choice = groups.masked_fill(~allowed[..., None], float("-inf")).flatten(-2)
-        ids = choice.topk(rule.top_k, -1).indices
+        ids = _best(choice, rule.top_k)
         scores = scores.gather(-1, ids)
         if rule.norm_topk_prob:
             scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
@@ -289,7 +291,31 @@ def _decoded(x: Tensor) -> Tensor:
     return x[..., :-SCALE] * x[..., -SCALE:].contiguous().view(torch.float32)
 
 
+def _best(x: Tensor, count: int) -> Tensor:
+    """Indices of the largest numbers of each row, the largest first; of equal ones the first, unlike topk."""
+    return x.sort(stable=True, dim=-1, descending=True).indices[..., :count]
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention, with NaN for each row that sees a NaN or an infinite score.
+
+    torch gives zeros for such a row, and lets the NaN of a value that a row does not see into it.
+    """
+    y = _attend_finite(q, k, v, scale)
+    largest = q.abs().amax().double() * k.abs().amax().double() * q.shape[-1]
+    if largest < torch.finfo(torch.float32).max and v.isfinite().all():
+        return y
+    n, length = q.shape[2], k.shape[2]
+    for i in range(n):
+        seen = length - n + i + 1
+        scores = (q[:, :, i : i + 1].float() @ k[:, :, :seen].float().transpose(-1, -2)) * scale
+        row = (scores.softmax(-1) @ v[:, :, :seen].float()).to(y.dtype)
+        found = y[:, :, i : i + 1]
+        found.copy_(torch.where(row.isfinite() & found.isfinite(), found, row))
+    return y
+
+
+def _attend_finite(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """q (g, h/g, n, d) are the last n of the L positions that k, v (g, 1, L, d) hold."""
     g, heads, n, _ = q.shape
     length = k.shape[2]

@@ -314,7 +314,15 @@ class WeightLoader:
     # ---- reading ---------------------------------------------------------------------------------------------------
 
     def _vectors(self, spec: ParamSpec) -> list[Tensor]:
-        return [formats.vector(self.checkpoint, name, cut) for name, _, cut in spec.vectors]
+        vectors = [formats.vector(self.checkpoint, name, cut) for name, _, cut in spec.vectors]
+        for (name, *_), vector in zip(spec.vectors, vectors, strict=True):
+            if name.endswith(".e_score_correction_bias") and vector.isnan().any():  # it chooses experts, and so hides
+                raise CheckpointError(
+                    f"{name} in {self.checkpoint.directory} holds NaN",
+                    "a number for each expert",
+                    f"download {self.checkpoint.file(name).name} again",
+                )
+        return vectors
 
     def _units(self, spec: ParamSpec, progress: Progress) -> Generator[Sequence[Weight]]:
         """Unit after unit: one at a time, or, where codes must be made or unpacked, one for each thread.

@@ -562,6 +562,31 @@ def test_attention_over_codes_of_much_little_and_nothing(served, dtype, noise):
             assert torch.equal(found[:, : 2 * 32], sound[:, : 2 * 32]), "the other head's"
 
 
+@pytest.mark.parametrize("steps", [[(0, 40)], [(20, 20)], [(39, 1)]], ids=str)
+def test_attention_hides_no_nan(steps, served, noise):
+    """A row that sees NaN is NaN, and no other row or head is."""
+    ops, device = served
+    batch, pool = paged(steps, 16, seed=1)
+    rows = len(batch.tokens)
+    q, keys, values = noise(rows, 4, 32), *(noise(pool, 16, 2, 32) for _ in range(2))
+    slots = torch.tensor([int(batch.block_tables[0, p // 16]) * 16 + p % 16 for p in range(40)])
+    there = batch.to(device)
+    attend = lambda: ops.attention(q.to(device), filled(ops, keys, values, batch, False)[1], there, 0.2).cpu()
+    sound, last = attend(), min(rows, 7)
+    for broken in (keys, values):
+        before = broken.clone()
+        broken.flatten(0, 1)[slots[40 - last], 1] = torch.nan
+        found = attend()
+        broken.copy_(before)
+        assert found[rows - last :, 2 * 32 :].isnan().all()
+        assert torch.equal(found[:, : 2 * 32], sound[:, : 2 * 32]), "the other head's"
+        assert found[: rows - last].isfinite().all(), "rows before it"
+    q[rows - 1, 3] = torch.nan
+    found = attend()
+    assert found[rows - 1, 3 * 32 :].isnan().all() and found[:, : 3 * 32].isfinite().all()
+    assert found[: rows - 1].isfinite().all()
+
+
 # ---- routing and experts -------------------------------------------------------------------------------------------
 
 
@@ -643,6 +668,27 @@ def test_route_sees_the_last_bits_of_the_bias(served):
     """In bfloat16 these biases would be one number: 238 of them were once 8, and other experts were chosen."""
     bias = 0.5 + torch.arange(128) * 1e-5
     assert_routes(served, torch.zeros(2, 128), bias.roll(50), rule(8))
+
+
+@pytest.mark.parametrize(
+    "logits, bias, how, expected",
+    [
+        ([0.0] * 8, [0.0] * 8, rule(3), [0, 1, 2]),
+        ([0.0, 1, 1, 1, 0, 1, 0, 0], [0.0] * 8, rule(3), [1, 2, 3]),
+        ([0.0] * 8, [0, 0, torch.inf, 0, torch.inf, 0, 0, 0], rule(3), [2, 4, 0]),
+        ([0.0] * 8, [-torch.inf] * 8, rule(3), [0, 1, 2]),
+        ([0.0] * 8, [-torch.inf, 0, 0, -torch.inf, 0, 0, 0, 0], rule(7), [1, 2, 4, 5, 6, 7, 0]),
+        ([0.0, 0, torch.nan, 0, 0, 0, 0, 0], [0.0] * 8, rule(2), [2, 0]),
+        ([0.0] * 8, [0.0] * 8, rule(4, 4, 2), [0, 1, 2, 3]),
+        ([0.0] * 8, [0.0, 0, 0, 0, -torch.inf, 0, 0, 0], rule(2, 2, 1), [0, 1]),
+    ],
+)
+def test_route_of_equal_and_infinite_choices(logits, bias, how, expected, served):
+    """Of equal ones the lowest number comes first; NaN counts as infinity, so that its score is seen."""
+    ops, device = served
+    ids, scores = call(lambda *args: ops.route(*args, how), device, torch.tensor([logits]), torch.tensor(bias))
+    assert ids[0].tolist() == expected
+    assert scores.isnan().any() == any(x != x for x in logits)
 
 
 def experts(x: Tensor, ids: Tensor, scores: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
