@@ -13,6 +13,7 @@ Not here: the keys of MindSpore Transformers (mindformers/options.py), and what 
 
 import difflib
 import fnmatch
+import io
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from glimmer.cli.exits import say
 from glimmer.cli.lazy import lazy
 from glimmer.config import EngineConfig, SamplingParams
 from glimmer.errors import ConfigError, RequestError
+from glimmer.foreign import read_text
 
 if TYPE_CHECKING:
     import omegaconf
@@ -257,6 +259,8 @@ def _kind(name: str, hint: Any) -> tuple[Kind, tuple[str, ...], bool]:
 
 ENGINE = options_of(EngineConfig)
 SAMPLING = options_of(SamplingParams)
+MAX_YAML = 1 << 20  # bytes of a file of settings
+
 GENERAL = {"config": Option(path, "FILE.yaml", "read settings from this file; what is typed is stronger")}
 # Variables that are no settings of a command: parallel.py reads them.
 OTHER_VARIABLES = {"GLIMMER_JOIN_TIMEOUT", "GLIMMER_COLLECTIVE_TIMEOUT", "GLIMMER_REQUEST_TIMEOUT"}
@@ -559,7 +563,7 @@ class Command:
         ConfigError: no such file, not a YAML of keys, or a key twice under two of its names.
         """
         try:
-            tree = omegaconf.OmegaConf.load(file)
+            tree = omegaconf.OmegaConf.load(io.StringIO(read_text(file, MAX_YAML, ConfigError)))
             written = omegaconf.OmegaConf.to_container(tree)
             for key, value in without(typed, *GENERAL).items():
                 usable = isinstance(written, dict) and not isinstance(written.get(key), dict)  # not a section
@@ -730,7 +734,7 @@ def _check_directory() -> None:
 def _unreadable() -> tuple[type[Exception], ...]:
     """What reading a YAML file may raise."""
     yaml, errors = lazy("yaml"), lazy("omegaconf.errors")
-    return (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError, errors.OmegaConfBaseException)
+    return (OSError, ValueError, RecursionError, yaml.YAMLError, errors.OmegaConfBaseException)
 
 
 def locate(name: str, home: Path | None) -> Path:
