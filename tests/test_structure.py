@@ -1,6 +1,7 @@
 """The rules of the package: which file may import and name what. Reads the source and runs none of it."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,11 @@ def test_the_model_can_be_read():
             todo += [file for file in files if (ROOT / file).is_file()]
     lines = sum(len((ROOT / p).read_text().splitlines()) for p in seen)
     assert len(seen) <= 12 and lines <= 2400, f"{len(seen)} files, {lines} lines: {sorted(map(str, seen))}"
+
+
+@pytest.mark.parametrize("document", ["README.md", "README.zh.md", "docs/reading.md"])
+def test_documents_name_every_file_and_package(document):
+    """The trees of the READMEs, and the levels of docs/reading.md, have each of them."""
+    words = set(re.findall(r"\w+", (ROOT / document).read_text()))
+    there = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert there - {"__init__", "__main__"} <= words

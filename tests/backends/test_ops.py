@@ -835,6 +835,17 @@ def test_ops_that_share_a_layout_are_overridden_together_or_not_at_all(cls, layo
     assert own in (set(), set(LAYOUTS[layout])), f"{cls.__name__} overrides {own} of {LAYOUTS[layout]}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("size, dim", [(5, 16), (16, 15), (32, 16)])
+def test_the_bytes_of_a_block_are_those_that_are_allocated(size, dim, dtype, served, monkeypatch):
+    ops, device = served
+    monkeypatch.setenv("GLIMMER_BACKEND", ops.name)
+    spec = KVCacheSpec(3, size, 2, dim, dtype)
+    chosen = choose(device, cache=spec)
+    caches = chosen.allocate_kv(spec, 7)
+    assert sum(kv.keys.nbytes + kv.values.nbytes for kv in caches) == 7 * chosen.kv_block_bytes(spec)
+
+
 @pytest.mark.parametrize("size, dim", [(5, 16), (16, 15), (32, 16)])
 def test_the_table_says_who_serves_a_cache_of_any_block_and_head(size, dim, served, monkeypatch, caplog):
     """Who is listed is who allocates, and what is slow is said."""
