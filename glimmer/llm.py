@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from glimmer import device as devices
 from glimmer import parallel, vllm_names
-from glimmer.config import EngineConfig, ModelConfig, SamplingParams, generation_defaults
+from glimmer.config import EngineConfig, SamplingParams, generation_defaults
 from glimmer.engine.engine import Engine
 from glimmer.engine.loop import Loop
 from glimmer.engine.profile import Profile
@@ -32,6 +32,7 @@ from glimmer.engine.runner import Runner
 from glimmer.errors import CheckpointError, ConfigError, RequestError, shown
 from glimmer.group import Group
 from glimmer.hub import model_directory
+from glimmer.model_config import ModelConfig
 from glimmer.outputs import Delta, Event, Reader, RequestMetrics, RequestOutput
 from glimmer.text.chat import ChatTemplate, check_turn, choose_mark, mark_content
 from glimmer.text.tokenizer import Tokenizer

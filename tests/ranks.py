@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-from glimmer.config import EngineConfig, ModelConfig
+from glimmer.config import EngineConfig
 from glimmer.engine.runner import check_ranks
 from glimmer.errors import ConfigError, GlimmerError
 from glimmer.group import Group
+from glimmer.model_config import ModelConfig
 from glimmer.parallel import Mesh
 
 CPU = torch.device("cpu")

@@ -8,8 +8,9 @@ from dataclasses import fields
 import pytest
 from checkpoints import TINY
 
-from glimmer.config import EngineConfig, ModelConfig, SamplingParams, generation_defaults
+from glimmer.config import EngineConfig, SamplingParams, generation_defaults
 from glimmer.errors import CheckpointError, ConfigError, RequestError, shown
+from glimmer.model_config import ModelConfig
 
 GLM_45 = {  # the published file of GLM-4.5
     "architectures": ["Glm4MoeForCausalLM"],

@@ -17,10 +17,10 @@ import torch
 from jobs import processes_in, until
 from torch.distributed import HashStore, TCPStore
 
-from glimmer.config import ModelConfig
 from glimmer.errors import ConfigError, EngineError
 from glimmer.group import Group, share
 from glimmer.model.names import check_tensor_parallel, tensor_parallel_sizes
+from glimmer.model_config import ModelConfig
 from glimmer.parallel import connect, local_rank, lost_peer, world
 
 pytestmark = pytest.mark.slow

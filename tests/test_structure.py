@@ -13,6 +13,7 @@ FILES = sorted(p.relative_to(ROOT) for p in PACKAGE.rglob("*.py"))
 LEVELS = (
     ("errors",),
     ("foreign", "vllm_names"),
+    ("model_config",),
     ("config", "weight", "batch", "group", "hub"),
     ("checkpoint", "backends", "parallel", "device", "text"),
     ("model",),
@@ -27,7 +28,7 @@ LEVEL = {package: number for number, level in enumerate(LEVELS) for package in l
 FORBIDDEN = {
     "errors": ("torch",),
     **dict.fromkeys(("foreign", "hub"), ("torch", "numpy", "tokenizers")),
-    "config": ("torch", "transformers"),
+    **dict.fromkeys(("config", "model_config"), ("torch", "transformers")),
     "checkpoint": ("glimmer.backends", "glimmer.parallel", "glimmer.group", "glimmer.device", "glimmer.text"),
     "backends": (
         "glimmer.config",
@@ -157,7 +158,7 @@ def test_the_model_can_be_read():
             files = [file for stem in stems for file in (stem.with_suffix(".py"), stem / "__init__.py")]
             todo += [file for file in files if (ROOT / file).is_file()]
     lines = sum(len((ROOT / p).read_text().splitlines()) for p in seen)
-    assert len(seen) <= 12 and lines <= 2400, f"{len(seen)} files, {lines} lines: {sorted(map(str, seen))}"
+    assert len(seen) <= 12 and lines <= 2000, f"{len(seen)} files, {lines} lines: {sorted(map(str, seen))}"
 
 
 @pytest.mark.parametrize("document", ["README.md", "README.zh.md", "docs/reading.md"])

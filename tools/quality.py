@@ -23,9 +23,9 @@ from glimmer.backends import selection
 from glimmer.backends.base import KVCacheSpec
 from glimmer.batch import Batch
 from glimmer.checkpoint.files import Checkpoint
-from glimmer.config import ModelConfig
 from glimmer.group import Group
 from glimmer.model.load import WeightLoader, build_model
+from glimmer.model_config import ModelConfig
 from glimmer.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

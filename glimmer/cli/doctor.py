@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from glimmer import __version__
 from glimmer.cli.lazy import lazy
 from glimmer.cli.options import ENGINE, Command, pick
-from glimmer.config import EngineConfig, ModelConfig, generation_defaults
+from glimmer.config import EngineConfig, generation_defaults
 from glimmer.hub import model_directory
+from glimmer.model_config import ModelConfig
 
 if TYPE_CHECKING:
     import torch

@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 from glimmer.cli.lazy import lazy
 from glimmer.cli.options import ENGINE, Command, Option, path, pick
-from glimmer.config import ModelConfig, check_quantization
+from glimmer.config import check_quantization
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.foreign import read_json
 from glimmer.hub import model_directory
+from glimmer.model_config import ModelConfig
 
 if TYPE_CHECKING:
     import torch

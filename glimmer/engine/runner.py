@@ -19,13 +19,14 @@ from glimmer.batch import Batch
 from glimmer.checkpoint import formats
 from glimmer.checkpoint.files import Checkpoint
 from glimmer.checkpoint.fingerprint import fingerprints
-from glimmer.config import EngineConfig, ModelConfig
+from glimmer.config import EngineConfig
 from glimmer.engine.capture import StepCapture
 from glimmer.engine.sequence import Step
 from glimmer.errors import ConfigError, NotEnoughMemory
 from glimmer.group import Group
 from glimmer.model.load import WeightLoader, build_model
 from glimmer.model.names import check_tensor_parallel
+from glimmer.model_config import ModelConfig
 
 log = logging.getLogger("glimmer")
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from glimmer.backends.base import Backend, KVCache, RouteRule
 from glimmer.batch import Batch
-from glimmer.config import ModelConfig, Yarn
 from glimmer.group import Group
 from glimmer.model.layers import Embedding, Experts, Linear, RMSNorm, Vector
+from glimmer.model_config import ModelConfig, Yarn
 
 Rotary = tuple[Tensor, Tensor]  # cos and sin of the angles, (T, R/2) float32 each
 

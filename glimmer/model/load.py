@@ -23,13 +23,13 @@ from glimmer.backends.selection import HOST, host_quantizer
 from glimmer.checkpoint import formats
 from glimmer.checkpoint.files import Checkpoint
 from glimmer.checkpoint.formats.base import FLOATS, Matrix, sliced_groups
-from glimmer.config import ModelConfig
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.group import Group
 from glimmer.model import names
 from glimmer.model.glm4_moe import Glm4Moe
 from glimmer.model.layers import Layer, LayerWeights
 from glimmer.model.names import ParamSpec, Shard
+from glimmer.model_config import ModelConfig
 from glimmer.weight import GROUP_SIZE, Kind, Weight, layout
 
 log = logging.getLogger("glimmer")

@@ -10,9 +10,9 @@ parameters (layers.py), reading (load.py) and packing (backends/).
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from glimmer.config import ModelConfig
 from glimmer.errors import ConfigError
 from glimmer.group import Group
+from glimmer.model_config import ModelConfig
 
 Cut = tuple[int, int] | None
 # (name of a matrix that is cut along its inputs, their number) -> how many inputs stay together

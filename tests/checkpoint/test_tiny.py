@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from glimmer.checkpoint import formats
 from glimmer.checkpoint.files import INDEX, Checkpoint
-from glimmer.config import ModelConfig
+from glimmer.model_config import ModelConfig
 
 AIR = TINY | {
     "hidden_size": 4096, "num_hidden_layers": 46, "first_k_dense_replace": 1, "num_attention_heads": 96,

@@ -18,10 +18,11 @@ from glimmer.backends import selection
 from glimmer.checkpoint.files import INDEX, Checkpoint
 from glimmer.cli import demo, quantize
 from glimmer.cli.main import main
-from glimmer.config import EngineConfig, ModelConfig
+from glimmer.config import EngineConfig
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.group import Group
 from glimmer.model.load import WeightLoader, build_model
+from glimmer.model_config import ModelConfig
 
 HOW = [("int8", None), ("int4", None), ("int4", 128)]
 VARIANTS = [dict(), dict(mtp="full", use_qk_norm=True), dict(fp8=True, mtp="separate_file"),

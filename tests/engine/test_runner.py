@@ -12,10 +12,11 @@ from glimmer import LLM
 from glimmer import device as devices
 from glimmer.backends import selection
 from glimmer.backends.base import KVCacheSpec
-from glimmer.config import EngineConfig, ModelConfig
+from glimmer.config import EngineConfig
 from glimmer.engine.runner import KVCacheConfig, make_kv_cache_config
 from glimmer.errors import ConfigError, NotEnoughMemory
 from glimmer.group import Group
+from glimmer.model_config import ModelConfig
 
 GIB = 1 << 30
 

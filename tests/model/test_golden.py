@@ -16,10 +16,10 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRotaryEmbeddin
 from glimmer import LLM, SamplingParams
 from glimmer.backends import selection
 from glimmer.backends.base import ExpertSet, Packed
-from glimmer.config import ModelConfig
 from glimmer.engine.sequence import Chunk, Request, Sequence, Step
 from glimmer.group import Group
 from glimmer.model.glm4_moe import Glm4Moe
+from glimmer.model_config import ModelConfig
 from glimmer.weight import Weight
 
 pytestmark = pytest.mark.slow

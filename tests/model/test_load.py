@@ -18,13 +18,14 @@ from glimmer.backends import selection
 from glimmer.backends.base import KVCacheSpec
 from glimmer.batch import Batch
 from glimmer.checkpoint.files import Checkpoint
-from glimmer.config import EngineConfig, ModelConfig
+from glimmer.config import EngineConfig
 from glimmer.engine.runner import Runner
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.group import Group
 from glimmer.model import load
 from glimmer.model.glm4_moe import Glm4Moe
 from glimmer.model.load import WeightLoader, build_model
+from glimmer.model_config import ModelConfig
 
 CPU, ALONE = torch.device("cpu"), Group()
 
@@ -399,7 +400,8 @@ import sys, torch
 from pathlib import Path
 from glimmer.backends import selection
 from glimmer.checkpoint.files import Checkpoint
-from glimmer.config import EngineConfig, ModelConfig
+from glimmer.config import EngineConfig
+from glimmer.model_config import ModelConfig
 from glimmer.model.load import WeightLoader, build_model
 from glimmer.group import Group
 

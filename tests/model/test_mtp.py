@@ -11,10 +11,10 @@ from glimmer.backends import selection
 from glimmer.backends.base import KVCacheSpec
 from glimmer.batch import Batch
 from glimmer.checkpoint.files import INDEX, Checkpoint
-from glimmer.config import ModelConfig
 from glimmer.errors import CheckpointError
 from glimmer.group import Group
 from glimmer.model.load import WeightLoader, build_model
+from glimmer.model_config import ModelConfig
 from glimmer.weight import Weight
 
 CPU, BLOCK, BLOCKS = torch.device("cpu"), 16, 8

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glimmer.backends.reference import Reference
-from glimmer.config import ModelConfig
 from glimmer.errors import ConfigError
 from glimmer.group import Group
 from glimmer.model.glm4_moe import Glm4Moe
 from glimmer.model.layers import Embedding, Experts, Layer, Linear, RMSNorm, Vector
 from glimmer.model.names import check_tensor_parallel, mtp_prefix, param_specs, tensor_parallel_sizes
+from glimmer.model_config import ModelConfig
 
 
 def config(**changes) -> ModelConfig:

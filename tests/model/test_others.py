@@ -22,10 +22,10 @@ from glimmer.backends.reference import Reference
 from glimmer.checkpoint.files import INDEX, Checkpoint
 from glimmer.checkpoint.formats import check
 from glimmer.cli.quantize import quantize
-from glimmer.config import ModelConfig
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.group import Group
 from glimmer.model.load import WeightLoader, build_model
+from glimmer.model_config import ModelConfig
 
 # Every expert is chosen for every token: rounded activations do not change which.
 ODD = dict(hidden_size=192, moe_intermediate_size=96, intermediate_size=320, head_dim=32, num_experts_per_tok=8)

@@ -21,10 +21,10 @@ from glimmer.backends.base import ExpertSet
 from glimmer.backends.reference import Reference
 from glimmer.checkpoint import formats
 from glimmer.checkpoint.files import Checkpoint
-from glimmer.config import ModelConfig
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.group import Group
 from glimmer.model.load import WeightLoader, build_model
+from glimmer.model_config import ModelConfig
 from glimmer.weight import Weight
 
 CPU = torch.device("cpu")
