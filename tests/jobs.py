@@ -34,7 +34,7 @@ MACHINES = r"""bash scripts/msrun_launcher.sh "run_mindformer.py \
  --use_parallel True \
  --pretrained_model_dir '/path/hf_dir' \
  --parallel_config.data_parallel 1 \
- --parallel_config.model_parallel 8 \
+ --parallel_config.model_parallel 16 \
  --predict_data 请介绍一下北京" $worker_num $local_worker $master_ip $port $node_rank output/msrun_log False 300
 """
 

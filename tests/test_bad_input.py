@@ -104,10 +104,10 @@ def test_another_architecture(refused, directory):
     [
         ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "exllama"}, "'exllama'"),
         ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "bits = 3"),
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "'fp8'"),
+        ({"quant_method": "fp8", "weight_block_size": [64, 64]}, "[64, 64]"),
         ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "'marlin-24'"),
-        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "'nvfp4-pack-quantized'"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "'modelopt'"),
+        ({"quant_method": "mxfp4"}, "'mxfp4'"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "'W4A8_AWQ'"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "'bitsandbytes'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

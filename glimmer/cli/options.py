@@ -570,6 +570,8 @@ class Command:
                 if isinstance(value, str) and "${" not in value and usable:  # what is typed is meant literally
                     omegaconf.OmegaConf.update(tree, key, value)
             content = omegaconf.OmegaConf.to_container(tree, resolve=True)
+        except ConfigError as error:
+            raise ConfigError(f"--config {error.found}", error.expected, error.todo) from None
         except _unreadable() as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
             raise ConfigError(

@@ -78,7 +78,7 @@ def test_a_batch_file(checkout, start, checkpoint):
 
 def test_nine_arguments_on_one_machine(start, checkpoint):
     command = jobs.MACHINES.replace("/path/hf_dir", str(checkpoint(dtype="float32")))
-    command = command.replace("model_parallel 8", "model_parallel 1").replace('北京"', '北京 --max_new_tokens 8"')
+    command = command.replace("model_parallel 16", "model_parallel 1").replace('北京"', '北京 --max_new_tokens 8"')
     variables = {"worker_num": "1", "local_worker": "1", "master_ip": "192.168.1.1", "port": "0", "node_rank": "0"}
     code, out, err = ended(start(command, **variables))
     assert code == 0 and "'text_generation_text': ['请介绍一下北京" in out, out + err

@@ -65,7 +65,7 @@ def start(cable, checkout):
 
 def test_the_command_of_the_guide_on_two_machines(checkout, start, checkpoint):
     command = jobs.MACHINES.replace("/path/hf_dir", str(checkpoint(dtype="float32")))
-    command = command.replace("model_parallel 8", "model_parallel 2")
+    command = command.replace("model_parallel 16", "model_parallel 2")
     command = command.replace('北京"', '北京 --temperature 0 --max_new_tokens 8"')
     variables = {"worker_num": "2", "local_worker": "1", "master_ip": ADDRESSES[0], "port": "50001"}
     both = [start(node, command, **variables, node_rank=str(node)) for node in (1, 0)]
