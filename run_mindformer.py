@@ -1,10 +1,11 @@
 """MindFormers' name for `glimmer predict`: the same arguments and the same YAML keys (docs/mindformers.md)."""
 
 import sys
-from pathlib import Path
 
 if __name__ == "__main__":
     try:
+        from pathlib import Path
+
         from glimmer.cli.predict import main
 
         sys.exit(main(sys.argv[1:], home=Path(__file__).resolve().parent))

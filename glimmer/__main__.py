@@ -1,16 +1,42 @@
-"""`python -m glimmer`, `torchrun -m glimmer` and `glimmer`: the command line. All of it is in cli/main.py."""
+"""`python -m glimmer`, `torchrun -m glimmer` and `glimmer`: the command line. All of it is in cli/main.py.
 
-import importlib
+Imports take a while, and so does the end of the interpreter. cli/main.py answers Ctrl-C in words; before and after it
+Ctrl-C ends the process at once and without a word, for which this file takes care before it imports anything of ours.
+"""
+
 import sys
 
 INTERRUPTED = 130  # as cli/exits.py has it, which is not there yet
 
+try:
+    import os
+    import signal
 
-def main() -> int:
-    """cli/main.py's main; Ctrl-C while that is being imported is quiet."""
+    def end(*_: object) -> None:
+        """As a handler of Ctrl-C: the end of the process."""
+        os._exit(INTERRUPTED)
+
+    def replace(handler: object, other: "signal._HANDLER") -> None:
+        """Another handler of Ctrl-C in place of this one; not where Ctrl-C is ignored (nohup) or somebody else's."""
+        if signal.getsignal(signal.SIGINT) is handler:
+            signal.signal(signal.SIGINT, other)
+
+    replace(signal.default_int_handler, end)
+except KeyboardInterrupt:
+    sys.exit(INTERRUPTED)
+
+
+def main(module: str = "glimmer.cli.main") -> int:
+    """The exit code of the main of cli/main.py, or of another module."""
     try:
-        code: int = importlib.import_module("glimmer.cli.main").main()
+        import importlib
+
+        command_line = importlib.import_module(module)
+        replace(end, signal.default_int_handler)
+        code: int = command_line.main()
+        replace(signal.default_int_handler, end)
     except KeyboardInterrupt:
+        replace(signal.default_int_handler, end)
         return INTERRUPTED
     return code
 

@@ -6,10 +6,12 @@ suffices.
 """
 
 import functools
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from glimmer import vllm_names
 from glimmer.errors import ConfigError, RequestError, shown
@@ -65,12 +67,12 @@ class EngineConfig:
         for key in ("model", "dtype", "device", "backend", "kv_cache_dtype"):
             if not isinstance(getattr(self, key), str):
                 raise ConfigError(f"{key}={shown(getattr(self, key))}", "a text", f"pass a text as {key}")
+        for key, number in ENGINE_NUMBERS.items():
+            try:
+                object.__setattr__(self, key, number.plain(getattr(self, key)))
+            except ValueError:
+                raise ConfigError(f"{key}={shown(getattr(self, key))}", str(number), f"pass another {key}") from None
         check_quantization(self.quantization, self.group_size)
-        for key in ("tensor_parallel_size", "block_size", "max_num_seqs", "max_num_batched_tokens"):
-            _check_count(key, getattr(self, key), ConfigError)
-        for key in ("max_model_len", "max_memory_bytes", "kv_cache_memory_bytes", "threads"):
-            if getattr(self, key) is not None:
-                _check_count(key, getattr(self, key), ConfigError)
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise ConfigError(
                 f"dtype={shown(self.dtype)}",
@@ -79,16 +81,9 @@ class EngineConfig:
             )
         if self.kv_cache_dtype not in ("auto", "int8"):
             raise ConfigError(f"kv_cache_dtype={shown(self.kv_cache_dtype)}", "'auto' or 'int8'", "choose one of these")
-        if not ENGINE_SEED.holds(self.seed):
-            raise ConfigError(f"seed={shown(self.seed)}", str(ENGINE_SEED), "pass another")
         for key in ("enable_prefix_caching", "skip_tokenizer_init"):
             if not isinstance(getattr(self, key), bool):
                 raise ConfigError(f"{key}={shown(getattr(self, key))}", "True or False", "pass one of these")
-        share = self.gpu_memory_utilization
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-            raise ConfigError(
-                f"gpu_memory_utilization={shown(self.gpu_memory_utilization)}", "a share in (0, 1]", "try 0.9"
-            )
 
 
 def check_quantization(quantization: str | None, group_size: int | None) -> None:
@@ -102,12 +97,6 @@ def check_quantization(quantization: str | None, group_size: int | None) -> None
             "a multiple of 32, with int4 only",
             "leave group_size out, or try 32 or 128",
         )
-
-
-def _check_count(key: str, value: Any, error: type[ConfigError]) -> None:
-    most = MAX_BYTES if key.endswith("_bytes") else MAX_WHOLE
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise error(f"{key}={shown(value)}", f"a whole number from 1 to {most}", f"pass another {key}")
 
 
 MAX_SEED = 2**128  # in magnitude
@@ -131,13 +120,22 @@ class Number:
     also: float | None = None
     meaning: str = ""
 
-    def holds(self, value: Any) -> bool:
-        """Whether the value is such a number. Python compares numbers of any size exactly, and NaN with none."""
-        if value is None:
-            return self.optional
-        if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
-            return False
-        return self.low <= value <= self.high or value == self.also
+    def plain(self, value: Any) -> int | float | None:
+        """The value as Python's own int or float, whosever number it is (numpy's, ...); ValueError if it is not one
+        of these numbers. Python compares numbers of any size exactly, and NaN with none."""
+        if value is None and self.optional:
+            return None
+        kind: Any = numbers.Integral if self.whole else numbers.Real
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise ValueError
+        if not isinstance(value, int):
+            try:
+                value = int(value) if self.whole else float(value)
+            except OverflowError:
+                raise ValueError from None
+        if not (self.low <= value <= self.high or value == self.also):
+            raise ValueError
+        return int(value) if self.whole else float(value)
 
     def __str__(self) -> str:
         """For error messages."""
@@ -153,10 +151,22 @@ def _plain(value: float) -> str:
 MODERATE = (1e-12, 1e15)
 COUNT = Number(1, MAX_WHOLE, whole=True, optional=True)
 LOGPROBS = Number(0, MAX_WHOLE, whole=True, optional=True, also=-1, meaning=" (-1: the whole vocabulary)")
-ENGINE_SEED = Number(-(2**64), 2**64, whole=True)
 TOKEN_ID = Number(0, MAX_WHOLE, whole=True)
 BIAS = Number(-1e15, 1e15)
 
+BYTES = Number(1, MAX_BYTES, whole=True, optional=True)
+
+ENGINE_NUMBERS = {
+    **dict.fromkeys(
+        ("tensor_parallel_size", "block_size", "max_num_seqs", "max_num_batched_tokens"),
+        Number(1, MAX_WHOLE, whole=True),
+    ),
+    **dict.fromkeys(("max_model_len", "threads"), COUNT),
+    **dict.fromkeys(("max_memory_bytes", "kv_cache_memory_bytes"), BYTES),
+    "seed": Number(-(2**64), 2**64, whole=True),
+    "gpu_memory_utilization": Number(1e-6, 1),
+    "group_size": COUNT,
+}
 NUMBERS = {
     "n": Number(1, MAX_ANSWERS, whole=True),
     "temperature": Number(*MODERATE, also=0, meaning=" (greedy)"),
@@ -239,30 +249,25 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        if self.allowed_token_ids is not None:
-            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
-        for field, number in NUMBERS.items():
-            if not number.holds(getattr(self, field)):
-                raise _refused(field, getattr(self, field), str(number))
+        plain: dict[str, tuple[Callable[[Any], Any], str]] = {
+            field: (number.plain, str(number)) for field, number in NUMBERS.items()
+        }
+        plain["stop_token_ids"] = partial(_ids, most=MAX_STOP_IDS), f"a list of at most {MAX_STOP_IDS} token ids"
+        plain["allowed_token_ids"] = _allowed, "a list of token ids, not an empty one"
+        plain["logit_bias"] = _biases, f"{{token id: {BIAS}}}"
+        for field, (make, accepted) in plain.items():
+            try:
+                object.__setattr__(self, field, make(getattr(self, field)))
+            except ValueError:
+                raise _refused(field, getattr(self, field), accepted) from None
         texts: Callable[[Any], bool] = lambda v: (
             all(isinstance(s, str) and s for s in v) and sum(map(len, v)) <= MAX_STOP
         )
-        ids: Callable[[Any, int], bool] = lambda v, most: len(v) <= most and all(map(TOKEN_ID.holds, v))
-        biases: Callable[[Any], bool] = lambda v: all(TOKEN_ID.holds(i) and BIAS.holds(b) for i, b in v.items())
         switch: Callable[[Any], bool] = lambda v: isinstance(v, bool)
         characters = f"at most {MAX_STOP} characters together"
         checks: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
             ("stop", texts, f"a non-empty string or a list of them, {characters}"),
             ("bad_words", texts, f"a list of non-empty strings, {characters}"),
-            ("stop_token_ids", lambda v: ids(v, MAX_STOP_IDS), f"a list of at most {MAX_STOP_IDS} token ids"),
-            (
-                "allowed_token_ids",
-                lambda v: v is None or (len(v) > 0 and ids(v, MAX_IDS)),
-                "a list of token ids, not an empty one",
-            ),
-            ("logit_bias", biases, f"{{token id: {BIAS}}}"),
             ("include_stop_str_in_output", switch, "True or False"),
             ("skip_special_tokens", switch, "True or False"),
             ("spaces_between_special_tokens", switch, "True or False"),
@@ -278,6 +283,25 @@ class SamplingParams:
         if self.stop and not self.detokenize:
             found = f"stop={shown(self.stop)} with detokenize=False"
             raise RequestError("stop", found, "stop strings in answers that have text", "use stop_token_ids instead")
+
+
+def _ids(value: Sequence[Any] | None, most: int = MAX_IDS) -> tuple[int, ...]:
+    """Token ids; ValueError if they are none, or too many."""
+    if len(value or ()) > most:
+        raise ValueError
+    return tuple(cast(int, TOKEN_ID.plain(id)) for id in value or ())
+
+
+def _allowed(value: Sequence[Any] | None) -> tuple[int, ...] | None:
+    """As `_ids`, or None. An empty list would allow nothing."""
+    if value is not None and not len(value):
+        raise ValueError
+    return None if value is None else _ids(value)
+
+
+def _biases(value: Mapping[Any, Any] | None) -> dict[int, float]:
+    """{token id: bias}; ValueError if anything else is in it."""
+    return {cast(int, TOKEN_ID.plain(id)): cast(float, BIAS.plain(bias)) for id, bias in (value or {}).items()}
 
 
 def _refused(field: str, value: Any, accepted: str) -> RequestError:

@@ -10,14 +10,13 @@ space) and permissions from damage of the file. Not here: what the content means
 import errno
 import json
 import os
-import reprlib
 import stat
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from glimmer.errors import CheckpointError, GlimmerError
+from glimmer.errors import CheckpointError, GlimmerError, shown
 
 Error = Callable[[str, str, str], GlimmerError]
 
@@ -26,14 +25,6 @@ MAX_TOKENIZER = 256 << 20  # the family's tokenizer.json has 20 MB
 MAX_DIGITS = 300  # of an integer; a float holds any such number
 MAX_DEPTH = 64  # of lists and objects within each other
 MAX_NUMBER = 2**31 - 1  # of a count or a size in a configuration
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
-
-
-def quote(thing: Any) -> str:
-    """repr, cut to a line: names and values in a foreign file may be of any length."""
-    return _SHORT.repr(thing)
 
 
 def unusable(path: Path, found: str, expected: str, todo: str | None = None) -> CheckpointError:
@@ -86,14 +77,21 @@ def open_regular(path: Path, error: Error = CheckpointError) -> int:
         os.close(descriptor)
         kinds = {stat.S_IFDIR: "directory", stat.S_IFIFO: "pipe", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
         raise error(
-            f"{path} cannot be read: Is a {kinds.get(stat.S_IFMT(mode), 'socket')}", "a regular file", "give a file"
+            f"{path} cannot be read: Is a {kinds.get(stat.S_IFMT(mode), 'socket')}, no regular file",
+            "a regular file",
+            "give a file",
         )
     return descriptor
 
 
-def read_bytes(path: Path, limit: int = MAX_BYTES, error: Error = CheckpointError) -> bytes:
-    """The content of a regular file of at most `limit` bytes. FileNotFoundError if there is none."""
-    descriptor = open_regular(path, error)
+def read_bytes(
+    path: Path, limit: int = MAX_BYTES, error: Error = CheckpointError, descriptor: int | None = None
+) -> bytes:
+    """The content of a regular file of at most `limit` bytes. FileNotFoundError if there is none.
+
+    descriptor: an open one to read instead, to its end: what stdin is, for example; `path` is its name.
+    """
+    descriptor = open_regular(path, error) if descriptor is None else descriptor
     try:
         with open(descriptor, "rb") as file:
             content = file.read(limit + 1)
@@ -104,12 +102,20 @@ def read_bytes(path: Path, limit: int = MAX_BYTES, error: Error = CheckpointErro
     return content
 
 
-def read_text(path: Path, limit: int = MAX_BYTES, error: Error = CheckpointError, encoding: str = "utf-8") -> str:
-    """The text of a regular file in UTF-8. FileNotFoundError if there is none. encoding: or "utf-8-sig"."""
+def read_text(
+    path: Path,
+    limit: int = MAX_BYTES,
+    error: Error = CheckpointError,
+    encoding: str = "utf-8",
+    descriptor: int | None = None,
+) -> str:
+    """The text of a file in UTF-8; the rest as `read_bytes`. encoding: or "utf-8-sig"."""
     try:
-        return read_bytes(path, limit, error).decode(encoding)
+        return read_bytes(path, limit, error, descriptor).decode(encoding)
     except UnicodeDecodeError as problem:
-        raise error(f"{path} cannot be read: {problem}", "a text file in UTF-8", "save or download it again") from None
+        raise error(
+            f"{path} cannot be read: {problem}", "a text file in UTF-8", "save it in UTF-8, or download it again"
+        ) from None
 
 
 def parse_json(content: bytes | str) -> Any:
@@ -159,7 +165,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
         twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-        raise ValueError(f"the key {quote(twice)} comes twice")
+        raise ValueError(f"the key {shown(twice)} comes twice")
     return table
 
 

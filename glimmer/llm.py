@@ -14,6 +14,7 @@ import queue
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,6 +36,7 @@ from glimmer.hub import model_directory
 from glimmer.model_config import ModelConfig
 from glimmer.outputs import Delta, Event, Reader, RequestMetrics, RequestOutput
 from glimmer.text.chat import ChatTemplate, check_turn, choose_mark, mark_content
+from glimmer.text.hf_tokenizer import HFTokenizer
 from glimmer.text.tokenizer import Tokenizer
 
 log = logging.getLogger("glimmer")
@@ -164,11 +166,14 @@ class LLM:
         """Most tokens of prompt and answer together."""
         return self._engine.max_model_len
 
-    def get_tokenizer(self) -> Tokenizer:
-        """The checkpoint's tokenizer (text/tokenizer.py); `render` does what apply_chat_template does elsewhere."""
+    def get_tokenizer(self) -> HFTokenizer:
+        """The checkpoint's tokenizer with the methods that scripts know from transformers (text/hf_tokenizer.py).
+
+        LLM.tokenizer is the one that glimmer itself uses (text/tokenizer.py). ConfigError with skip_tokenizer_init.
+        """
         if self.tokenizer is None:
             raise ConfigError("skip_tokenizer_init", "an LLM with a tokenizer", "leave skip_tokenizer_init out")
-        return self.tokenizer
+        return HFTokenizer(self.tokenizer, self.chat_template, self.max_model_len, self.config.model)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The same as default_sampling_params, under vLLM's name."""
@@ -437,7 +442,11 @@ class LLM:
             self._loop.cancel(call)
 
     async def astream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AsyncIterator[Delta]:
-        """`stream` for asyncio. Cancelling a coroutine aborts its request."""
+        """`stream` for asyncio. Cancelling a coroutine aborts its request.
+
+        On several ranks a request is rank 0's: cancelled there, it ends on every rank, and whoever has asked
+        for the same on another rank gets what was there. Cancelled on another rank, only this caller gets no more.
+        """
         params = self._params(sampling_params, 1)[0]
         output = self._checked(prompt, params)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[list[Event]]()
@@ -513,8 +522,12 @@ class LLM:
             raise RequestError("prompt_token_ids", found, "a list of token ids", "pass a list of ints")
         if keep is not None:
             ids = ids[-(self.max_model_len - 1 if keep == -1 else keep) :]
-        if any(isinstance(i, bool) or not isinstance(i, int) for i in ids[: self.max_model_len]):
-            raise RequestError("prompt_token_ids", "ids that are not whole numbers", "a list of token ids", "pass ints")
+        if len(ids) <= self.max_model_len:  # the engine refuses more of them, whatever they are
+            if any(isinstance(i, bool) or not isinstance(i, Integral) for i in ids):
+                raise RequestError(
+                    "prompt_token_ids", "ids that are not whole numbers", "a list of token ids", "pass ints"
+                )
+            ids = list(map(int, ids))
         if self.tokenizer is None and (params.stop or params.bad_words):
             name = "stop" if params.stop else "bad_words"
             raise RequestError(

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glimmer.errors import CheckpointError, ConfigError
-from glimmer.foreign import MAX_NUMBER, quote, read_json
+from glimmer.errors import CheckpointError, ConfigError, shown
+from glimmer.foreign import MAX_NUMBER, read_json
 
 ARCHITECTURE = "Glm4MoeForCausalLM"
 FAMILY = "GLM-4.5, GLM-4.5-Air, GLM-4.6 or GLM-4.7 (model_type glm4_moe)"
@@ -125,7 +125,7 @@ class ModelConfig:
         if model_type != "glm4_moe" or (architectures is not None and architectures != [ARCHITECTURE]):
             relative = RELATIVES.get(model_type) if isinstance(model_type, str) else None
             raise ConfigError(
-                f"config.json describes architectures={quote(architectures)}, model_type={quote(model_type)}"
+                f"config.json describes architectures={shown(architectures)}, model_type={shown(model_type)}"
                 + (f": this is {relative}" if relative else ""),
                 f"{ARCHITECTURE}: {FAMILY}",
                 "point at a checkpoint of that family; glimmer runs no other",
@@ -231,7 +231,7 @@ class _Reader:
         return default
 
     def _refuse(self, key: str, value: Any, accepted: str) -> ConfigError:
-        return ConfigError(f"config.json: {key}={quote(value)}", accepted, "restore the checkpoint's own config.json")
+        return ConfigError(f"config.json: {key}={shown(value)}", accepted, "restore the checkpoint's own config.json")
 
     def count(
         self, key: str, alias: str | None = None, default: int | None = None, least: int = 1, most: int = MAX_NUMBER
@@ -276,7 +276,7 @@ class _Reader:
                 if setting is None or ((key, setting) == ("rope_type", "default") and said is not None):
                     continue
                 if said not in (None, setting) and (key, said) != ("rope_type", "default"):
-                    found = f"{key} twice: {quote(said)} and {quote(setting)}"
+                    found = f"{key} twice: {shown(said)} and {shown(setting)}"
                     raise self._refuse(name, found, "one value in rope_parameters and rope_scaling together")
                 nested[key] = setting
         kind = nested.get("rope_type", "default")
@@ -333,7 +333,7 @@ class _Reader:
         mlx = self.raw.get("quantization") or value
         if isinstance(mlx, Mapping) and "quant_method" not in mlx and {"group_size", "bits"} <= mlx.keys():
             raise ConfigError(
-                f"config.json: quantization={quote(mlx)}: these weights are in MLX's format",
+                f"config.json: quantization={shown(mlx)}: these weights are in MLX's format",
                 "weights in a format that is read: bf16, FP8, int8 or int4 as in README",
                 "use the checkpoint of the model's publisher, such as zai-org/GLM-4.5-Air-FP8",
             )
@@ -353,6 +353,6 @@ def token_ids(value: Any, where: str) -> tuple[int, ...]:
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i <= MAX_NUMBER for i in ids):
         raise ConfigError(
-            f"{where}={quote(value)}", "a token id or a list of token ids", "restore the checkpoint's file"
+            f"{where}={shown(value)}", "a token id or a list of token ids", "restore the checkpoint's file"
         )
     return tuple(ids)

@@ -8,7 +8,7 @@ if [ -z "$PYTHON" ]; then
     else PYTHON=python3
     fi
 fi
-if ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
+if ! "$PYTHON" -c 'import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
     echo "msrun_launcher: $PYTHON has no torch" >&2
     echo "  expected: the Python in which glimmer is installed" >&2
     echo "  to do:    run \`make demo\` once in $root, or set PYTHON" >&2
@@ -17,4 +17,4 @@ fi
 PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # no warnings about names that are not in the DNS
 export PYTHONPATH TORCH_CPP_LOG_LEVEL
-exec "$PYTHON" -m glimmer.mindformers.launch "$@"
+exec "$PYTHON" -m glimmer.mindformers "$@"

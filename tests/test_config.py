@@ -4,7 +4,10 @@ import dataclasses
 import json
 import math
 from dataclasses import fields
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 from checkpoints import TINY
 
@@ -522,3 +525,57 @@ def test_no_value_of_a_setting_is_too_strange_for_a_refusal(name, value):
         EngineConfig(**{"model": "m", name: value})
     except ConfigError as error:
         assert len(str(error)) < 500
+
+
+@pytest.mark.parametrize("make", [np.int64, np.uint8, np.int16], ids=["int64", "uint8", "int16"])
+def test_whole_numbers_of_numpy_are_numbers(make):
+    params = SamplingParams(
+        n=make(2),
+        max_tokens=make(9),
+        seed=make(3),
+        logit_bias={make(5): np.float32(0.5)},
+        stop_token_ids=[make(7)],
+        allowed_token_ids=(make(1), 2),
+        temperature=make(1),
+        top_p=np.float32(0.5),
+        min_p=np.float16(0.25),
+        presence_penalty=Fraction(1, 2),
+    )
+    plain = SamplingParams(
+        n=2,
+        max_tokens=9,
+        seed=3,
+        logit_bias={5: 0.5},
+        stop_token_ids=[7],
+        allowed_token_ids=[1, 2],
+        temperature=1.0,
+        top_p=0.5,
+        min_p=0.25,
+        presence_penalty=0.5,
+    )
+    assert params == plain and json.dumps(dataclasses.asdict(params)) == json.dumps(dataclasses.asdict(plain))
+    config = EngineConfig(model="m", max_num_seqs=make(4), seed=make(1), gpu_memory_utilization=np.float64(0.5))
+    assert config == EngineConfig(model="m", max_num_seqs=4, seed=1, gpu_memory_utilization=0.5)
+    assert [type(v) for v in (config.max_num_seqs, config.seed, config.gpu_memory_utilization)] == [int, int, float]
+
+
+@pytest.mark.parametrize(
+    "value", [np.bool_(True), np.float32(2), np.float64("nan"), np.array([1]), "1", Decimal(1), 1j]
+)
+def test_what_is_no_whole_number_is_refused_whosever_it_is(value):
+    with pytest.raises(RequestError):
+        SamplingParams(top_k=value)
+    with pytest.raises(RequestError):
+        SamplingParams(stop_token_ids=[value])
+    with pytest.raises(ConfigError):
+        EngineConfig(model="m", max_num_seqs=value)
+
+
+@pytest.mark.parametrize(
+    "value", [np.float64("nan"), np.float32("inf"), np.bool_(0), Fraction(10**400), np.array(1.0), True]
+)
+def test_what_is_no_number_is_refused_whosever_it_is(value):
+    with pytest.raises(RequestError):
+        SamplingParams(temperature=value)
+    with pytest.raises(ConfigError):
+        EngineConfig(model="m", gpu_memory_utilization=value)

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from glimmer.errors import CheckpointError
-from glimmer.foreign import open_regular, parse_json, quote, read_bytes, unreadable, unusable
+from glimmer.errors import CheckpointError, shown
+from glimmer.foreign import open_regular, parse_json, read_bytes, unreadable, unusable
 
 INDEX = "model.safetensors.index.json"
 LAYOUT = "a directory with config.json, tokenizer.json and *.safetensors files"
@@ -110,7 +110,7 @@ class Checkpoint:
         for name, file in self._twice.items():
             if index.get(name) != self._tensors[name].file.name:
                 raise CheckpointError(
-                    f"tensor {quote(name)} lies in {self._tensors[name].file.name} and in {file}",
+                    f"tensor {shown(name)} lies in {self._tensors[name].file.name} and in {file}",
                     f"each tensor once, or an index ({INDEX}) that says which one counts",
                     f"move the file that does not belong to this model out of {self.directory}",
                 )
@@ -236,7 +236,7 @@ class Checkpoint:
     def _find(self, name: str) -> Stored:
         if name not in self._tensors:
             raise CheckpointError(
-                f"no tensor {quote(name)} among the {len(self._tensors)} of {self.directory}",
+                f"no tensor {shown(name)} among the {len(self._tensors)} of {self.directory}",
                 "every tensor that config.json calls for",
                 "check that all files of the checkpoint are there and that config.json belongs to them",
             )
@@ -312,7 +312,7 @@ def _astray(index: dict[str, str], tensors: dict[str, Stored]) -> CheckpointErro
         return None
     return CheckpointError(
         f"{len(astray)} tensors are not in the files that {INDEX} names for them: "
-        + _some([f"{quote(name)} not in {quote(index[name])}" for name in astray]),
+        + _some([f"{shown(name)} not in {shown(index[name])}" for name in astray]),
         "an index that agrees with the files",
         f"download {INDEX} and these files again, from one revision of the checkpoint",
     )
@@ -360,25 +360,25 @@ def _describe(path: Path, name: str, entry: Any, data: int) -> Stored:
         case _:
             raise unusable(
                 path,
-                f"describes tensor {quote(name)} as {quote(entry)}",
+                f"describes tensor {shown(name)} as {shown(entry)}",
                 '{"dtype": ..., "shape": [...], "data_offsets": [begin, end]} in whole numbers, none negative',
             )
     if code not in DTYPES:
         raise unusable(
             path,
-            f"has tensor {quote(name)} of type {quote(code)}",
+            f"has tensor {shown(name)} of type {shown(code)}",
             f"one of {' '.join(DTYPES)}",
             "use a checkpoint in bf16 or in the official FP8 format",
         )
     dtype = DTYPES[code]
     if len(shape) > MAX_DIMS or not _counts(math.prod(max(size, 1) for size in shape)):
         most = f"at most {MAX_DIMS} dimensions and 2**63 - 1 elements"
-        raise unusable(path, f"has tensor {quote(name)} of shape {quote(shape)}", most)
+        raise unusable(path, f"has tensor {shown(name)} of shape {shown(shape)}", most)
     nbytes = math.prod(shape) * dtype.itemsize
     if end - begin != nbytes:
         raise unusable(
             path,
-            f"gives tensor {quote(name)} {end - begin:,} bytes (data_offsets {begin:,} to {end:,})",
+            f"gives tensor {shown(name)} {end - begin:,} bytes (data_offsets {begin:,} to {end:,})",
             f"{nbytes:,} bytes, which {code} of shape {shape} takes",
         )
     return Stored(path, dtype, tuple(shape), data + begin, data + end)
@@ -390,7 +390,7 @@ def _check_layout(path: Path, tensors: dict[str, Stored], data: int, size: int) 
     for name, stored in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if stored.begin != place:
             fault = "overlaps the tensor before it" if stored.begin < place else "leaves a gap before it"
-            raise unusable(path, f"has tensor {quote(name)} at byte {stored.begin:,}, which {fault}", f"byte {place:,}")
+            raise unusable(path, f"has tensor {shown(name)} at byte {stored.begin:,}, which {fault}", f"byte {place:,}")
         place = stored.end
     if place > size:
         raise unusable(path, f"is cut short: it has {size:,} bytes", f"{place:,} bytes, says its header")

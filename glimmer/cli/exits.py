@@ -26,10 +26,10 @@ CLOSED_PIPE = 141
 class Terminated(BaseException):
     """SIGTERM has come: somebody, or the launcher of a job that cannot go on, ends this process.
 
-    told: it has been said on the terminal already, with what is kept.
+    reported: it has been said on the terminal already, with what is kept.
     """
 
-    told = False
+    reported = False
 
 
 def terminate(*_: object) -> None:
@@ -58,7 +58,7 @@ def can_show(text: str) -> bool:
     return True
 
 
-def tell(text: str) -> None:
+def to_stderr(text: str) -> None:
     """A text on stderr. Where stderr is closed or full, it is lost."""
     try:
         print(text, file=sys.stderr, flush=True)
@@ -80,7 +80,7 @@ def write(text: str) -> OSError | None:
 def say(command: str, line: str) -> None:
     """A line on stderr, from rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
-        tell(f"glimmer {command}: {line}")
+        to_stderr(f"glimmer {command}: {line}")
 
 
 def discard(stream: TextIO) -> None:
@@ -102,20 +102,32 @@ def run(command: str, work: Callable[[], int]) -> int:
         sys.stdout.flush()
         return code
     except GlimmerError as error:
-        tell(f"glimmer {command}{place()}: {error}")
+        to_stderr(f"glimmer {command}{place()}: {error}")
+        keep_code(error.exit_code)
         return error.exit_code
     except BrokenPipeError:
         discard(sys.stdout)
         return CLOSED_PIPE
     except Terminated as reason:  # the process that started this one shall see that SIGTERM ended it
-        if not reason.told:
-            tell(f"glimmer {command}: interrupted")
+        if not reason.reported:
+            to_stderr(f"glimmer {command}: interrupted")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
         raise
     finally:
         if alone and before is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, before)
+
+
+def keep_code(code: int) -> None:
+    """In a job of several processes: end with this code even if SIGTERM comes before the interpreter has ended.
+
+    The launcher sends it to all processes as soon as one of them has ended; the job's end shall be blamed on what was
+    found, not on that signal.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1" and threading.current_thread() is threading.main_thread():
+        write("")
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
 
 
 def prepare() -> None:

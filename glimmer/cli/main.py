@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return exits.run(name, lambda: command(name, argv[1:]))
     except KeyboardInterrupt:
-        exits.tell(f"\nglimmer {name}: interrupted")
+        exits.to_stderr(f"\nglimmer {name}: interrupted")
         return exits.INTERRUPTED
 
 
@@ -67,7 +67,7 @@ def command(name: str, argv: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         refusal = ConfigError(f"no command {name!r}", " or ".join(COMMANDS), "see glimmer --help")
-        exits.tell(f"glimmer: {refusal}")
+        exits.to_stderr(f"glimmer: {refusal}")
         return refusal.exit_code
     code: int = importlib.import_module(f"glimmer.cli.{name}").main(argv)
     return code

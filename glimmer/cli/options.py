@@ -14,7 +14,6 @@ Not here: the keys of MindSpore Transformers (mindformers/options.py), and what 
 import difflib
 import fnmatch
 import io
-import json
 import math
 import os
 import re
@@ -25,11 +24,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from glimmer import __version__
 from glimmer.cli.exits import say
 from glimmer.cli.lazy import lazy
 from glimmer.config import EngineConfig, SamplingParams
 from glimmer.errors import ConfigError, RequestError
-from glimmer.foreign import read_text
+from glimmer.foreign import parse_json, read_text
 
 if TYPE_CHECKING:
     import omegaconf
@@ -60,14 +60,21 @@ def whole(value: Any) -> int:
     """a whole number"""
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ValueError
-    return int(value)
+    return int(_digits(value))
 
 
 def number(value: Any) -> float:
     """a number"""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)) or math.isnan(float(value)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)) or math.isnan(float(_digits(value))):
         raise ValueError
     return float(value)
+
+
+def _digits(value: T) -> T:
+    """A number or the text of one; ValueError for a text that only Python takes for one, such as 1_0 or １０."""
+    if isinstance(value, str) and not re.fullmatch(r"[\x20-\x5e\x60-\x7e]*", value):
+        raise ValueError
+    return value
 
 
 def count(value: Any) -> int:
@@ -84,7 +91,7 @@ def truth(value: Any) -> bool:
 
 def size(value: Any) -> int:
     """a number of bytes, or e.g. 512MB or 59GB"""
-    found = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?) *(?:([KMGT])(?:i?B)?)?", str(value), re.IGNORECASE)
+    found = re.fullmatch(r"([0-9]{1,30}(?:\.[0-9]{1,30})?) *(?:([KMGT])(?:i?B)?)?", str(value), re.IGNORECASE)
     if found is None:
         raise ValueError
     return int(float(found[1]) * 1024 ** " KMGT".index((found[2] or " ").upper()))
@@ -108,7 +115,7 @@ def ids(value: Any) -> list[int]:
 
 def biases(value: Any) -> dict[int, float]:
     """JSON {"token id": number}"""
-    table = json.loads(value) if isinstance(value, str) else dict(value)
+    table = parse_json(value) if isinstance(value, str) else dict(value)
     return {whole(token): number(bias) for token, bias in table.items()}
 
 
@@ -429,11 +436,14 @@ class Command:
     # ------------------------------------------------------------------ reading
 
     def asks_for_help(self, argv: list[str]) -> bool:
-        """Print --help if it is asked for."""
+        """Print --help or --version if one is asked for."""
         typed = argv[: argv.index("--")] if "--" in argv else argv
-        if {"-h", "--help"}.isdisjoint(typed):
+        if not {"-h", "--help"}.isdisjoint(typed):
+            print(self.help(), end="")
+        elif not {"-V", "--version"}.isdisjoint(typed):
+            print(f"glimmer {__version__}")
+        else:
             return False
-        print(self.help(), end="")
         return True
 
     def read(self, argv: list[str], home: Path | None = None) -> Settings:
@@ -679,7 +689,7 @@ class Command:
         lines = [f"usage: glimmer {self.name} {self.usage}", "", *self.about.splitlines()]
         for title, table in self.options.items():
             lines += ["", title, *(_entry(_names(key, option), _help(option)) for key, option in table.items())]
-        lines += ["", "general", _entry("-h, --help", "this page")]
+        lines += ["", "general", _entry("-h, --help", "this page"), _entry("-V, --version", "the version")]
         lines += [_entry(_names(key, option), _help(option)) for key, option in GENERAL.items()]
         if any(option.field for option in self.own.values()):
             lines += ["", "Defaults are in brackets. Settings of engine and answers may also stand in the environment,"]

@@ -47,6 +47,13 @@ INPUT = {
     "system": Option(text, "TEXT", "with --chat: the system message"),
     "no_think": Option(truth, "", "with --chat: ask for an answer without thinking"),
     "tools": Option(path, "FILE.json", "with --chat: a JSON list of the tools that the model may call"),
+    "special_tokens_in_content": Option(
+        text,
+        "NAME",
+        "with --chat: what <|user|> is in a message: control or text",
+        "control",
+        choices=("control", "text"),
+    ),
 }
 OUTPUT = {
     "output": Option(path, "FILE.jsonl", "one JSON object a prompt, added as each one is done"),
@@ -57,6 +64,7 @@ NEEDS = {  # options that mean nothing without another one
     "system": "chat",
     "no_think": "chat",
     "tools": "chat",
+    "special_tokens_in_content": "chat",
     "resume": "output",
     "logprobs": "output",
 }
@@ -97,7 +105,7 @@ def _notes() -> tuple[str, ...]:
 COMMAND = Command(
     "predict",
     "Answers prompts with a model of the GLM-4.5 family. A .txt file has one prompt a line, where \\n is a new line\n"
-    'and \\\\n is \\n; a .jsonl file has {"prompt": TEXT} or {"messages": [...]} a line; - is stdin, a prompt a line.\n'
+    'and \\\\n is \\n; a .jsonl file has {"prompt": TEXT} or {"messages": [...]} a line; - is stdin, as either.\n'
     "On a terminal answers are shown as text, and a single one as it comes; elsewhere they are printed as\n"
     f"'text_generation_text': [...], which is also saved in {RESULT}.",
     "[PROMPT | FILE.txt | FILE.jsonl | - ...] [--model DIR] [options]",
@@ -150,6 +158,7 @@ class Job:
     system: str | None
     think: bool
     tools: list[dict[str, Any]] | None
+    special_tokens: str
     output: Path | None
     resume: bool
     quiet: bool
@@ -188,6 +197,10 @@ def read_job(
         sampling["max_tokens"] = None
     settings.check(EngineConfig, engine)
     settings.check(SamplingParams, sampling)
+    special_tokens = take("special_tokens_in_content", "control")
+    if special_tokens not in ("control", "text"):
+        found = f"special_tokens_in_content={special_tokens!r}"
+        raise ConfigError(found, "control or text", "choose one of these")
     for name, needed in NEEDS.items():
         if take(name) not in (None, False) and not take(needed):
             raise ConfigError(f"--{name.replace('_', '-')} without --{needed}", "both or none", f"add --{needed}")
@@ -204,6 +217,7 @@ def read_job(
         system=take("system"),
         think=not take("no_think", False),
         tools=read_tools(Path(take("tools"))) if take("tools") else None,
+        special_tokens=special_tokens,
         output=Path(take("output")) if take("output") else None,
         resume=take("resume", False),
         quiet=take("quiet", False),
@@ -230,6 +244,8 @@ def made_by(job: Job) -> dict[str, Any]:
     """What decides an answer besides its prompt, in JSON's types: it is kept with each row of --output."""
     settings = {name: value for name, value in (job.engine | job.sampling).items() if name in (*MAKERS, *ANSWERS)}
     settings |= {"chat": job.chat, "system": job.system, "no_think": not job.think, "do_sample": job.do_sample}
+    if job.special_tokens != "control":
+        settings["special_tokens_in_content"] = job.special_tokens
     if job.tools is not None:
         settings["tools"] = blake2b(json.dumps(job.tools).encode(), digest_size=8).hexdigest()
     if job.do_sample is None and "temperature" not in job.sampling:
@@ -307,7 +323,7 @@ def run(job: Job, results: Results, progress: "Progress", shown: bool) -> int:
         if isinstance(reason, KeyboardInterrupt):
             return exits.INTERRUPTED
         if isinstance(reason, exits.Terminated):
-            reason.told = True
+            reason.reported = True
         raise
 
 
@@ -379,7 +395,8 @@ def rendered(model: "llm.LLM", prompt: Prompt, job: Job) -> "llm.Prompt":
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if job.system and messages[0].get("role") != "system":
         messages = [{"role": "system", "content": job.system}, *messages]
-    return model.render(messages, job.tools, {} if job.think else {"enable_thinking": False})
+    kwargs = {} if job.think else {"enable_thinking": False}
+    return model.render(messages, job.tools, kwargs, special_tokens_in_content=job.special_tokens)
 
 
 def sampling_params(job: Job, model: "llm.LLM", progress: "Progress") -> SamplingParams:
@@ -500,7 +517,7 @@ class Progress:
         """One line that is said also where no progress is wanted."""
         if self.warns:
             with tqdm.external_write_mode(file=sys.stderr):
-                exits.tell(f"glimmer predict: {line}")
+                exits.to_stderr(f"glimmer predict: {line}")
 
     def loading(self, done: int, total: int) -> None:
         """As LLM's on_load: bytes."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from glimmer.cli.options import locate
 from glimmer.errors import ConfigError, GlimmerError
-from glimmer.foreign import parse_json
+from glimmer.foreign import parse_json, read_text
 
 if TYPE_CHECKING:
     from glimmer.outputs import CompletionOutput, RequestOutput
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("glimmer")
 Prompt = str | list[dict[str, Any]]  # a text, or the messages of a conversation
 
-STREAMS = re.compile(r"-|/dev/stdin|/dev/fd/\d{1,4}")  # read to their end, as a .txt file
+STREAMS = re.compile(r"-|/dev/stdin|/dev/fd/[0-9]{1,4}")  # read to their end, as a .txt or a .jsonl file
 MOST = 1 << 30  # bytes of a file of prompts
 LINES_OF_ITS_OWN = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})  # for str.splitlines
 
@@ -45,7 +45,8 @@ def read_prompts(
 
     A .txt file has one prompt a line; there, and in `data`, \\n is a new line and \\\\n a backslash and an n. Empty
     lines are prompts too (rows and lines keep step), except at the end. A .jsonl file has {"prompt": text} or
-    {"messages": [...]} in each line. `-` and /dev/stdin are read as .txt files are. What ends in .txt or .jsonl is a
+    {"messages": [...]} in each line. `-` and /dev/stdin are read as .txt files are, or as .jsonl files if their first
+    line is one of those objects. What ends in .txt or .jsonl is a
     file; a text with spaces of which there is no such file is a prompt, and `say` tells of either.
     Raises ConfigError: no such file, not text, no prompt at all.
     """
@@ -78,7 +79,14 @@ def _unescaped(line: str) -> str:
 def _from_file(value: str, home: Path | None, say: Callable[[str], object]) -> list[Prompt] | None:
     """The prompts of a file; None where `value` is a prompt itself."""
     if STREAMS.fullmatch(value):
-        return _lines(_read(value, regular=False), "stdin" if value == "-" else value)
+        content, name = _read(value, regular=False), "stdin" if value == "-" else value
+        try:
+            as_records = _prompt_of(parse_json(content.partition("\n")[0])) is not None
+        except ValueError:
+            as_records = False
+        if as_records:
+            say(f"each line of {name} is read as a line of a .jsonl file, as the first one is")
+        return [*(_records if as_records else _lines)(content, name)]
     if not value.endswith((".txt", ".jsonl")) or len(value) > 1000 or "\n" in value:
         return None
     file = str(locate(value, home))
@@ -95,21 +103,20 @@ def _from_file(value: str, home: Path | None, say: Callable[[str], object]) -> l
 def _read(name: str, regular: bool) -> str:
     """The text of a file, or of what stdin and the shell's <(...) are."""
     what = f"prompt file {name!r}" if name != "-" else "prompts from stdin"
-    expected = "a text file in UTF-8 with one prompt a line"
-    todo = "check the path; a prompt that ends like a file's name is written after a lone --"
+    hint = "; a prompt that ends like a file's name is written after a lone --" if regular else ""
+
+    def refused(found: str, expected: str, todo: str) -> ConfigError:
+        return ConfigError(f"prompts: {found}", expected, todo + hint)
+
     try:
-        descriptor = os.dup(0) if name == "-" else os.open(name, os.O_RDONLY | os.O_NONBLOCK * regular)
-        with os.fdopen(descriptor, "rb") as file:
-            if regular and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ConfigError(f"{what} is no regular file", expected, "name a file, or - for stdin")
-            content = file.read(MOST + 1)
-        if len(content) > MOST:
-            raise ConfigError(f"{what} has more than {MOST >> 20} MiB", expected, "divide it into several")
-        text = content.decode("utf-8-sig")
+        descriptor = None if regular else os.dup(0) if name == "-" else os.open(name, os.O_RDONLY)
+        text = read_text(Path("stdin" if name == "-" else name), MOST, refused, "utf-8-sig", descriptor)
     except OSError as error:
-        raise ConfigError(f"{what}: {error.strerror}", expected, todo) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{what}: {error}", expected, "save it in UTF-8") from None
+        raise ConfigError(
+            f"{what}: {error.strerror}",
+            "a text file in UTF-8 with one prompt a line",
+            f"check the path{hint}",
+        ) from None
     if not text.strip():
         raise ConfigError(f"{what} is empty", "one prompt a line", "write some")
     return text.replace("\r\n", "\n")

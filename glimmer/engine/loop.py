@@ -38,7 +38,7 @@ from glimmer.engine.ranks import (
     Record,
     Stop,
     from_json,
-    tell,
+    notify_end,
     to_json,
 )
 from glimmer.engine.sequence import FinishReason, Output, failure
@@ -385,7 +385,7 @@ class Loop:
         client, call.client = call.client, Discard()
         if self._group.rank == 0:
             self._close(call)
-        tell(client, error)
+        notify_end(client, error)
 
     def _abort(self, id: str) -> None:
         """End a parent request, or one answer of it (REQUEST.ANSWER), whatever its state."""
@@ -409,7 +409,7 @@ class Loop:
             self._end, self._running, self._thread = self._end or reason, False, None
         arriving = [record.call for record in self._records if isinstance(record, Arrival) and record.call is not None]
         for call in dict.fromkeys([*(open_request.call for open_request in self._open_requests.values()), *arriving]):
-            tell(call.client, _copy(reason))
+            notify_end(call.client, _copy(reason))
             call.finish()
         self._matcher.end(_copy(reason))
         for waiting in (self._records, self._open_requests, self._queue, self._answers, self._watching):

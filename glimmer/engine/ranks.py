@@ -238,7 +238,7 @@ class CallMatcher:
     def end(self, error: BaseException) -> None:
         """No call that waits will be answered."""
         for call in self._waiting:
-            tell(call.client, error)
+            notify_end(call.client, error)
             call.ended.set()
         self._waiting.clear()
 
@@ -276,7 +276,7 @@ class CallMatcher:
             "the same prompts with the same parameters on every rank, in whatever order",
             "make the same calls on every rank, or ask on rank 0 only and call follow() on the others",
         )
-        tell(call.client, error)
+        notify_end(call.client, error)
         call.ended.set()
 
 
@@ -312,7 +312,7 @@ class RemoteCall(Call):
                 held.replay(self.client)
             except BaseException as error:  # a callback's: its caller shall raise it
                 client, call.client = call.client, Discard()
-                tell(client, error)
+                notify_end(client, error)
         if self.ended.is_set():
             call.ended.set()
 
@@ -389,8 +389,8 @@ class Discard:
         pass
 
 
-def tell(client: Client, error: BaseException) -> None:
-    """Tell a client why nothing more will come, though the client itself may have failed."""
+def notify_end(client: Client, error: BaseException) -> None:
+    """Let a client know why nothing more will come, though the client itself may have failed."""
     try:
         client.end(error)
     except Exception as again:

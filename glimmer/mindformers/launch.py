@@ -74,8 +74,8 @@ if os.getppid() == int(sys.argv[1]):
 """
 ROOT = Path(__file__).resolve().parents[2]
 SELF = 5.0  # seconds that node 0 tries to reach itself at the address that it has been given
-LAST_WORDS = 0.5  # seconds that a node takes at most to say why it ends
-FAREWELL = 1.0  # seconds that node 0 stays after a failure, so that the other machines hear of it
+REPORTING = 0.5  # seconds that a node takes at most to report why it ends
+REPORTED = 1.0  # seconds that node 0 stays after a failure, so that the other machines hear of it
 LOST = 30.0  # seconds without an answer from node 0 after which it counts as lost; or GLIMMER_COLLECTIVE_TIMEOUT
 STOP = 5  # seconds that processes have after a signal, before they are killed
 
@@ -343,17 +343,17 @@ class Rendezvous(RendezvousHandler):
             "see what its launcher said, then start again everywhere",
         )
 
-    def tell(self, error: GlimmerError) -> None:
-        """Let the other nodes know why this one ends. The first to speak is heard."""
+    def report(self, error: GlimmerError) -> None:
+        """Let the other nodes know why this one ends. The first report counts."""
         if self.store is None or self.nodes == 1:
             return
         store, words = self.store.torch, json.dumps([error.found, error.expected, error.todo])
         try:
-            within(LAST_WORDS, lambda: store.compare_set("failed", "", words))
+            within(REPORTING, lambda: store.compare_set("failed", "", words))
         except RuntimeError:
             return  # node 0 is gone, or cannot be reached: the others find out by themselves
         if self.job.node_rank == 0:
-            time.sleep(FAREWELL)
+            time.sleep(REPORTED)
 
     def _say(self, line: str) -> None:
         print(f"msrun_launcher: {line}", file=sys.stderr, flush=True)
@@ -480,7 +480,7 @@ def run(job: Job) -> int:
             raise failure(result.failures, logs, rendezvous.host)
     except SignalException as caught:
         name = signal.Signals(caught.sigval).name
-        rendezvous.tell(
+        rendezvous.report(
             EngineError(
                 f"the launcher on {rendezvous.host} was ended by {name}",
                 "every machine to stay until the job is done",
@@ -491,7 +491,7 @@ def run(job: Job) -> int:
         print(f"msrun_launcher: ended by {name}; no process is left", file=sys.stderr)
         return 128 + caught.sigval
     except GlimmerError as error:
-        rendezvous.tell(error)
+        rendezvous.report(error)
         raise
     finally:
         logs.close()
@@ -534,11 +534,3 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nmsrun_launcher: interrupted", file=sys.stderr)
         return 130
-
-
-if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Not sys.exit: a thread that hears from the store while the interpreter is finalised would abort the process.
-    os._exit(code)

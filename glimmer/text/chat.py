@@ -30,7 +30,7 @@ class ChatTemplate:
 
     def __init__(self, source: str | None, origin: str):
         """`source`: None if the checkpoint has none. `origin` says in error messages where it came from."""
-        self.origin = origin
+        self.source, self.origin = source, origin
         self._template: Template | None = None
         self._fault: CheckpointError | None = None
         if source is not None:

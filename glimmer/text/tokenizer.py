@@ -17,8 +17,8 @@ from typing import Any
 
 import tokenizers
 
-from glimmer.errors import CheckpointError, GlimmerError, RequestError
-from glimmer.foreign import MAX_TOKENIZER, is_unicode, quote, read_bytes, read_optional_json
+from glimmer.errors import CheckpointError, GlimmerError, RequestError, shown
+from glimmer.foreign import MAX_TOKENIZER, is_unicode, read_bytes, read_optional_json
 
 LONG = 1 << 14  # characters; the library takes some 30 ms for as many
 MAX_CHARACTERS = 1 << 24  # of a text to encode; the longest context, 202,752 tokens, holds far less
@@ -139,6 +139,15 @@ class Tokenizer:
             ids: list[int] = encoding.ids
             return ids
 
+    @property
+    def base_size(self) -> int:
+        """How many tokens the vocabulary has without added ones."""
+        return self._library.get_vocab_size(with_added_tokens=False)
+
+    def vocabulary(self) -> dict[str, int]:
+        """{name: id} of all tokens, under the names that tokenizer.json gives them."""
+        return self._library.get_vocab(with_added_tokens=True)
+
     @cached_property
     def added_names(self) -> frozenset[str]:
         """Names of the added tokens, which `encode` takes for these tokens wherever they stand."""
@@ -247,7 +256,7 @@ def _eos(library: tokenizers.Tokenizer, token: Any, path: Path) -> int | None:
     id = library.token_to_id(name) if isinstance(name, str) else None
     if id is None:
         raise CheckpointError(
-            f"eos_token in {path} is {quote(token)}, which is no token of tokenizer.json",
+            f"eos_token in {path} is {shown(token)}, which is no token of tokenizer.json",
             'the name of a token, or {"content": its name}',
             "use the tokenizer.json and tokenizer_config.json of one model",
         )

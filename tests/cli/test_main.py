@@ -52,6 +52,8 @@ def test_version(capsys):
         assert main([word]) == 0
         assert capsys.readouterr().out == f"glimmer {__version__}\n"
     assert process("-m", "glimmer", "--version").stdout == f"glimmer {__version__}\n"
+    for name in COMMANDS:
+        assert main([name, "--version"]) == 0 and capsys.readouterr().out == f"glimmer {__version__}\n", name
 
 
 def test_every_command_has_its_file_and_says_its_name(capsys):
@@ -62,6 +64,25 @@ def test_every_command_has_its_file_and_says_its_name(capsys):
     out = capsys.readouterr().out
     assert all(f"  {name:10}{about}\n" in out for name, about in COMMANDS.items())
     assert "register-python-argcomplete glimmer" in out
+
+
+CTRL_C = "def ctrl_c():\n    os.kill(os.getpid(), signal.SIGINT)\n    sum(range(10**5))\n"
+MAIN = "from glimmer.__main__ import main\n"
+
+
+@pytest.mark.parametrize(
+    "program, code",
+    [
+        (f"{MAIN}ctrl_c()", 130),
+        (f"{MAIN}ctrl_c()\nsys.exit(main())", 130),
+        (f"{MAIN}atexit.register(ctrl_c)\nsys.exit(main())", 130),
+        (f"signal.signal(signal.SIGINT, signal.SIG_IGN)\n{MAIN}ctrl_c()\nsys.exit(main())", 0),
+    ],
+    ids=["before", "at once", "after", "ignored"],
+)
+def test_ctrl_c_before_and_after_a_command_is_quiet(program, code):
+    done = process("-c", f"import atexit, os, signal, sys\n{CTRL_C}sys.argv[1:] = ['--version']\n{program}\n")
+    assert (done.returncode, done.stderr) == (code, "") and done.stdout in ("", f"glimmer {__version__}\n")
 
 
 def test_how_commands_end(capsys):

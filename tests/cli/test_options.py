@@ -213,6 +213,14 @@ def test_empty_values_of_mindformers_keys_and_words():
         (["--threads", "9" * 5000], TRY, "a whole number"),
         (["--logit-bias", "{"], TRY, "JSON"),
         (["--stop-token-ids", "a"], TRY, "token ids"),
+        (["--stop-token-ids", "5,１"], TRY, "token ids"),
+        (["--threads", "１"], TRY, "a whole number"),
+        (["--threads", "1_0"], TRY, "a whole number"),
+        (["--temperature", "0_1"], TRY, "a number"),
+        (["--temperature", "٠.٥"], TRY, "a number"),
+        (["--max-memory-bytes", "５GB"], TRY, "59GB"),
+        (["--logit-bias", '{"1_0": 1}'], TRY, "JSON"),
+        (["--logit-bias", '{"5": 1, "5": 2}'], TRY, "JSON"),
     ],
 )
 def test_refusals(argv, command, words):

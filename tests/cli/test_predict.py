@@ -382,6 +382,31 @@ def test_prompts_from_stdin(word):
         assert done.stdout.decode() == ("" if code else "['你好', 'a\\nb']\n")
 
 
+def test_jsonl_from_stdin(tmp_path):
+    """What the first line is decides; from then on each line is one."""
+    program = (
+        "import sys; from glimmer.cli.results import read_prompts; print(read_prompts([], ['-'], None, say=print))"
+    )
+    talk = [{"role": "user", "content": "hi"}]
+    lines = [json.dumps({"prompt": "a\\nb"}), json.dumps({"messages": talk})]
+    for content, code, said in (
+        ("\n".join(lines) + "\n", 0, str(["a\\nb", talk])),
+        (lines[0] + "\n\n", 0, str(["a\\nb"])),
+        (lines[0] + "\nplain\n", 1, "stdin line 2: plain"),
+        ('{"prompt": 5}\n{"a": "b"}\n', 0, str(['{"prompt": 5}', '{"a": "b"}'])),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            input=content,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == code and said in done.stdout + done.stderr, done
+        assert ("read as a line of a .jsonl file" in done.stdout) == content.startswith(lines[0])
+
+
 def test_no_prompt_and_no_text():
     for prompts in ([], ["\udcff"]):
         with pytest.raises(ConfigError):
@@ -606,6 +631,40 @@ def test_chat_uses_the_template_and_does_not_echo(run, tmp_path, monkeypatch):
     assert code == 0 and saved(tmp_path) == [output.outputs[0].text]
     assert all(part in output.prompt for part in ("<|system|>", "Be brief.", "<|user|>", "why?", "<|assistant|>"))
     assert "</think>" in output.prompt
+
+
+def test_control_tokens_in_a_message_are_text_where_that_is_asked_for(run, tmp_path, monkeypatch):
+    lengths = {}
+    for name in ("control", "text"):
+        options = ["--chat", "--special-tokens-in-content", name, "--output", f"{name}.jsonl"]
+        assert run(*options, "a <|user|> b")[0] == 0
+        [line] = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        lengths[name] = json.loads(line)["prompt_tokens"]
+        assert json.loads(line)["made_by"].get("special_tokens_in_content", "control") == name
+    assert lengths["text"] > lengths["control"]
+    code, _, err = run("--special-tokens-in-content", "text", "hi")
+    assert code == 2 and "--special-tokens-in-content without --chat" in err
+    code, _, err = run("--chat", "--special-tokens-in-content", "letters", "hi")
+    assert code == 2 and "control or text" in err
+
+
+def test_seeds_agree_in_the_guides_command(checkpoint, tmp_path):
+    """It is greedy, as in MindSpore Transformers; with do_sample it is not."""
+    words = ["--config", "configs/glm4_moe/predict_glm4_moe.yaml", "--run_mode", "predict", "--max_new_tokens", "12"]
+    words += ["--pretrained_model_dir", str(checkpoint(dtype="float32")), "--use_parallel", "False"]
+    jobs = {}
+    for seed, sampled in (("0", False), ("1", False), ("1", True)):
+        folder = tmp_path / f"{seed}{sampled}"
+        folder.mkdir()
+        argv = [*words, "--seed", seed, *["--do_sample", "True"] * sampled, "--predict_data", "请介绍一下北京"]
+        command = [sys.executable, str(ROOT / "run_mindformer.py"), *argv]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        jobs[seed, sampled] = subprocess.Popen(command, cwd=folder, env=env, stdout=-1, stderr=-1, text=True)
+    said = {key: (*job.communicate(timeout=120), job.returncode) for key, job in jobs.items()}
+    assert [code for _, _, code in said.values()] == [0, 0, 0], said
+    answers = {key: out for key, (out, _, _) in said.items()}
+    assert answers["0", False] == answers["1", False] != answers["1", True]
+    assert "answers are greedy" in said["0", False][1]
 
 
 def test_defaults_of_the_checkpoint_are_weaker_than_keys(run, tmp_path, monkeypatch, checkpoint):
