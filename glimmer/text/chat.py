@@ -3,14 +3,14 @@
 Neither input is trusted. Messages come from users: they are checked and copied into the form that GLM's templates rely
 on; the caller's objects are not changed. The template comes from the checkpoint: it is a program, and runs with the
 bounds of sandbox.py. A template that cannot be compiled is refused when it is asked for: raw prompts need none.
-Not here: tokens (tokenizer.py), and reading answers back into reasoning, content and tool calls.
+Not here: tokens (tokenizer.py), and reading answers back into reasoning, content and tool calls (parse.py).
 """
 
 import io
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,34 @@ from glimmer.foreign import read_optional_json, read_text
 from glimmer.text.sandbox import MAX_CHARACTERS, MAX_SOURCE, Refusal, Sandbox, bounded
 
 MAX_DEPTH = 64  # of lists and objects within a message
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "user", "assistant", "tool", "developer")
+# What render() sets itself, so that no request may set it for the template.
+OWN_VARIABLES = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 
 
 class ChatTemplate:
-    """The chat template of a checkpoint. One object may render for several threads at once."""
+    """The chat template of a checkpoint. One object may render for several threads at once.
+
+    source: the template, or None if there is none that could be read.
+    fault:  why no conversation can be rendered, which render() raises; or None. Raw prompts need no template.
+    """
 
     def __init__(self, source: str | None, origin: str):
         """`source`: None if the checkpoint has none. `origin` says in error messages where it came from."""
         self.source, self.origin = source, origin
         self._template: Template | None = None
-        self._fault: CheckpointError | None = None
-        if source is not None:
-            try:
-                self._template = _compile(source, origin)
-            except CheckpointError as fault:
-                self._fault = fault
+        self.fault: CheckpointError | None = None
+        if source is None:
+            self.fault = CheckpointError(
+                f"{origin} has no chat template",
+                'chat_template.jinja, or "chat_template" in tokenizer_config.json',
+                "copy chat_template.jinja from the model's repository; raw prompts (completions) work without it",
+            )
+            return
+        try:
+            self._template = _compile(source, origin)
+        except CheckpointError as fault:
+            self.fault = fault
 
     @classmethod
     def load(cls, directory: str | Path) -> "ChatTemplate":
@@ -53,7 +65,7 @@ class ChatTemplate:
             return cls(_configured_template(path), f'"chat_template" in {path}' if path.exists() else str(directory))
         except CheckpointError as fault:
             broken = cls(None, str(path))
-            broken._fault = fault
+            broken.fault = fault
             return broken
 
     def render(
@@ -67,22 +79,18 @@ class ChatTemplate:
     ) -> str:
         """The prompt. It holds all special tokens, to be encoded with add_special_tokens=False.
 
-        messages: dicts with "role" (system, user, assistant, tool) and "content" (a text, a list of text parts, or
-            None), and where they apply "reasoning_content" and "tool_calls", as in OpenAI's API.
+        messages: dicts with "role" (system, user, assistant, tool; developer is system) and "content" (a text, a list
+            of text parts, or None), and where they apply "reasoning_content" (or "reasoning") and "tool_calls", as in
+            OpenAI's API.
         tools: JSON objects that describe functions; the template prints each as it is.
         add_generation_prompt: begin the assistant's answer.
         continue_final_message: end with the last message, which is the assistant's, so that the model goes on with it.
         kwargs: further variables, such as enable_thinking (4.5, 4.6, 4.7) or clear_thinking (4.7).
         Raises RequestError that names the field at fault, or CheckpointError if there is no template or it misbehaves.
         """
-        if self._fault is not None:
-            raise self._fault
         if self._template is None:
-            raise CheckpointError(
-                f"{self.origin} has no chat template",
-                'chat_template.jinja, or "chat_template" in tokenizer_config.json',
-                "copy chat_template.jinja from the model's repository; raw prompts (completions) work without it",
-            )
+            assert self.fault is not None
+            raise self.fault
         variables = {
             **kwargs,
             "messages": _messages(messages),
@@ -194,6 +202,48 @@ def _messages(messages: Any) -> list[dict[str, Any]]:
     return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
+def template_kwargs(chat_template_kwargs: Any, thinking: Any = None) -> dict[str, Any]:
+    """What a request sets for the template: its chat_template_kwargs, and the `thinking` of the vendor's own API.
+
+    thinking: {"type": "enabled" or "disabled"}, which is enable_thinking, and where it is there "clear_thinking" (4.7).
+    Raises RequestError if either is malformed, or if they contradict each other.
+    """
+    kwargs: dict[str, Any] = {}
+    if chat_template_kwargs is not None:
+        _need(chat_template_kwargs, Mapping, "chat_template_kwargs", "an object with the template's variables")
+        kwargs = dict(chat_template_kwargs)
+    if own := [name for name in OWN_VARIABLES if name in kwargs]:
+        raise RequestError(
+            "chat_template_kwargs",
+            f"{own} among chat_template_kwargs",
+            "variables of the template's own, such as enable_thinking",
+            "send these as fields of the request",
+        )
+    if thinking is None:
+        return kwargs
+    _need(thinking, dict, "thinking", 'an object such as {"type": "disabled"}')
+    if thinking.get("type") not in ("enabled", "disabled"):
+        raise RequestError(
+            "thinking.type",
+            f"thinking.type is {shown(thinking['type']) if 'type' in thinking else 'absent'}",
+            '"enabled" or "disabled"',
+            "choose one of these, or leave thinking out",
+        )
+    meant = {"enable_thinking": thinking["type"] == "enabled"}
+    if "clear_thinking" in thinking:
+        _need(thinking["clear_thinking"], bool, "thinking.clear_thinking", "true or false")
+        meant["clear_thinking"] = thinking["clear_thinking"]
+    for name, value in meant.items():
+        if name in kwargs and kwargs[name] is not value:
+            raise RequestError(
+                "thinking",
+                f"thinking is {shown(thinking)}, and {name} in chat_template_kwargs is {shown(kwargs[name])}",
+                "one of the two, or the same in both",
+                "leave out one of them",
+            )
+    return kwargs | meant
+
+
 def check_turn(messages: Any, add_generation_prompt: bool, continue_final_message: bool) -> None:
     """RequestError if it is not the assistant's turn. What is no list of messages is left to render() to refuse."""
     last = messages[-1] if isinstance(messages, list | tuple) and messages else None
@@ -223,9 +273,7 @@ def check_turn(messages: Any, add_generation_prompt: bool, continue_final_messag
 
 def _up_to(last: dict[str, Any], prompt: str) -> str:
     """The prompt up to the end of the last message's text, as transformers cuts it. RequestError if it is not there."""
-    content = last["content"]
-    texts = [content] if isinstance(content, str) else [p if isinstance(p, str) else p["text"] for p in content]
-    text = texts[-1] if texts else ""
+    text = last["content"]
     start = prompt.rfind(text.strip())
     if start < 0 or not text.strip():
         raise RequestError(
@@ -289,7 +337,7 @@ def _message(message: Any, at: str) -> dict[str, Any]:
             f"{at}.role",
             f"{at}.role is {shown(role) if 'role' in message else 'absent'}",
             f"one of {', '.join(ROLES)}",
-            "correct the role; instructions of a developer go under system",
+            "correct the role; the results of functions go under tool",
         )
     if role != "assistant" and "content" not in message:
         raise RequestError(
@@ -299,8 +347,12 @@ def _message(message: Any, at: str) -> dict[str, Any]:
             f"send what the {role} says as {at}.content",
         )
     checked: dict[str, Any] = {**message, "content": _content(message.get("content"), role, f"{at}.content")}
-    if checked.get("reasoning_content") is not None:
-        _need(checked["reasoning_content"], str, f"{at}.reasoning_content", "a text")
+    checked["role"] = "system" if role == "developer" else role
+    for name in ("reasoning_content", "reasoning"):  # names of one field, of which templates know the first
+        if checked.get(name) is not None:
+            _need(checked[name], str, f"{at}.{name}", "a text")
+    if checked.get("reasoning_content") is None and checked.get("reasoning") is not None:
+        checked["reasoning_content"] = checked["reasoning"]
     if checked.get("tool_calls") is not None:
         calls = checked["tool_calls"]
         _need(calls, list | tuple, f"{at}.tool_calls", "a list of tool calls")
@@ -309,15 +361,15 @@ def _message(message: Any, at: str) -> dict[str, Any]:
 
 
 def _content(content: Any, role: str, at: str) -> str | list[Any]:
-    """A text, or a list of parts, of which each is of a kind that the template prints."""
+    """A text, into which text parts are joined; or the list of results of a tool."""
     if content is None:
         return ""  # the template would print the word None
     if isinstance(content, str):
         return content
     _need(content, list | tuple, at, "a text or a list of text parts")
-    if role == "tool" and all(map(_is_text_part, content)):
-        # One result in parts. The template would take each for a result of its own and print it as Python does.
-        return "".join(part["text"] for part in content)
+    if all(_is_text_part(part) or (isinstance(part, str) and role != "tool") for part in content):
+        # Templates join them too, but for those of a tool, which they take for as many results.
+        return "".join(part if isinstance(part, str) else part["text"] for part in content)
     known, expected = (
         (_is_result, 'a text or {"output": ...}')
         if role == "tool"

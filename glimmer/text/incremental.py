@@ -99,8 +99,8 @@ class IncrementalText:
 class StopSearch:
     """Searches for all stop strings at once, reading each character of the text once (the Aho-Corasick automaton).
 
-    A state is a beginning of some stop string: the longest one that the text now ends with. `depth` is its length, and
-    so the number of characters that could still become a stop string.
+    A state is a beginning of some stop string, or a whole one: the longest that the text now ends with. `depth` is the
+    number of characters that could still become a stop string.
     """
 
     def __init__(self, stop: Sequence[str]):
@@ -167,6 +167,8 @@ class _Automaton:
         queue = deque(self.longer[0].values())
         while queue:
             state = queue.popleft()
+            if not self.longer[state]:  # a whole stop string, and no beginning of another
+                self.depth[state] = self.depth[self.shorter[state]]
             for character, longer in self.longer[state].items():
                 back = self.shorter[state]
                 while back and character not in self.longer[back]:

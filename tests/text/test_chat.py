@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from glimmer.errors import CheckpointError, RequestError
 from glimmer.text import sandbox
-from glimmer.text.chat import MAX_CHARACTERS, ChatTemplate
+from glimmer.text.chat import MAX_CHARACTERS, ChatTemplate, template_kwargs
 from glimmer.text.sandbox import bounded
 
 DATA = Path(__file__).parent / "data"
@@ -142,6 +142,76 @@ def test_a_tool_s_answer_in_text_parts_is_one_answer(name):
     assert load(TEMPLATES[name]).render(parts) == load(TEMPLATES[name]).render([ASK, {"role": "tool", "content": "ab"}])
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_developer_speaks_as_the_system(name):
+    prompts = {load(TEMPLATES[name]).render([{"role": role, "content": "x"}, ASK]) for role in ("system", "developer")}
+    assert len(prompts) == 1 and "<|system|>" in prompts.pop()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant"])
+def test_text_parts_are_joined(name, role):
+    parts = [{"type": "text", "text": "a\n"}, "b", {"type": "text", "text": " c"}]
+    rendered = [
+        load(TEMPLATES[name]).render([ASK, {"role": role, "content": content}]) for content in (parts, "a\nb c")
+    ]
+    assert rendered[0] == rendered[1]
+    assert template("{{ messages[0].content + '!' }}").render([{"role": role, "content": parts}]) == "a\nb c!"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_reasoning_of_the_history_has_two_names(name):
+    def prompt(**reasoning):
+        call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": None}], **reasoning}
+        return load(TEMPLATES[name]).render([ASK, call, {"role": "tool", "content": "1"}])
+
+    assert "<think>why</think>" in prompt(reasoning_content="why")
+    assert prompt(reasoning_content="why") == prompt(reasoning="why") == prompt(reasoning_content=None, reasoning="why")
+    assert prompt(reasoning_content="why", reasoning="other") == prompt(reasoning_content="why")
+    assert prompt(reasoning=None) == prompt()
+
+
+@pytest.mark.parametrize(
+    "kwargs, thinking, meant",
+    [
+        (None, None, {}),
+        ({"enable_thinking": False, "x": [1]}, None, {"enable_thinking": False, "x": [1]}),
+        (None, {"type": "enabled"}, {"enable_thinking": True}),
+        ({}, {"type": "disabled"}, {"enable_thinking": False}),
+        (None, {"type": "enabled", "clear_thinking": False}, {"enable_thinking": True, "clear_thinking": False}),
+        ({"enable_thinking": True, "x": 1}, {"type": "enabled"}, {"enable_thinking": True, "x": 1}),
+    ],
+)
+def test_a_request_sets_variables_of_the_template(kwargs, thinking, meant):
+    assert template_kwargs(kwargs, thinking) == meant
+
+
+def test_the_vendor_s_thinking_is_the_template_s_variable():
+    template = load(TEMPLATES["GLM-4.7-Flash.jinja"])
+    assert template.render([ASK], **template_kwargs(None, {"type": "disabled"})).endswith("<|assistant|></think>")
+    assert template.render([ASK], **template_kwargs(None, {"type": "enabled"})).endswith("<|assistant|><think>")
+
+
+@pytest.mark.parametrize(
+    "kwargs, thinking, field",
+    [
+        ([], None, "chat_template_kwargs"),
+        ("x", None, "chat_template_kwargs"),
+        ({"messages": []}, None, "chat_template_kwargs"),
+        ({"add_generation_prompt": False}, None, "chat_template_kwargs"),
+        (None, True, "thinking"),
+        (None, {}, "thinking.type"),
+        (None, {"type": "adaptive"}, "thinking.type"),
+        (None, {"type": ["enabled"]}, "thinking.type"),
+        (None, {"type": "enabled", "clear_thinking": 1}, "thinking.clear_thinking"),
+        ({"enable_thinking": True}, {"type": "disabled"}, "thinking"),
+        ({"enable_thinking": 1}, {"type": "enabled"}, "thinking"),
+    ],
+)
+def test_variables_that_cannot_be_served_are_named(kwargs, thinking, field):
+    assert refusal(RequestError, lambda: template_kwargs(kwargs, thinking)).field == field
+
+
 def test_the_caller_s_objects_stay_as_they_were():
     messages = [
         *calling('{"a": 1}'),
@@ -163,7 +233,7 @@ def test_the_caller_s_objects_stay_as_they_were():
         ({"role": "user", "content": "x"}, "messages"),
         ([ASK, "Hi"], "messages[1]"),
         ([ASK, ASK, {"content": "x"}], "messages[2].role"),
-        ([{"role": "developer", "content": "x"}], "messages[0].role"),
+        ([{"role": "function", "content": "x"}], "messages[0].role"),
         ([{"role": None, "content": "x"}], "messages[0].role"),
         ([{"role": ["user"], "content": "x"}], "messages[0].role"),
         ([{"role": "user"}], "messages[0].content"),
@@ -174,6 +244,7 @@ def test_the_caller_s_objects_stay_as_they_were():
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0]"),
         ([ASK, {"role": "tool", "content": [{"output": 1}, {"result": 1}]}], "messages[1].content[1]"),
         ([ASK, {"role": "assistant", "reasoning_content": ["x"]}], "messages[1].reasoning_content"),
+        ([ASK, {"role": "assistant", "reasoning": {"text": "x"}}], "messages[1].reasoning"),
         ([ASK, {"role": "assistant", "tool_calls": {"name": "f"}}], "messages[1].tool_calls"),
         ([ASK, {"role": "assistant", "tool_calls": ["f"]}], "messages[1].tool_calls[0]"),
         ([ASK, {"role": "assistant", "tool_calls": [{"function": "f"}]}], "messages[1].tool_calls[0].function"),
@@ -378,6 +449,7 @@ def test_without_a_template_only_rendering_fails(tmp_path, config):
     absent = ChatTemplate.load(tmp_path)
     error = refusal(CheckpointError, lambda: absent.render([ASK]))
     assert str(tmp_path) in error.found and "raw prompts" in error.todo
+    assert absent.fault is not None and absent.fault.found == error.found and absent.source is None
 
 
 @pytest.mark.parametrize(
@@ -405,7 +477,10 @@ def test_a_broken_template_is_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     broken = ChatTemplate.load(tmp_path)  # raw prompts need no template
     assert str(tmp_path / name) in refusal(CheckpointError, lambda: broken.render([ASK])).found
+    assert broken.fault is not None and str(tmp_path / name) in broken.fault.found
 
 
 def test_the_test_checkpoint_has_our_template(directory):
-    assert ChatTemplate.load(directory).render([ASK]) == "[gMASK]<sop><|user|>\nx<|assistant|>"
+    template = ChatTemplate.load(directory)
+    assert template.render([ASK]) == "[gMASK]<sop><|user|>\nx<|assistant|>"
+    assert template.fault is None and template.source == OURS.read_text(encoding="utf-8")

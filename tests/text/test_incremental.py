@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from glimmer.errors import RequestError
 from glimmer.text.incremental import IncrementalText, StopSearch
+from glimmer.text.tokenizer import Detokenizer
 
 # Few characters, of one to four bytes, so that stop strings overlap, repeat themselves and split characters.
 ALPHABET = "ab北🙂\ufffd"
@@ -177,6 +178,44 @@ def test_all_is_shown_but_a_beginning_of_a_stop_string(tokenizer, text, stop):
         reply.push(list(character.encode()))
         if reply.stopped is not None:
             break
+        assert reply.text + beginning_of_a_stop(text[:n], stop) == text[:n]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    ids=st.lists(BYTES | st.integers(0, 2291), max_size=30),
+    stop=STOPS,
+    include=st.booleans(),
+    minimum=st.integers(0, 12),
+    sizes=st.lists(st.integers(0, 5)),
+)
+def test_stop_strings_that_end_within_min_tokens_do_not_count(tokenizer, ids, stop, include, minimum, sizes):
+    detokenizer = Detokenizer(tokenizer)
+    texts = [detokenizer.push([id]) for id in ids]
+    last = detokenizer.flush()
+    whole = "".join(texts) + last
+    start = len(whole) if len(ids) <= minimum else len("".join(texts[:minimum]))  # stop strings count that end after it
+    hits = [(end, word) for end in range(start + 1, len(whole) + 1) for word in stop if whole[:end].endswith(word)]
+    end, word = min(hits, key=lambda hit: (hit[0], -len(hit[1]))) if hits else (len(whole), None)
+    expected = whole[: end if include or word is None else end - len(word)]
+
+    pieces = [ids[start:end] for start, end in pairwise([0, *accumulate(sizes), None])]
+    for cutting in ([[id] for id in ids], pieces, [ids]):
+        options = {"include_stop_str_in_output": include, "min_tokens": minimum}
+        reply = IncrementalText(tokenizer, stop, **options)
+        for piece in cutting:
+            reply.push(piece)
+            assert expected.startswith(reply.text)  # what is shown is never taken back
+        reply.finish()
+        assert (reply.text, reply.stopped) == (expected, word)
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(ALPHABET, max_size=20), stop=STOPS)
+def test_only_a_beginning_of_a_stop_string_is_held_back_before_min_tokens(tokenizer, text, stop):
+    reply = IncrementalText(tokenizer, stop, min_tokens=100)
+    for n, character in enumerate(text, start=1):
+        reply.push(list(character.encode()))
         assert reply.text + beginning_of_a_stop(text[:n], stop) == text[:n]
 
 
