@@ -41,6 +41,7 @@ class EngineConfig:
     threads                     CPU threads of each process; None: its share of the CPUs that it may use
     quantization                "int8" or "int4": quantise matrices while loading; None: as they are stored
     group_size                  with int4: columns that share a scale, a multiple of 32; None: 32
+    speculative_config          how drafts are made, as SpeculativeConfig's fields or a method's name; None: "auto"
     """
 
     model: str
@@ -62,6 +63,7 @@ class EngineConfig:
     threads: int | None = None
     quantization: str | None = None
     group_size: int | None = None
+    speculative_config: Mapping[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
         for key in ("model", "dtype", "device", "backend", "kv_cache_dtype"):
@@ -84,6 +86,93 @@ class EngineConfig:
         for key in ("enable_prefix_caching", "skip_tokenizer_init"):
             if not isinstance(getattr(self, key), bool):
                 raise ConfigError(f"{key}={shown(getattr(self, key))}", "True or False", "pass one of these")
+        SpeculativeConfig.of(self.speculative_config)
+
+    @property
+    def speculation(self) -> "SpeculativeConfig":
+        """speculative_config, every field of it."""
+        return SpeculativeConfig.of(self.speculative_config)
+
+
+MAX_DRAFTS = 16  # tokens guessed at once, at most
+MAX_LOOKUP = 64  # tokens compared in a look-up, at most
+AUTO_DRAFTS = 4  # and where the number is left to measurement
+METHODS = ("auto", "mtp", "ngram", "off")
+# vLLM's names for the same layer, by model.
+SAME_METHODS = {"glm4_moe_mtp": "mtp", "deepseek_mtp": "mtp", "none": "off"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculativeConfig:
+    """How the tokens that come next are guessed, under vLLM's names. Guesses change when tokens come, never which.
+
+    method                  "mtp": by the checkpoint's multi-token-prediction layer; "ngram": by looking up the last
+                            tokens in prompt and answer; "off": not at all; "auto": "mtp" where the checkpoint has the
+                            layer and memory suffices for it, else "off"
+    num_speculative_tokens  tokens guessed in each step; None: as many as pay, measured as the engine runs, down to none
+    prompt_lookup_max       with "ngram": the most last tokens that are compared
+    prompt_lookup_min       with "ngram": the fewest that must agree
+    """
+
+    method: str = "auto"
+    num_speculative_tokens: int | None = None
+    prompt_lookup_max: int = 8
+    prompt_lookup_min: int = 3
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError(
+                f"speculative_config with method={shown(self.method)}",
+                f"one of {', '.join(METHODS)}",
+                "choose one of these: glimmer drafts without a second model",
+            )
+        for name, number in SPECULATIVE_NUMBERS.items():
+            try:
+                object.__setattr__(self, name, number.plain(getattr(self, name)))
+            except ValueError:
+                raise ConfigError(
+                    f"speculative_config with {name}={shown(getattr(self, name))}",
+                    str(number),
+                    "change it, or leave it out (method=off drafts nothing)",
+                ) from None
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ConfigError(
+                f"speculative_config with prompt_lookup_min={self.prompt_lookup_min} above"
+                f" prompt_lookup_max={self.prompt_lookup_max}",
+                "prompt_lookup_min at most prompt_lookup_max",
+                "change one of them",
+            )
+
+    @property
+    def max_drafts(self) -> int:
+        """The most tokens guessed in a step."""
+        return self.num_speculative_tokens or AUTO_DRAFTS
+
+    @staticmethod
+    def of(given: Mapping[str, Any] | str | None) -> "SpeculativeConfig":
+        """What EngineConfig.speculative_config says. ConfigError for a key or a value that glimmer has not."""
+        if given is None:
+            return SpeculativeConfig()
+        if isinstance(given, str):
+            given = {"method": given}
+        if not isinstance(given, Mapping):
+            raise ConfigError(
+                f"speculative_config={shown(given)}",
+                f"a method ({', '.join(METHODS)}), or a mapping such as "
+                '{"method": "mtp", "num_speculative_tokens": 1}',
+                "pass one of these, or leave speculative_config out",
+            )
+        names = [field.name for field in fields(SpeculativeConfig)]
+        if unknown := [key for key in given if key not in names]:
+            raise ConfigError(
+                f"speculative_config with {shown(unknown[0])}",
+                f"keys among {', '.join(names)}",
+                "leave it out: glimmer drafts without a second model",
+            )
+        method = given.get("method", "auto")
+        if isinstance(method, str):
+            method = SAME_METHODS.get(method, method)
+        return SpeculativeConfig(**dict(given) | {"method": method})
 
 
 def check_quantization(quantization: str | None, group_size: int | None) -> None:
@@ -166,6 +255,10 @@ ENGINE_NUMBERS = {
     "seed": Number(-(2**64), 2**64, whole=True),
     "gpu_memory_utilization": Number(1e-6, 1),
     "group_size": COUNT,
+}
+SPECULATIVE_NUMBERS = {
+    "num_speculative_tokens": Number(1, MAX_DRAFTS, whole=True, optional=True),
+    **dict.fromkeys(("prompt_lookup_max", "prompt_lookup_min"), Number(1, MAX_LOOKUP, whole=True)),
 }
 NUMBERS = {
     "n": Number(1, MAX_ANSWERS, whole=True),

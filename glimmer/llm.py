@@ -30,6 +30,7 @@ from glimmer.engine.loop import Loop
 from glimmer.engine.profile import Profile
 from glimmer.engine.ranks import Call, ParentRequest
 from glimmer.engine.runner import Runner
+from glimmer.engine.speculation import make_speculation
 from glimmer.errors import CheckpointError, ConfigError, RequestError, shown
 from glimmer.group import Group
 from glimmer.hub import model_directory
@@ -92,6 +93,7 @@ class LLM:
         threads: int | None = None,
         quantization: str | None = None,
         group_size: int | None = None,
+        speculative_config: Mapping[str, Any] | str | None = None,
         on_load: OnLoad | None = None,
         group: Group | None = None,
         **unknown: Any,
@@ -119,6 +121,7 @@ class LLM:
             threads=threads,
             quantization=quantization,
             group_size=group_size,
+            speculative_config=speculative_config,
         )
         self.model_config = ModelConfig.load(self.config.model)
         self.tokenizer = None if self.config.skip_tokenizer_init else Tokenizer.load(self.config.model)
@@ -136,7 +139,8 @@ class LLM:
         self.group = group or join(self.config)
         assert self.group.device is not None, "join gives every rank a device"
         self._runner = Runner(self.config, self.model_config, self.group, self.group.device, on_load)
-        self._engine = Engine(self.config, self._runner, self.group, vocab_size, sampling_vocab_size)
+        drafter = make_speculation(self._runner, self.config.speculation, sampling_vocab_size)
+        self._engine = Engine(self.config, self._runner, self.group, vocab_size, sampling_vocab_size, drafter)
         self._loop = Loop(self._engine)
         self._numbers = itertools.count()
         if ignored and self.rank == 0:

@@ -45,7 +45,6 @@ ENGINE: Mapping[str, Only] = {
     "distributed_executor_backend": Only((None, "mp", "uni", "external_launcher"), "start the script with torchrun"),
     "cpu_offload_gb": Only((0, None), "quantise (quantization='int8' or 'int4'), or use more processes"),
     "num_gpu_blocks_override": Only((None,), "set kv_cache_memory_bytes"),
-    "speculative_config": Only((None,), "leave it out: the answers are the same without speculation"),
     "hf_overrides": Only(NONE, "edit a copy of config.json"),
     "hf_config_path": Only((None,), "put config.json into the model's directory"),
     "revision": Only((None, "main"), "download that revision, and pass its directory as model"),

@@ -579,3 +579,24 @@ def test_what_is_no_number_is_refused_whosever_it_is(value):
         SamplingParams(temperature=value)
     with pytest.raises(ConfigError):
         EngineConfig(model="m", gpu_memory_utilization=value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "eagle", 3, ["mtp"], {"method": ["mtp"]}, {"method": "mtp", "model": "x"}, {"num_speculative_tokens": 0},
+        {"num_speculative_tokens": 17}, {"num_speculative_tokens": 1.5}, {"num_speculative_tokens": True},
+        {"prompt_lookup_min": 9, "prompt_lookup_max": 8}, {"prompt_lookup_max": 65}, {10**5000: 1},
+    ],
+)  # fmt: skip
+def test_speculation_that_glimmer_has_not_is_refused(given):
+    with pytest.raises(ConfigError, match="speculative_config") as caught:
+        EngineConfig(model="m", speculative_config=given)
+    assert caught.value.expected and caught.value.todo and len(str(caught.value)) < 500
+
+
+def test_speculation_under_vllms_names():
+    config = EngineConfig(model="m", speculative_config={"method": "glm4_moe_mtp", "num_speculative_tokens": 2})
+    assert (config.speculation.method, config.speculation.max_drafts) == ("mtp", 2)
+    assert EngineConfig(model="m", speculative_config="none").speculation.method == "off"
+    assert EngineConfig(model="m").speculation.method == "auto"

@@ -350,7 +350,7 @@ def test_parameters_of_vllm(checkpoint, caplog):
     [
         ("pipeline_parallel_size", 2),
         ("cpu_offload_gb", 10),
-        ("speculative_config", {"method": "mtp"}),
+        ("speculative_config", {"method": "eagle3"}),
         ("hf_overrides", {"rope_theta": 1}),
         ("tokenizer", "/elsewhere"),
         ("tokenizer_mode", "mistral"),

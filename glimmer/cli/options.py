@@ -119,6 +119,17 @@ def biases(value: Any) -> dict[int, float]:
     return {whole(token): number(bias) for token, bias in table.items()}
 
 
+def speculation(value: Any) -> dict[str, Any]:
+    """auto, off, mtp, ngram, a number of tokens, or JSON such as {"method": "mtp", "num_speculative_tokens": 1}"""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        return dict(parse_json(value))
+    words = str(value).lower()
+    words = {"false": "off", "true": "auto"}.get(words, words)  # what YAML makes of off and on
+    return {"method": "mtp", "num_speculative_tokens": whole(value)} if words.isdecimal() else {"method": words}
+
+
 # ---------------------------------------------------------------------- the table
 
 
@@ -200,6 +211,13 @@ WORDS = {
         "NAME", "int8 or int4: quantise while loading", "as stored", ("-q",), choices=("int8", "int4")
     ),
     "group_size": Words("N", "with int4: inputs that share a scale, a multiple of 32", "32"),
+    "speculative_config": Words(
+        "HOW",
+        "draft by mtp, ngram, auto or off; N: always N by mtp; or JSON",
+        "auto",
+        ("--mtp", "--spec-method"),
+        choices=("auto", "off", "mtp", "ngram"),
+    ),
     # SamplingParams
     "n": Words("N", "answers to each prompt"),
     "temperature": Words("X", "0 is greedy", None, ("--temp",)),
@@ -253,7 +271,7 @@ def _kind(name: str, hint: Any) -> tuple[Kind, tuple[str, ...], bool]:
     if Literal in origins:
         return text, tuple(str(choice) for member in members for choice in get_args(member)), False
     if Mapping in origins:
-        return biases, (), False
+        return speculation if str in members else biases, (), False
     if Sequence in origins:
         return (ids if int in {a for member in members for a in get_args(member)} else texts), (), True
     if members == (str,):
@@ -266,6 +284,7 @@ def _kind(name: str, hint: Any) -> tuple[Kind, tuple[str, ...], bool]:
 
 ENGINE = options_of(EngineConfig)
 SAMPLING = options_of(SamplingParams)
+TABLES = {key for key, option in (ENGINE | SAMPLING).items() if option.kind in (biases, speculation)}  # no sections
 MAX_YAML = 1 << 20  # bytes of a file of settings
 
 GENERAL = {"config": Option(path, "FILE.yaml", "read settings from this file; what is typed is stronger")}
@@ -605,7 +624,7 @@ class Command:
     def _flat(self, tree: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, Any]]:
         """(dotted key, value) of everything that is not a section."""
         for key, value in tree.items():
-            table = above == "" and key in SAMPLING and SAMPLING[key].kind is biases
+            table = above == "" and key in TABLES
             if isinstance(value, dict) and value and not table:
                 yield from self._flat(value, f"{above}{key}.")
             else:

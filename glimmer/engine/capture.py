@@ -1,22 +1,31 @@
 """Captured steps: a decoding step is the same calls on the same tensors each time, so the backend repeats them.
 
 What Python does between two kernels of a step costs about as much as the smaller kernels themselves. The first step of
-n sequences with one token each runs the model as ever, while the backend captures it; the next one of n copies its
-inputs to where the first had them and replays. The same arithmetic, so the same bits.
+n sequences with q rows each (one, or one and a few drafts) runs as ever, while the backend captures it; the next one of
+the same n and q copies its inputs to where the first had them and replays. The same arithmetic, so the same bits.
 Not here: how a backend captures (backends/), steps with prompts, large batches, several ranks (collectives are not
 captured).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from glimmer.backends.base import Captured, KVCache
 from glimmer.batch import Batch
-from glimmer.model.glm4_moe import Glm4Moe
+from glimmer.model.glm4_moe import Glm4Moe, Rotary
 
-MAX_BATCH = 64  # sequences; beyond, a step's kernels are so long that the rest does not matter
+MAX_BATCH = 64  # rows; beyond, a step's kernels are so long that the rest does not matter
+
+Inputs = tuple[Tensor, Tensor, Rotary]  # x, residual, and the rotary angles
+
+
+class Layers(Protocol):
+    """Layers of the model that are captured: Glm4Moe.run_layers or Glm4Moe.run_draft."""
+
+    def __call__(self, x: Tensor, residual: Tensor, rotary: Rotary, batch: Batch, kv: Sequence[KVCache]) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -29,24 +38,36 @@ class CapturedDecode:
 
 
 class StepCapture:
-    """model.forward for steps of one token a sequence. max_blocks: of the longest sequence that there may be."""
+    """`layers` of a model for steps in which all sequences have as many rows, at most max_query_len.
 
-    def __init__(self, model: Glm4Moe, kv: Sequence[KVCache], max_blocks: int):
-        self.model, self.kv, self.max_blocks = model, kv, max_blocks
-        self._steps: dict[int, CapturedDecode] = {}
+    max_blocks: of the longest sequence that there may be.
+    """
+
+    def __init__(self, model: Glm4Moe, layers: Layers, kv: Sequence[KVCache], max_blocks: int, max_query_len: int):
+        self.model, self.layers, self.kv = model, layers, kv
+        self.max_blocks, self.max_query_len = max_blocks, max_query_len
+        self._steps: dict[tuple[int, int], CapturedDecode] = {}  # by (sequences, rows of each)
 
     def serves(self, batch: Batch) -> bool:
-        """Whether `forward` may be given this batch."""
-        one_each = len(batch.tokens) == batch.num_sequences <= MAX_BATCH
-        return one_each and self.model.backend.captures and self.model.group.size == 1
+        """Whether a step with this batch is captured."""
+        if not self.model.backend.captures or self.model.group.size > 1 or len(batch.tokens) > MAX_BATCH:
+            return False
+        rows = len(batch.tokens) // batch.num_sequences
+        if rows > self.max_query_len:
+            return False
+        starts = batch.query_start_loc_cpu.tolist()
+        return starts == list(range(0, rows * batch.num_sequences + 1, rows)) and starts[-1] == len(batch.tokens)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The hidden states (n, H) of a batch that is served; valid until the next call."""
-        step = self._steps.get(batch.num_sequences)
+    def run(self, inputs: Inputs, batch: Batch) -> Tensor:
+        """What `layers` returns, (T, H), captured or not; valid until the next call."""
+        if not self.serves(batch):
+            return self.layers(*inputs, batch, self.kv)
+        x, residual, rotary = inputs
+        key = batch.num_sequences, len(batch.tokens) // batch.num_sequences
+        step = self._steps.get(key)
         if step is None:
-            step = self._steps[batch.num_sequences] = self._capture(batch)
+            step = self._steps[key] = self._capture(x, residual, rotary, batch)
             return step.captured.output
-        x, residual, rotary = self.model.embed(batch)
         for mine, new in zip(step.inputs, (x, residual, *rotary)):
             mine.copy_(new)
         step.batch.slot_mapping.copy_(batch.slot_mapping)
@@ -55,8 +76,7 @@ class StepCapture:
         step.captured.replay()
         return step.captured.output
 
-    def _capture(self, batch: Batch) -> CapturedDecode:
-        x, residual, rotary = self.model.embed(batch)
+    def _capture(self, x: Tensor, residual: Tensor, rotary: Rotary, batch: Batch) -> CapturedDecode:
         own = batch.widened(self.max_blocks)
-        captured = self.model.backend.capture(lambda: self.model.run_layers(x, residual, rotary, own, self.kv))
+        captured = self.model.backend.capture(lambda: self.layers(x, residual, rotary, own, self.kv))
         return CapturedDecode((x, residual, *rotary), own, captured)

@@ -6,6 +6,7 @@ Token ids only: text, stop strings and prompts as strings belong to llm.py. One 
 
 import logging
 from contextlib import AbstractContextManager
+from time import perf_counter
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from glimmer.engine.blocks import Blocks
 from glimmer.engine.sampler import Sampler
 from glimmer.engine.scheduler import Scheduler
 from glimmer.engine.sequence import Constraint, Logprob, Output, Request, SamplerOutput, Sequence, Step, failure
+from glimmer.engine.stats import Stats
 from glimmer.errors import EngineError, RequestError, shown
 from glimmer.group import Group
 
@@ -48,10 +50,19 @@ class StepRunner(Protocol):
 
 
 class Drafter(Protocol):
-    """What guesses the tokens that come next."""
+    """What guesses the tokens that come next. lookahead: see Scheduler."""
 
-    def propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step) -> None:
-        """Set `drafts` of the step's sequences: guesses of what follows the tokens of their outputs.
+    @property
+    def lookahead(self) -> int: ...
+
+    def choose(self, outputs: list[SamplerOutput], step: Step, seconds: float) -> int:
+        """How many tokens to guess for each sequence after a step; asked on rank 0, whose answer is every rank's.
+
+        seconds: from the step's beginning to its outputs.
+        """
+
+    def propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int) -> None:
+        """Set `drafts` of the step's sequences: at most `count` guesses of what follows the tokens of their outputs.
 
         hidden: (T, H), the hidden states of the step's rows. Called after each step, before update() appends the
         outputs' tokens to the sequences. On several ranks, every rank must propose the same.
@@ -87,8 +98,10 @@ class Engine:
         self.max_model_len = runner.kv_cache_config.max_model_len
         blocks = Blocks(runner.kv_cache_config.num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(blocks, config.max_num_batched_tokens, config.max_num_seqs)
+        self.scheduler.lookahead = 0 if drafter is None else drafter.lookahead
         self.sampler = Sampler(sampling_vocab_size)
         self.clock = Clock()
+        self.stats = Stats()
 
     @property
     def busy(self) -> bool:
@@ -137,7 +150,7 @@ class Engine:
         What fails in the step ends the step's own sequences, with the reason. EngineError where other ranks take part:
         how far they have come is not known.
         """
-        clock = self.clock
+        clock, begin = self.clock, perf_counter()
         clock.begin()
         step = self.scheduler.schedule()  # who computes which tokens
         if not step.chunks:
@@ -147,10 +160,15 @@ class Engine:
             clock.lap("scheduler, batch")
             hidden, logits = self.runner.forward(batch)  # the model
             clock.lap("model")
-            sampled = self._agree(self._sample(logits, step))  # a list of tokens for each sequence that is up to date
+            sampled = self._sample(logits, step)  # a list of tokens for each sequence that is up to date
+            count = 0
+            if self.drafter is not None and self.group.rank == 0:
+                count = self.drafter.choose(sampled, step, perf_counter() - begin)
+            sampled, count = self._agree(sampled, count)
+            self.stats.count(step, sampled)
             clock.lap("sampler")
             if self.drafter is not None:
-                self.drafter.propose(hidden, sampled, step)  # what may follow them
+                self.drafter.propose(hidden, sampled, step, count)  # what may follow them
                 clock.lap("drafter")
         except Exception as error:
             log.debug("a step failed", exc_info=error)
@@ -166,11 +184,12 @@ class Engine:
         """What rank 0 samples; nothing on other ranks."""
         return self.sampler.sample(logits, step) if self.group.rank == 0 else []
 
-    def _agree(self, outputs: list[SamplerOutput]) -> list[SamplerOutput]:
-        """Rank 0's outputs on every rank."""
+    def _agree(self, outputs: list[SamplerOutput], count: int) -> tuple[list[SamplerOutput], int]:
+        """Rank 0's outputs, and its number of drafts, on every rank."""
         if self.group.size == 1:
-            return outputs
-        return [_from_json(output) for output in self.group.broadcast([_to_json(output) for output in outputs])]
+            return outputs, count
+        told, count = self.group.broadcast([[_to_json(output) for output in outputs], count])
+        return [_from_json(output) for output in told], count
 
 
 def _to_json(output: SamplerOutput) -> list[Any]:

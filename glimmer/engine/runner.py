@@ -7,7 +7,9 @@ Not here: which tokens to compute (scheduler.py), what to do with logits (sample
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,14 +23,16 @@ from glimmer.checkpoint.files import Checkpoint
 from glimmer.checkpoint.fingerprint import fingerprints
 from glimmer.config import EngineConfig
 from glimmer.engine.capture import StepCapture
+from glimmer.engine.sampler import likeliest
 from glimmer.engine.sequence import Step
-from glimmer.errors import ConfigError, NotEnoughMemory
+from glimmer.errors import CheckpointError, ConfigError, NotEnoughMemory
 from glimmer.group import Group
 from glimmer.model.load import WeightLoader, build_model
 from glimmer.model.names import check_tensor_parallel
 from glimmer.model_config import ModelConfig
 
 log = logging.getLogger("glimmer")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,10 @@ class KVCacheConfig:
 
 
 class Runner:
-    """One rank's model and cache. Raises CheckpointError, ConfigError or NotEnoughMemory before it loads a weight."""
+    """One rank's model and cache. Raises CheckpointError, ConfigError or NotEnoughMemory before it loads a weight.
+
+    drafts_by: the method of speculation that there is: "mtp" (the MTP layer is loaded), "ngram" or "off".
+    """
 
     def __init__(
         self,
@@ -67,9 +74,30 @@ class Runner:
         log.info("operations: %s", _served(self.backend.table()))
         with Checkpoint(config.model) as checkpoint:
             residual = devices.residual_dtype(device, dtype)
-            self.model = build_model(model_config, checkpoint, group, self.backend, residual).eval()
-            loader = WeightLoader(self.model, checkpoint, dtype, config.quantization, config.group_size)
-            self.kv_cache_config = make_kv_cache_config(config, model_config, group, self.backend, spec, loader.nbytes)
+
+            def plan(mtp: bool) -> tuple[WeightLoader, KVCacheSpec]:
+                model = build_model(model_config, checkpoint, group, self.backend, residual, mtp).eval()
+                own = replace(spec, num_layers=spec.num_layers + mtp)
+                least_cache(config, self.backend, own)
+                return WeightLoader(model, checkpoint, dtype, config.quantization, config.group_size), own
+
+            def divide(loader: WeightLoader, spec: KVCacheSpec) -> KVCacheConfig:
+                return make_kv_cache_config(config, model_config, group, self.backend, spec, loader.nbytes)
+
+            asked = config.speculation.method
+            self.drafts_by = asked if asked != "auto" else "off"
+            perhaps = asked == "auto" and self.drafts_by == "mtp"  # all ranks have the layer then, or none
+            try:
+                loader, own = _on_all_ranks(group, partial(plan, True)) if perhaps else plan(self.drafts_by == "mtp")
+                self.kv_cache_config = divide(loader, own)
+            except (CheckpointError, ConfigError, NotEnoughMemory) as error:
+                if not perhaps:
+                    raise
+                self.drafts_by = "off"
+                loader, own = plan(mtp=False)
+                self.kv_cache_config = divide(loader, own)
+                log.warning("no drafts are made, since the MTP layer is left out: %s", error.found)
+            self.model = loader.model
             if config.dtype == "auto" and dtype is not torch.float32 and loader.stores(torch.float32):
                 log.warning(
                     "weights are stored in float32 and computed in %s; dtype=float32 (--dtype) keeps them as they are",
@@ -92,8 +120,11 @@ class Runner:
                 loader.load(progress)
         if on_load is not None:
             on_load(loader.nbytes, loader.nbytes)
-        self.kv = self.backend.allocate_kv(spec, self.kv_cache_config.num_blocks)
-        self.capture = StepCapture(self.model, self.kv, -(-self.kv_cache_config.max_model_len // config.block_size))
+        self.kv = self.backend.allocate_kv(own, self.kv_cache_config.num_blocks)
+        longest = -(-self.kv_cache_config.max_model_len // config.block_size)
+        rows = 1 + (0 if self.drafts_by == "off" else config.speculation.max_drafts)
+        self.capture = StepCapture(self.model, self.model.run_layers, self.kv, longest, rows)
+        self.draft_capture = StepCapture(self.model, self.model.run_draft, self.kv, longest, rows)
 
     def running(self) -> AbstractContextManager[None]:
         """See Backend.running."""
@@ -130,8 +161,7 @@ class Runner:
         if it wants none. Both are valid until the next call."""
         batch = self.backend.prepare(batch)
         try:
-            captured = self.capture.serves(batch)
-            hidden = self.capture.forward(batch) if captured else self.model(batch, self.kv)
+            hidden = self.capture.run(self.model.embed(batch), batch)
             return hidden, self.model.logits(hidden[batch.logits_indices]) if len(batch.logits_indices) else None
         except torch.OutOfMemoryError as error:
             raise NotEnoughMemory(
@@ -139,6 +169,33 @@ class Runner:
                 "enough memory for a step's activations beside weights and cache",
                 "lower max_num_batched_tokens, max_num_seqs or gpu_memory_utilization",
             ) from None
+
+    @torch.inference_mode()
+    def draft(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """MTP hidden states (T, H), valid until the next call; batch.tokens are the tokens that follow its rows.
+
+        hidden: (T, H) of `forward`, or of an earlier draft; see Glm4Moe.draft.
+        """
+        batch = self.backend.prepare(batch)
+        return self.draft_capture.run(self.model.embed_draft(hidden, batch.tokens, batch), batch)
+
+    @torch.inference_mode()
+    def likeliest(self, hidden: Tensor, vocab_size: int) -> list[int]:
+        """The likeliest token below vocab_size for each row (R, H) of `draft`."""
+        return likeliest(self.model.draft_logits(hidden)[:, :vocab_size])
+
+
+def _on_all_ranks(group: Group, plan: Callable[[], T]) -> T:
+    """plan(), if no rank's plan raises an error about the checkpoint or settings; else an error on every rank."""
+    planned, fault = None, None
+    try:
+        planned = plan()
+    except (CheckpointError, ConfigError) as error:
+        fault = error
+    if not group.all_reduce_min(int(planned is not None)):
+        raise fault or CheckpointError("another process refuses the MTP layer", "a whole layer", "see its message")
+    assert planned is not None, "the ranks have agreed"
+    return planned
 
 
 def check_ranks(config: EngineConfig, model_config: ModelConfig, group: Group, device: torch.device) -> None:
@@ -208,10 +265,17 @@ def make_kv_cache_config(
     activations = _activation_bytes(config, model)
     block = backend.kv_block_bytes(spec)
     blocks_for: Callable[[int], int] = lambda tokens: -(-tokens // config.block_size)
-    least = blocks_for(config.max_model_len or config.block_size) * block
+    least = least_cache(config, backend, spec)
     cache = max(least, config.kv_cache_memory_bytes or 0)
     left = usable - weights - activations
-    if left < cache:
+    fits = group.all_reduce_min(int(left >= cache))  # all ranks go on, or none
+    if left >= cache and not fits:
+        raise NotEnoughMemory(
+            f"too little memory for another of the {group.size} processes, which says more",
+            "enough memory for weights, a step's activations and the KV cache on all of them; nothing has been loaded",
+            "see that process's message",
+        )
+    if not fits:
         gib: Callable[[int], str] = lambda nbytes: f"{nbytes / 2**30:.2f} GiB"
         raise NotEnoughMemory(
             f"{gib(weights + activations + cache)} needed on {device} by this process: {gib(weights)} for weights,"
@@ -223,12 +287,6 @@ def make_kv_cache_config(
         )
     if config.kv_cache_memory_bytes is not None:
         left = config.kv_cache_memory_bytes
-        if left < least:
-            raise ConfigError(
-                f"kv_cache_memory_bytes={left} for a context of {least // block * config.block_size} tokens",
-                f"at least {least} bytes ({block} for each block of {config.block_size} tokens)",
-                "raise kv_cache_memory_bytes or lower max_model_len",
-            )
     else:
         left = min(left, max(devices.default_cache(device) or left, least))
     num_blocks = group.all_reduce_min(
@@ -238,6 +296,19 @@ def make_kv_cache_config(
     if config.max_model_len is None and max_model_len < longest:
         log.warning("context limited to %d of the model's %d tokens by its cache's memory", max_model_len, longest)
     return KVCacheConfig(num_blocks, max_model_len)
+
+
+def least_cache(config: EngineConfig, backend: Backend, spec: KVCacheSpec) -> int:
+    """Bytes of the smallest cache that the settings allow; ConfigError if they ask for less than that."""
+    block, asked = backend.kv_block_bytes(spec), config.kv_cache_memory_bytes
+    least = -(-(config.max_model_len or config.block_size) // config.block_size) * block
+    if asked is not None and asked < least:
+        raise ConfigError(
+            f"kv_cache_memory_bytes={asked} for a context of {least // block * config.block_size} tokens",
+            f"at least {least} bytes ({block} for each block of {config.block_size} tokens)",
+            "raise kv_cache_memory_bytes or lower max_model_len",
+        )
+    return least
 
 
 def _activation_bytes(config: EngineConfig, model: ModelConfig) -> int:

@@ -15,10 +15,15 @@ PROMPT_LOGPROB_ROWS = 128
 
 
 class Scheduler:
-    """max_tokens: most tokens in a step; max_sequences: most sequences running at once."""
+    """max_tokens: most tokens in a step; max_sequences: most sequences running at once.
 
-    def __init__(self, blocks: Blocks, max_tokens: int, max_sequences: int):
+    lookahead: tokens beyond those of a step for which a sequence gets blocks, where many are free: what a drafter
+    computes after the step.
+    """
+
+    def __init__(self, blocks: Blocks, max_tokens: int, max_sequences: int, lookahead: int = 0):
         self.blocks, self.max_tokens, self.max_sequences = blocks, max_tokens, max_sequences
+        self.lookahead = lookahead
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -123,6 +128,9 @@ class Scheduler:
         start, drafts = sequence.num_computed_tokens, []
         if start + n == len(sequence.tokens):
             drafts = self._take_drafts(sequence, budget - n)
+            if self.lookahead and self.blocks.free > len(self.running):
+                ahead = start + n + len(drafts) + self.lookahead
+                self.blocks.allocate(sequence, min(ahead, sequence.max_total_tokens))
         rows = 1 + len(drafts) if start + n == len(sequence.tokens) else 0
         if sequence.request.params.prompt_logprobs is not None and start < sequence.prompt_length:
             rows = n + len(drafts)

@@ -210,13 +210,22 @@ class Glm4Moe(nn.Module):
 
         hidden: (T, H) of `forward`, or of an earlier `draft` when chaining. tokens: (T,) each row's next token.
         """
+        return self.run_draft(*self.embed_draft(hidden, tokens, batch), batch, kv)
+
+    def embed_draft(self, hidden: Tensor, tokens: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Rotary]:
+        """What the MTP layer gets: x (T, 2H), the embedding first; residual (T, H), nothing yet; the rotary angles."""
         mtp = self.mtp
         assert mtp is not None, "the model was built without its MTP layer"
         embedded = self.group.all_reduce((mtp.embed_tokens or self.embed_tokens)(tokens))
-        x = mtp.eh_proj(torch.cat((mtp.enorm(embedded), mtp.hnorm(hidden)), -1))     # (T, H), the embedding first
-        x, residual = torch.zeros_like(x), x.to(self.residual_dtype)
-        x, residual = mtp.block(x, residual, self._rotary(batch.positions), batch, kv[len(self.layers)])
-        drafted: Tensor = mtp.norm(x, residual)[0]
+        x = torch.cat((mtp.enorm(embedded), mtp.hnorm(hidden)), -1)                  # (T, 2H)
+        return x, torch.zeros_like(hidden, dtype=self.residual_dtype), self._rotary(batch.positions)
+
+    def run_draft(self, x: Tensor, residual: Tensor, rotary: Rotary, batch: Batch, kv: Sequence[KVCache]) -> Tensor:
+        """The MTP layer and its norm, after every draft alike. Ops and collectives only, as in `run_layers`."""
+        mtp = self.mtp
+        assert mtp is not None, "the model was built without its MTP layer"
+        x, residual = mtp.block(mtp.eh_proj(x), residual, rotary, batch, kv[len(self.layers)])
+        drafted: Tensor = mtp.norm(x, residual)[0]                                   # (T, H)
         return drafted
 
     def draft_logits(self, hidden: Tensor) -> Tensor:

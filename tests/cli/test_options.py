@@ -246,6 +246,7 @@ def test_every_field_has_a_variable(name, monkeypatch):
     value = {
         options.whole: "3", options.number: "0.5", options.truth: "true", options.size: "2KB", options.ids: "1,2",
         options.texts: "end", options.biases: '{"1": 2}', options.path: "/a", options.text: "auto",
+        options.speculation: "ngram",
     }[option.kind]  # fmt: skip
     monkeypatch.setenv(f"GLIMMER_{name.upper()}", value)
     given = command.read([]).given
@@ -377,3 +378,42 @@ def test_a_removed_working_directory_is_refused(tmp_path, monkeypatch, command):
     gone.rmdir()
     with pytest.raises(ConfigError, match="the current directory: No such file"):
         command.read([])
+
+
+# ---------------------------------------------------------------------- drafts
+
+
+@pytest.mark.parametrize(
+    "argv, content, expected",
+    [
+        (["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}'], "", ("mtp", 1)),
+        (["--spec-method", "ngram"], "", ("ngram", None)),
+        (["--mtp", "auto"], "", ("auto", None)),
+        (["--mtp", "off"], "", ("off", None)),
+        (["--mtp", "3"], "", ("mtp", 3)),
+        ([], "mtp: off", ("off", None)),  # which YAML takes for a truth value
+        ([], "mtp: 2", ("mtp", 2)),
+        ([], "speculative_config: {method: ngram, num_speculative_tokens: 4}", ("ngram", 4)),
+        ([], "speculative_config:\n  method: ngram\n  num_speculative_tokens: 4\n", ("ngram", 4)),
+        (["--mtp", "off"], "speculative_config: {method: ngram}", ("off", None)),
+    ],
+)
+def test_ways_to_ask_for_drafts(argv, content, expected, tmp_path):
+    if content:
+        (tmp_path / "c.yaml").write_text(content)
+        argv = [*argv, "--config", str(tmp_path / "c.yaml")]
+    settings = TRY.read(argv)
+    config = settings.check(EngineConfig, {"model": "m"} | settings.fields(ENGINE))
+    assert (config.speculation.method, config.speculation.num_speculative_tokens) == expected
+
+
+@pytest.mark.parametrize("value", ["[1]", '{"method"', "maybe", "-1", "0", "17", '{"draft_model": "x"}'])
+def test_what_is_no_way_to_draft_is_refused_with_its_place(value):
+    with pytest.raises(ConfigError) as caught:
+        settings = TRY.read(["--speculative-config", value])
+        settings.check(EngineConfig, {"model": "m"} | settings.fields(ENGINE))
+    assert "speculative_config" in caught.value.found and "(command line)" in caught.value.found
+
+
+def test_two_ways_to_draft_contradict_each_other():
+    assert "one value" in refusal("--mtp", "2", "--spec-method", "ngram")

@@ -40,7 +40,7 @@ def test_the_same_bits(llm, count, most, monkeypatch):
     params = [SamplingParams(temperature=0, max_tokens=20 + 9 * i, logprobs=1, ignore_eos=True) for i in range(count)]
     found = [answers(llm, PROMPTS[:count], params) for _ in range(2)]
     recorded = llm._runner.capture._steps.keys()
-    assert recorded == set(range(1, min(count, most) + 1))
+    assert recorded == {(sequences, 1) for sequences in range(1, min(count, most) + 1)}
     monkeypatch.setattr(StepCapture, "serves", lambda self, batch: False)
     plain = answers(llm, PROMPTS[:count], params)
     assert found[0] == plain and found[1] == plain

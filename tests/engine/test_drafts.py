@@ -24,7 +24,11 @@ class Guesser:
     def __init__(self, answers: dict[str, list[int]], source: random.Random, most: int, wrong: float):
         self.answers, self.source, self.most, self.wrong = answers, source, most, wrong
 
-    def propose(self, hidden, outputs, step):
+    def choose(self, outputs, step, seconds):
+        return self.most
+
+    def propose(self, hidden, outputs, step, count):
+        assert count == self.most
         assert len(hidden) == sum(chunk.n for chunk in step.chunks)
         assert hidden[:, 0].tolist() == [token for chunk in step.chunks for token in chunk.token_ids]
         for chunk, output in zip(step.chunks, outputs, strict=True):
@@ -153,6 +157,11 @@ def test_right_drafts_save_steps():
     drafted, fast = served([request], (), guesser)
     assert drafted == plain
     assert slow.runner.steps == 30 and fast.runner.steps == 7, "the prompt's step brings 1, the others 5 each"
+    found = slow.stats, fast.stats
+    assert [(s.num_steps, s.num_tokens, s.num_drafts) for s in found] == [(30, 30, 0), (7, 30, 6)]
+    drafted = [4 * 5 + 3]  # the last step has room for three
+    assert [fast.stats.num_draft_tokens] == [fast.stats.num_accepted_tokens] == drafted
+    assert fast.stats.num_draft_tokens_per_pos == fast.stats.num_accepted_tokens_per_pos == [6, 6, 6, 5]
 
 
 @pytest.mark.parametrize("place", ["mask", "accept"])

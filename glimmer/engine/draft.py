@@ -1,0 +1,251 @@
+"""Where drafts come from: the model's MTP layer, or a look-up of the last tokens in prompt and answer.
+
+A source guesses what follows the tokens of a step's outputs, and leaves its guesses in Sequence.drafts; the next step
+checks them. Nothing depends on a guess but the time that it saves. How many are wanted is decided by speculation.py.
+Not here: the MTP layer itself (model/glm4_moe.py), and which drafts are accepted (sampler.py).
+"""
+
+from array import array
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from glimmer.batch import Batch
+from glimmer.engine.sequence import Chunk, SamplerOutput, Sequence, Step
+
+
+class Source(Protocol):
+    """A way to guess. lookahead: see Scheduler."""
+
+    lookahead: int
+
+    def propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int) -> None:
+        """See engine.Drafter."""
+
+
+class DraftModel(Protocol):
+    """What computes the MTP layer: the Runner."""
+
+    def draft(self, hidden: Tensor, batch: Batch) -> Tensor: ...
+    def likeliest(self, hidden: Tensor, vocab_size: int) -> list[int]: ...
+
+
+@dataclass
+class Context:
+    """Which rows of the MTP layer's cache a sequence can use: `complete` blocks, and from there to position `end`.
+
+    blocks: the sequence's own list when the rows were computed; a sequence that lost its blocks gets another list.
+    """
+
+    blocks: list[int]
+    complete: list[int]
+    end: int
+
+
+@dataclass
+class Rows:
+    """What one chunk brings to the MTP layer.
+
+    positions   of its rows; tokens: those that follow them
+    first       the first row, among all rows of the step
+    before      tokens in the cache before the first position
+    table       the blocks that hold those and the new ones
+    count       how many tokens are to be guessed
+    """
+
+    sequence: Sequence
+    positions: range
+    tokens: list[int]
+    first: int
+    before: int
+    table: list[int]
+    count: int
+
+
+class MTPSource:
+    """Guesses by the MTP layer, whose row t pairs hidden state t with the token after it.
+
+    The layer runs after the model on the same chunk, prompts included, since by then the token after each row is known.
+    Its keys and values lie in the sequence's own blocks, in one more layer of the cache. The second and further guesses
+    feed the layer its own hidden states, as rows behind the last one; the next step writes the true rows over them.
+
+    Where no guesses are wanted the layer does not run, and rows are missing. A block counts only if all of its rows are
+    there, or, the last one, all up to the position that is computed; so guesses begin again at the beginning of a
+    block. A block that sequences share ends with a row that was computed for the first of them: where another one goes
+    on with another token, guesses may be slightly worse.
+    """
+
+    def __init__(self, model: DraftModel, num_blocks: int, block_size: int, vocab_size: int, max_drafts: int):
+        self.model, self.block_size, self.vocab_size = model, block_size, vocab_size
+        self.lookahead = max_drafts - 1
+        self._rows_of = array("i", [0]) * num_blocks  # by block: how many rows are there, from its beginning on
+        self._contexts: WeakKeyDictionary[Sequence, Context] = WeakKeyDictionary()
+
+    def propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int) -> None:
+        parts: list[Rows] = []
+        first = 0
+        for chunk, output in zip(step.chunks, outputs, strict=True):
+            chunk.sequence.drafts = []
+            if count and output.problem is None:
+                part = self._rows(chunk, output, first, count)
+                parts += [part] if part is not None else []
+            else:
+                self._forget(chunk.sequence, chunk.start, chunk.start + chunk.n)
+            first += chunk.n
+        if not parts:
+            return
+        wanted = [part.first + i for part in parts for i in range(len(part.positions))]
+        computed = self.model.draft(hidden[wanted], self._batch(parts))
+        ends = accumulate(len(part.positions) for part in parts)
+        going = [(part, end - 1) for part, end in zip(parts, ends) if part.count]
+        for place in range(1, count + 1):
+            if not going:
+                return
+            last = computed[[row for _, row in going]]
+            for (part, _), token in zip(going, self.model.likeliest(last, self.vocab_size), strict=True):
+                part.sequence.drafts.append(token)
+            rows = [i for i, (part, _) in enumerate(going) if part.count > place]
+            going = [(self._after(going[i][0]), row) for row, i in enumerate(rows)]
+            if going:
+                computed = self.model.draft(last[rows], self._batch([part for part, _ in going]))
+
+    def _rows(self, chunk: Chunk, output: SamplerOutput, first: int, count: int) -> Rows | None:
+        """The rows of a chunk whose next tokens are known, or None if there is none that can be used."""
+        sequence, size = chunk.sequence, self.block_size
+        blocks = sequence.blocks
+        tokens = [*sequence.tokens[chunk.start + 1 : chunk.start + chunk.num_known + 1], *output.tokens]
+        start, end = chunk.start, chunk.start + len(tokens)
+        context = self._contexts.get(sequence)
+        if context is None or context.blocks is not blocks or context.end != start:
+            if start % size and self._rows_of[blocks[start // size]] != start % size:
+                start = (start // size + 1) * size
+            complete = [block for block in blocks[: start // size] if self._rows_of[block] == size]
+            context = self._contexts[sequence] = Context(blocks, complete, start)
+        if start >= end:
+            self._forget(sequence, chunk.start, chunk.start + chunk.n)
+            return None
+        begin = start // size
+        if chunk.samples and not any(token in sequence.request.stop_ids for token in output.tokens):
+            known = len(sequence.tokens) + len(output.tokens)
+            count = max(0, min(count, sequence.max_total_tokens - known - 1, len(blocks) * size - end + 1))
+        else:
+            count = 0
+        last = (end + max(0, count - 1) - 1) // size
+        rows = Rows(
+            sequence,
+            positions=range(start, end),
+            tokens=tokens[start - chunk.start :],
+            first=first + start - chunk.start,
+            before=len(context.complete) * size + start % size,
+            table=[*context.complete, *blocks[begin : last + 1]],
+            count=count,
+        )
+        context.complete += blocks[begin : end // size]
+        context.end = end
+        for i in range(begin, (end - 1) // size + 1):
+            self._rows_of[blocks[i]] = min(size, end - i * size)
+        return rows
+
+    def _forget(self, sequence: Sequence, start: int, end: int) -> None:
+        """Other rows of the sequence's blocks, from start to end, than those of the MTP layer have changed."""
+        for i in range(start // self.block_size, (end - 1) // self.block_size + 1):
+            block = sequence.blocks[i]
+            self._rows_of[block] = min(self._rows_of[block], max(0, start - i * self.block_size))
+
+    def _after(self, part: Rows) -> Rows:
+        """The row of the latest guess."""
+        end, before = part.positions.stop, part.before + len(part.positions)
+        token = part.sequence.drafts[-1]
+        return Rows(part.sequence, range(end, end + 1), [token], 0, before, part.table, part.count)
+
+    def _batch(self, parts: list[Rows]) -> Batch:
+        size = self.block_size
+        positions = [position for part in parts for position in part.positions]
+        blocks = [part.sequence.blocks[position // size] for part in parts for position in part.positions]
+        return Batch.of(
+            tokens=[token for part in parts for token in part.tokens],
+            positions=positions,
+            slot_mapping=[block * size + position % size for block, position in zip(blocks, positions)],
+            block_tables=[part.table for part in parts],
+            logits_indices=[],
+            query_lens=[len(part.positions) for part in parts],
+            seq_lens=[part.before + len(part.positions) for part in parts],
+        )
+
+
+class LookupSource:
+    """Guesses that what followed the last tokens before, in prompt or answer, follows them again.
+
+    longest, shortest: how many last tokens are compared; of all places that agree in the shortest, the one with which
+    most agree counts, of equals the latest.
+    """
+
+    lookahead = 0
+
+    def __init__(self, longest: int, shortest: int):
+        self.longest, self.shortest = longest, shortest
+        self._indexes: WeakKeyDictionary[Sequence, TokenIndex] = WeakKeyDictionary()
+
+    def propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int) -> None:
+        for chunk, output in zip(step.chunks, outputs, strict=True):
+            sequence = chunk.sequence
+            sequence.drafts = []
+            if not count or not output.tokens:
+                continue
+            index = self._indexes.get(sequence)
+            if index is None:
+                index = self._indexes[sequence] = TokenIndex(self.longest, self.shortest)
+            index.extend(sequence.tokens, output.tokens)
+            sequence.drafts = index.following(count)
+
+
+class TokenIndex:
+    """The tokens of one sequence, and for each few of them where the same ones have been before.
+
+    A token is looked at once; a look-up compares at most MOST places.
+    """
+
+    MOST = 16
+
+    def __init__(self, longest: int, shortest: int):
+        self.longest, self.shortest = longest, shortest
+        self.tokens: array[int] = array("q")
+        self._indexed = shortest - 1  # ends up to here have been entered
+        self._latest: dict[int, int] = {}  # hash of `shortest` tokens: where they have ended latest
+        self._earlier: array[int] = array("q", [0]) * shortest  # by end: where the same tokens have ended before, or 0
+
+    def extend(self, known: list[int], new: tuple[int, ...]) -> None:
+        """The sequence holds the tokens of `known`, which begin with those here, and then `new`."""
+        self.tokens.extend(known[len(self.tokens) :])
+        self.tokens.extend(new)
+
+    def following(self, count: int) -> list[int]:
+        """Up to `count` tokens that have followed the last ones before; they may be among the last ones themselves."""
+        tokens, size = self.tokens, len(self.tokens)
+        for end in range(self._indexed + 1, size):
+            key = hash(tuple(tokens[end - self.shortest : end]))
+            self._earlier.append(self._latest.get(key, 0))
+            self._latest[key] = end
+        self._indexed = max(self._indexed, size - 1)
+        if size <= self.shortest:
+            return []
+        best, place = 0, 0
+        end = self._latest.get(hash(tuple(tokens[size - self.shortest :])), 0)
+        for _ in range(self.MOST):
+            if not end or best == self.longest:
+                break
+            same = 0
+            while same < self.longest and same < end and tokens[end - 1 - same] == tokens[size - 1 - same]:
+                same += 1
+            if same > best:
+                best, place = same, end
+            end = self._earlier[end]
+        if best < self.shortest:
+            return []
+        found = list(tokens[place : place + count])
+        while len(found) < count:  # the last tokens repeat each other
+            found.append(found[len(found) - (size - place)])
+        return found
