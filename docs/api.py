@@ -19,6 +19,8 @@ MODULES = (
     "glimmer.checkpoint.formats.base",
     "glimmer.group",
     "glimmer.parallel",
+    "glimmer.text.parse",
+    "glimmer.text.answers",
 )
 
 

@@ -56,6 +56,7 @@ __all__ = [
     "ToolCallStart",
     "answer_format",
     "collect",
+    "parse_answer",
     "random_call_id",
     "thinking_open",
 ]
@@ -442,6 +443,19 @@ class AnswerParser:
     def _take(self) -> list[Event]:
         events, self._events = merged(self._events), []
         return events
+
+
+def parse_answer(
+    text: str,
+    format: AnswerFormat,
+    tools: Sequence[dict[str, Any]] | None = None,
+    thinking: bool = False,
+    *,
+    stopped: bool = False,
+) -> ParsedAnswer:
+    """An answer that is there as a whole; the arguments are those of AnswerParser and its finish()."""
+    parser = AnswerParser(format, tools, thinking)
+    return collect([*parser.push(text), *parser.finish(stopped=stopped)])
 
 
 def _function(tool: Any) -> tuple[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glimmer import LLM
 from glimmer.errors import RequestError
 from glimmer.text.answers import merged
 from glimmer.text.chat import ChatTemplate
@@ -25,6 +26,7 @@ from glimmer.text.parse import (
     ToolCallStart,
     answer_format,
     collect,
+    parse_answer,
     random_call_id,
     thinking_open,
 )
@@ -639,3 +641,19 @@ def test_hostile_answers_in_small_pieces_cost_what_others_do(opening):
 def test_a_megabyte_of_tags_is_read_within_seconds():
     for unit in ("<", "<tool_call>", "</tool_call>x"):
         assert cost("<tool_call>f<arg_key>text</arg_key><arg_value>" + unit * ((1 << 20) // len(unit)), 1 << 20) < 20
+
+
+# ── a real answer ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.slow
+def test_an_answer_of_the_demo_model_is_read_as_the_readme_says():
+    with LLM(model=str(checkpoints.DEMO), device="cpu") as llm:
+        format = answer_format(llm.chat_template.source, llm.tokenizer.added_names)
+        assert format == AnswerFormat()
+        out = llm.chat([{"role": "user", "content": "What is the capital of France?"}], tools=TOOLS)[0]
+        answer = parse_answer(out.outputs[0].text, format, TOOLS, thinking_open(out.prompt, format))
+        assert answer.content and not re.search("|".join(TAGS), answer.content)
+        pieces = [piece.text for piece in llm.stream(out.prompt)]
+        events = parse(pieces, thinking=thinking_open(out.prompt, format))
+        assert collect(events) == parse_answer("".join(pieces), format, TOOLS, thinking_open(out.prompt, format))
