@@ -13,7 +13,7 @@ import logging
 import queue
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
@@ -28,15 +28,17 @@ from glimmer.config import EngineConfig, SamplingParams, generation_defaults
 from glimmer.engine.engine import Engine
 from glimmer.engine.loop import Loop
 from glimmer.engine.profile import Profile
-from glimmer.engine.ranks import Call, ParentRequest
+from glimmer.engine.ranks import Call, Client, ParentRequest
 from glimmer.engine.runner import Runner
+from glimmer.engine.sequence import Constraint
 from glimmer.engine.speculation import make_speculation
 from glimmer.errors import CheckpointError, ConfigError, RequestError, shown
 from glimmer.group import Group
 from glimmer.hub import model_directory
 from glimmer.model_config import ModelConfig
 from glimmer.outputs import Delta, Event, Reader, RequestMetrics, RequestOutput
-from glimmer.text.chat import ChatTemplate, check_turn, choose_mark, mark_content
+from glimmer.text import rendering
+from glimmer.text.chat import ChatTemplate
 from glimmer.text.hf_tokenizer import HFTokenizer
 from glimmer.text.tokenizer import Tokenizer
 
@@ -46,14 +48,18 @@ OnLoad = Callable[[int, int], None]
 
 MAX_LOGPROBS = 1 << 23  # log-probabilities of one request; each takes some 200 bytes
 PROMPT_KEYS = ("prompt", "prompt_token_ids")
-RENDERING = (
-    "tools",
-    "chat_template_kwargs",
-    "chat_template",
-    "add_generation_prompt",
-    "continue_final_message",
-    "special_tokens_in_content",
-)
+RENDERING = rendering.OPTIONS
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an engine has to do: answers that are computed and that wait, blocks of the cache, preemptions so far."""
+
+    running: int
+    waiting: int
+    free_blocks: int
+    num_blocks: int
+    preemptions: int
 
 
 class LLM:
@@ -194,6 +200,18 @@ class LLM:
     def limits(self) -> dict[str, float] | None:
         """What this machine can do at best, measured now: see Backend.limits."""
         return self._runner.backend.limits()
+
+    @property
+    def load(self) -> Load:
+        """How much there is to do at this moment, and how much has been done; other threads change it all the while."""
+        scheduler = self._engine.scheduler
+        return Load(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + self._loop.num_waiting,
+            free_blocks=scheduler.blocks.free,
+            num_blocks=scheduler.blocks.count,
+            preemptions=scheduler.preemptions,
+        )
 
     @property
     def kernels(self) -> str | None:
@@ -376,28 +394,22 @@ class LLM:
             <|assistant|> or /nothink: "control" tokens, as in transformers and vLLM; or "text", the letters that they
             are, where these messages are not to be trusted.
         """
-        kwargs = _mapping("chat_template_kwargs", chat_template_kwargs)
-        if own := sorted({"messages", *RENDERING} & set(kwargs)):
-            raise RequestError(
-                "chat_template_kwargs",
-                f"{own} among chat_template_kwargs",
-                "variables of the template's own, such as enable_thinking",
-                "pass messages, tools and the others as arguments",
-            )
-        if special_tokens_in_content not in ("control", "text"):
-            found = f"special_tokens_in_content={shown(special_tokens_in_content)}"
-            raise RequestError("special_tokens_in_content", found, "'control' or 'text'", "choose one of these")
         template = self.chat_template
         if chat_template is not None:
             template = ChatTemplate(_text("chat_template", chat_template), "chat_template")
-        check_turn(messages, add_generation_prompt, continue_final_message)
-        kwargs |= {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
-        text = template.render(messages, tools=tools, **kwargs)
-        if special_tokens_in_content == "control" or self.tokenizer is None:
+        text, mark = rendering.render(
+            template,
+            self.tokenizer,
+            messages,
+            tools,
+            chat_template_kwargs,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            special_tokens_in_content=special_tokens_in_content,
+        )
+        if not mark:
             return {"prompt": text, "prompt_token_ids": self._encode(text, add_special_tokens=False)}
-        mark = choose_mark(text)
-        text = template.render(mark_content(messages, self.tokenizer.added_names, mark), tools=tools, **kwargs)
-        ids = self.tokenizer.encode_marked(text, mark, self.max_model_len)
+        ids = rendering.encode(self.get_tokenizer(), text, mark, self.max_model_len)
         return {"prompt": text.replace(mark, ""), "prompt_token_ids": ids}
 
     # ------------------------------------------------------------------ piece by piece
@@ -475,6 +487,30 @@ class LLM:
         """A call whose pieces are delivered as they come."""
         reader = Reader([(output, params)], self.tokenizer, deliver, piecewise=True)
         return Call([self._parent_request(output, params)], reader)
+
+    # ------------------------------------------------------------------ token ids, for a client of one's own
+
+    def submit(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        client: Client,
+        constraints: Sequence[Constraint] = (),
+    ) -> Call:
+        """Have the engine's thread hand what it makes of a prompt to `client` (engine/ranks.py), as token ids.
+
+        For programs that make text themselves, such as a server. constraints: none, or one for each answer. Raises
+        RequestError if the prompt cannot be served, EngineError if the engine has ended.
+        """
+        output = self._checked({"prompt_token_ids": prompt_token_ids}, params)
+        parent = replace(self._parent_request(output, params), constraints=tuple(constraints))
+        call = Call([parent], client)
+        self._loop.submit(call)
+        return call
+
+    def cancel(self, call: Call) -> None:
+        """End what is left of a call that `submit` returned. Does not wait; its client hears of what was left."""
+        self._loop.cancel(call, wait=False)
 
     # ------------------------------------------------------------------ the way of one request
 
@@ -652,13 +688,6 @@ def _text(name: str, given: Any) -> str:
     if not isinstance(given, str):
         raise RequestError(name, f"{name}={shown(given)}", "a text", "pass a text, or leave it out")
     return given
-
-
-def _mapping(name: str, given: Any) -> dict[str, Any]:
-    """A copy of a table of variables, which may be None. RequestError if it is anything else."""
-    if given is not None and not (isinstance(given, Mapping) and all(isinstance(key, str) for key in given)):
-        raise RequestError(name, f"{name}={shown(given)}", "{name: value}", "pass names and values, or None")
-    return dict(given or {})
 
 
 class _Profile(Profile):

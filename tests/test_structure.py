@@ -20,6 +20,7 @@ LEVELS = (
     ("engine",),
     ("outputs",),
     ("llm",),
+    ("server",),
     ("cli", "mindformers", "__main__", "__init__"),
 )
 LEVEL = {package: number for number, level in enumerate(LEVELS) for package in level}
@@ -59,6 +60,11 @@ FORBIDDEN = {
         ("glimmer.model", "glimmer.backends", "glimmer.checkpoint", "glimmer.engine", "torch"),
     ),
     "mindformers/options": ("torch", "glimmer.llm"),
+    **{
+        f"server/{path.stem}": ("torch", "glimmer.llm", "glimmer.outputs", "glimmer.engine", "glimmer.parallel")
+        for path in (PACKAGE / "server").glob("*.py")
+        if path.stem != "engine_process"
+    },
 }
 
 

@@ -14,6 +14,7 @@ from glimmer.errors import ConfigError
 
 COMMANDS = {
     "predict": "answer one prompt, several, or a file of them",
+    "serve": "answer over HTTP: OpenAI's API, and others",
     "demo": "a city, a sum and a tool call, with their speed",
     "bench": "measure loading, prefill and decode on this machine",
     "quantize": "write a checkpoint with int8 or int4 matrices",

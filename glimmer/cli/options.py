@@ -30,13 +30,14 @@ from glimmer.cli.lazy import lazy
 from glimmer.config import EngineConfig, SamplingParams
 from glimmer.errors import ConfigError, RequestError
 from glimmer.foreign import parse_json, read_text
+from glimmer.server.settings import ServerConfig
 
 if TYPE_CHECKING:
     import omegaconf
 else:
     omegaconf = lazy("omegaconf")
 
-Config = TypeVar("Config", EngineConfig, SamplingParams)
+Config = TypeVar("Config", EngineConfig, SamplingParams, ServerConfig)
 T = TypeVar("T")
 Kind = Callable[[Any], Any]
 
@@ -244,6 +245,29 @@ WORDS = {
     "logprobs": Words("N", "log-probabilities of the N likeliest tokens, for each token of the answer"),
     "prompt_logprobs": Words("N", "the same for each token of the prompt"),
     "truncate_prompt_tokens": Words("N", "keep the last N tokens of the prompt; -1: as many as the context holds"),
+    # ServerConfig
+    "host": Words("ADDRESS", "listen at this address; 0.0.0.0 is all of them"),
+    "port": Words("N", "listen at this port; 0 is any free one"),
+    "uds": Words("PATH", "listen on this unix socket, and not at an address"),
+    "api_key": Words("KEY", "answer only who sends this key; @FILE has a key on each line; may be repeated"),
+    "served_model_name": Words(
+        "NAME", "the model's name in answers; may be repeated", "as MODEL is written", ("-a", "--alias")
+    ),
+    "root_path": Words("PATH", "the path under which a proxy serves this server", None, ("--api-prefix",)),
+    "ssl_certfile": Words("FILE", "serve HTTPS with this certificate", None, ("--ssl-cert-file",)),
+    "ssl_keyfile": Words("FILE", "the key of the certificate", None, ("--ssl-key-file",)),
+    "allowed_origins": Words("ORIGIN", "a web page of another server that may ask; * is all; may be repeated"),
+    "max_queue_requests": Words(
+        "N", "requests that may wait for their first token; further ones get 503", None, ("--max-queued-requests",)
+    ),
+    "max_queue_tokens": Words("N", "tokens of their prompts together"),
+    "max_body_bytes": Words("SIZE", "the longest body of a request"),
+    "max_answers": Words("N", "the largest n of a request"),
+    "max_logprobs": Words("N", "the most log-probabilities for a token"),
+    "keep_alive": Words("SECONDS", "of silence, after which a stream gets a comment"),
+    "stalled_client": Words("SECONDS", "after which a client that reads nothing is given up"),
+    "shutdown_timeout": Words("SECONDS", "that SIGTERM leaves to what is being answered"),
+    "on_engine_death": Words("NAME", "restart the engine when its process dies, or exit", choices=("restart", "exit")),
 }
 
 
@@ -285,6 +309,7 @@ def _kind(name: str, hint: Any) -> tuple[Kind, tuple[str, ...], bool]:
 ENGINE = options_of(EngineConfig)
 SAMPLING = options_of(SamplingParams)
 TABLES = {key for key, option in (ENGINE | SAMPLING).items() if option.kind in (biases, speculation)}  # no sections
+SERVER = options_of(ServerConfig)
 MAX_YAML = 1 << 20  # bytes of a file of settings
 
 GENERAL = {"config": Option(path, "FILE.yaml", "read settings from this file; what is typed is stronger")}
@@ -718,7 +743,7 @@ class Command:
 
 def unknown_variables() -> list[str]:
     """A line for each variable in the environment that looks like a setting and is none."""
-    known = {f"GLIMMER_{key.upper()}" for key in ENGINE | SAMPLING} | OTHER_VARIABLES
+    known = {f"GLIMMER_{key.upper()}" for key in ENGINE | SAMPLING | SERVER} | OTHER_VARIABLES
     lines: list[str] = []
     for name in sorted(name for name in os.environ if name.startswith("GLIMMER_") and name not in known):
         near = difflib.get_close_matches(name, known, 1, 0.8)

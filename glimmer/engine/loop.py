@@ -102,6 +102,11 @@ class Loop:
         """Nothing is being answered, and nobody has asked for anything."""
         return not (self._open_requests or self._records or self.engine.busy) and self._inbox.empty()
 
+    @property
+    def num_waiting(self) -> int:
+        """Answers that have not begun, about: other threads change it."""
+        return sum(one.parent.params.n - one.begun for one in list(self._queue.values()))
+
     def submit(self, call: Call) -> None:
         """Begin to answer. Raises EngineError if the engine is dead or closed, or within a client's method."""
         if threading.current_thread() is self._thread:

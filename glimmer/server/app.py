@@ -1,0 +1,128 @@
+"""The FastAPI application: who may ask, what there is to ask, and the shape of every refusal.
+
+Each API has a file with its routes; this one joins them, and adds what all servers have: health, version, the page.
+Not here: sockets and processes (http_process.py).
+"""
+
+import logging
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from glimmer import __version__
+from glimmer.errors import GlimmerError
+from glimmer.server import openai
+from glimmer.server.exchange import json_response
+from glimmer.server.failures import Failure, Refusal, failure_of, shape_for
+from glimmer.server.service import Service
+from glimmer.server.settings import Keys
+
+log = logging.getLogger("glimmer.server")
+
+WEB = Path(__file__).parent / "web"
+OPEN = ("/health",)  # paths that need no key
+
+
+def make_app(service: Service) -> FastAPI:
+    """The application. Raises ConfigError if a file of keys cannot be read."""
+    config = service.config
+    keys = Keys(config.api_key or ())
+    app = FastAPI(title="glimmer", version=__version__, root_path=config.root_path, redirect_slashes=False)
+    app.state.service = service
+    app.include_router(openai.router)
+    _add_general(app, service)
+    for kind in (GlimmerError, Refusal, HTTPException, Exception):
+        app.add_exception_handler(kind, _failed)
+    app.add_exception_handler(ClientDisconnect, _left)
+    if (WEB / "index.html").is_file():
+        app.mount("/", StaticFiles(directory=WEB, html=True))
+    if keys:
+        app.add_middleware(Door, keys=keys)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(config.allowed_origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    return app
+
+
+def _add_general(app: FastAPI, service: Service) -> None:
+    """What says how the server is."""
+
+    @app.get("/health")
+    async def health() -> Response:
+        """200 where requests are answered; 503 while the model is being loaded, and when there is no engine."""
+        state = service.client.state
+        if state == "ready":
+            return json_response({"status": "ok"})
+        return json_response({"status": state, "error": service.client.absent().found}, 503, {"Retry-After": "5"})
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """200 where new requests are welcome; 503 also while the server is shutting down, or too much is waiting."""
+        if service.draining or service.num_waiting >= service.config.max_queue_requests:
+            return json_response({"status": "draining" if service.draining else "full"}, 503)
+        return await health()
+
+    @app.get("/version")
+    async def version() -> Response:
+        """The version of glimmer."""
+        return json_response({"version": __version__})
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """The response to a request that is refused, or that has failed."""
+    if isinstance(error, HTTPException):
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        failure = Failure(error.status_code, f"{request.method} {request.url.path}: {error.detail}"[:300], code=code)
+        headers = dict(error.headers or {})
+    else:
+        failure, headers = failure_of(error), {}
+        if failure.status == 500:
+            log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    content = shape_for(request.url.path)(failure)
+    return json_response(content, failure.status, headers | failure.headers)
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    """The client has left: nobody reads this."""
+    return Response(status_code=499)
+
+
+class Door:
+    """Lets in who has a key: as `Authorization: Bearer KEY`, or `x-api-key: KEY`."""
+
+    def __init__(self, app: ASGIApp, keys: Keys):
+        self._app, self._keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI wants it."""
+        if scope["type"] == "http" and not self._is_open(scope) and not self._keys.open_with(_key(scope)):
+            failure = Failure(401, "no key, or a wrong one", "authentication_error", code="invalid_api_key")
+            content = shape_for(scope["path"])(failure)
+            await JSONResponse(content, failure.status, failure.headers)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _is_open(self, scope: Scope) -> bool:
+        """The state of health; and the page, which is the same for everybody, and asks for a key itself."""
+        path = scope["path"]
+        if path in OPEN or (scope["method"] == "OPTIONS" and _header(scope, b"origin")):
+            return True
+        page = WEB / ("index.html" if path == "/" else path.lstrip("/"))
+        return scope["method"] in ("GET", "HEAD") and page.is_file() and page.resolve().is_relative_to(WEB)
+
+
+def _key(scope: Scope) -> str:
+    kind, _, key = _header(scope, b"authorization").partition(" ")
+    return key.strip() if kind.lower() == "bearer" else _header(scope, b"x-api-key")
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")

@@ -1,0 +1,266 @@
+"""The engine process: loads the model, answers what comes over the socket in token ids, and ends with the HTTP process.
+
+    python -m glimmer.server.engine_process SOCKET '{"model": DIR, ...}'      EngineConfig's fields as JSON
+
+Rank 0 connects to the socket; other ranks take part in what it computes. Three threads share the work: this file's
+reader hands requests to the engine's loop (engine/loop.py), the loop's own thread collects what a step brought to each
+request, and the sender writes all of it as one message. Where the socket ends, the HTTP process is gone, and this
+process ends at once, even while it is loading. Not here: text, stop strings, HTTP.
+"""
+
+import json
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from glimmer.config import SamplingParams
+from glimmer.engine.ranks import Call
+from glimmer.engine.sequence import Logprob, Output
+from glimmer.errors import EngineError, GlimmerError
+from glimmer.llm import LLM
+from glimmer.parallel import world
+from glimmer.server import wire
+
+CONNECT = 60.0  # seconds that the HTTP process may take to listen
+LAST_WORDS = 2.0  # seconds that the last message may take
+
+
+class Connection:
+    """The socket to the HTTP process. Messages are sent by a thread of their own, many pieces of tokens as one."""
+
+    def __init__(self, path: str):
+        self._socket = _connect(path)
+        self._incoming = self._socket.makefile("rb", buffering=1 << 16)
+        self._outgoing: queue.SimpleQueue[wire.FromEngine | list[wire.Piece] | None] = queue.SimpleQueue()
+        self._sender = threading.Thread(target=self._send, name="glimmer-sender", daemon=True)
+        self._sender.start()
+
+    def send(self, message: wire.FromEngine | list[wire.Piece]) -> None:
+        """Send a message, or pieces, after all that were given before. Does not wait."""
+        self._outgoing.put(message)
+
+    def receive(self) -> wire.ToEngine | None:
+        """Wait for the next message. None if there is no HTTP process any more, or it speaks another language."""
+        try:
+            head = self._incoming.read(wire.LENGTH.size)
+            if len(head) < wire.LENGTH.size:
+                return None
+            length = wire.length_of(head)
+            content = self._incoming.read(length)
+            return wire.to_engine(content) if len(content) == length else None
+        except (OSError, ValueError, wire.FrameError):
+            return None
+
+    def finish(self) -> None:
+        """Send what is still to be sent."""
+        self._outgoing.put(None)
+        self._sender.join(LAST_WORDS)
+
+    def _send(self) -> None:
+        try:
+            while (message := self._outgoing.get()) is not None:
+                if not isinstance(message, list):
+                    self._socket.sendall(wire.frame(message))
+                    continue
+                pieces = message
+                following: wire.FromEngine | list[wire.Piece] | None = []
+                while isinstance(following, list):
+                    pieces += following
+                    try:
+                        following = self._outgoing.get_nowait()
+                    except queue.Empty:
+                        break
+                self._socket.sendall(wire.frame(wire.Tokens(pieces)))
+                if following is None:
+                    return
+                if not isinstance(following, list):
+                    self._socket.sendall(wire.frame(following))
+        except OSError:
+            pass  # the reader hears of it, too
+
+
+class Requester:
+    """The client (engine/ranks.py) of one request of the HTTP process."""
+
+    def __init__(self, id: int, answers: int, connection: Connection, gone: Callable[[int], object]):
+        self.id, self._left, self._connection, self._gone = id, answers, connection, gone
+        self.call: Call | None = None
+        self.unwanted: set[int] = set()  # answers that have had their last token
+        self._new: list[wire.Piece] = []
+
+    def put(self, prompt: int, answer: int, output: Output) -> bool:
+        """As Client.put."""
+        finish = output.finish_reason
+        self._new.append(
+            wire.Piece(
+                self.id,
+                answer,
+                list(output.token_ids),
+                None if finish is None else finish.value,
+                output.num_cached_tokens,
+                [_logprobs(place, id) for place, id in zip(output.logprobs, output.token_ids)],
+                [_logprobs(place) for place in output.prompt_logprobs],
+                None if output.problem is None else wire.Problem.of(output.problem),
+            )
+        )
+        if finish is not None:
+            self._left -= 1
+            if self._left == 0:
+                self._gone(self.id)
+        return answer in self.unwanted
+
+    def after_step(self, new: int) -> None:
+        """As Client.after_step."""
+        if self._new:
+            pieces, self._new = self._new, []
+            self._connection.send(pieces)
+
+    def end(self, error: BaseException) -> None:
+        """As Client.end."""
+        self._gone(self.id)
+        self._connection.send(wire.Ended(self.id, wire.Problem.of(error)))
+
+
+class EngineProcess:
+    """Rank 0: the model, and the requests of the HTTP process."""
+
+    def __init__(self, connection: Connection, llm: LLM):
+        self._connection, self._llm = connection, llm
+        self._open: dict[int, Requester] = {}
+
+    def run(self, incoming: "queue.SimpleQueue[wire.ToEngine | None]") -> bool:
+        """Answer until the HTTP process says that it is enough (True), or is gone (False)."""
+        threading.Thread(target=self._report, name="glimmer-heartbeat", daemon=True).start()
+        while (message := incoming.get()) is not None:
+            if isinstance(message, wire.Close):
+                return True
+            if isinstance(message, wire.Cancel):
+                self._cancel(message)
+            else:
+                self._submit(message)
+        return False
+
+    def _submit(self, message: wire.Submit) -> None:
+        try:
+            params = SamplingParams(**message.params)
+            requester = Requester(message.id, params.n, self._connection, lambda id: self._open.pop(id, None))
+            self._open[message.id] = requester
+            requester.call = self._llm.submit(message.prompt_token_ids, params, requester)
+        except GlimmerError as error:
+            self._open.pop(message.id, None)
+            self._connection.send(wire.Ended(message.id, wire.Problem.of(error)))
+
+    def _cancel(self, message: wire.Cancel) -> None:
+        requester = self._open.get(message.id)
+        if requester is None or requester.call is None:
+            return
+        if message.answer is not None:
+            requester.unwanted.add(message.answer)
+        else:
+            self._llm.cancel(requester.call)
+
+    def _report(self) -> None:
+        """Signs of life."""
+        while True:
+            load = self._llm.load
+            self._connection.send(
+                wire.Alive(load.running, load.waiting, load.free_blocks, load.num_blocks, load.preemptions)
+            )
+            time.sleep(wire.HEARTBEAT)
+
+
+def serve(path: str, settings: dict[str, Any]) -> int:
+    """Rank 0's part: connect, load, answer. Returns the exit code. Other ranks: `follow`."""
+    connection = Connection(path)
+    incoming: queue.SimpleQueue[wire.ToEngine | None] = queue.SimpleQueue()
+    loaded = threading.Event()
+
+    def read() -> None:
+        message: wire.ToEngine | None
+        while (message := connection.receive()) is not None:
+            if isinstance(message, wire.Close) and not loaded.is_set():
+                os._exit(0)
+            incoming.put(message)
+        if not loaded.is_set():
+            os._exit(1)
+        incoming.put(None)
+        time.sleep(LAST_WORDS)  # a step that takes long
+        os._exit(1)
+
+    threading.Thread(target=read, name="glimmer-reader", daemon=True).start()
+    try:
+        llm = LLM(**settings, on_load=lambda done, total: connection.send(wire.Loading(done, total)))
+    except Exception as error:
+        code = error.exit_code if isinstance(error, GlimmerError) else EngineError.exit_code
+        connection.send(wire.Failed(wire.Problem.of(error), code))
+        connection.finish()
+        return code
+    loaded.set()
+    connection.send(
+        wire.Ready(
+            llm.max_model_len,
+            llm.model_config.vocab_size,
+            llm.load.num_blocks,
+            llm.config.block_size,
+            llm.config.max_num_seqs,
+            llm.size,
+            str(llm.group.device),
+        )
+    )
+    in_order = EngineProcess(connection, llm).run(incoming)
+    connection.finish()
+    llm.close()
+    return 0 if in_order else EngineError.exit_code
+
+
+def follow(settings: dict[str, Any]) -> int:
+    """The part of a rank other than 0."""
+    llm = LLM(**settings)
+    llm.follow()
+    llm.close()
+    return 0
+
+
+def _connect(path: str) -> socket.socket:
+    deadline = time.monotonic() + CONNECT
+    while True:
+        connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connected.connect(path)
+            return connected
+        except OSError as error:
+            connected.close()
+            if time.monotonic() > deadline:
+                raise EngineError(
+                    f"{path} does not answer: {error.strerror}",
+                    "the HTTP process to listen there",
+                    "see what it said",
+                ) from None
+            time.sleep(0.05)
+
+
+def _logprobs(place: dict[int, Logprob], first: int | None = None) -> list[wire.Logprob]:
+    """The log-probabilities at a place, the one of token `first` in front."""
+    ids: Sequence[int] = list(place) if first is None else [first, *(id for id in place if id != first)]
+    return [wire.Logprob(id, place[id].logprob, place[id].rank) for id in ids]
+
+
+def main(argv: list[str]) -> int:
+    """As a program of its own: see the top."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the HTTP process, which then ends this one
+    path, settings = argv[0], json.loads(argv[1])
+    try:
+        return serve(path, settings) if world()[0] == 0 else follow(settings)
+    except GlimmerError as error:
+        print(f"glimmer serve: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,179 @@
+"""The HTTP process: sockets, signals, and the beginning and the end of the server.
+
+    run(config, model, command)   listens at once, starts the engine process, answers /health with 503 until it is ready
+
+SIGTERM and SIGINT end the server in order: no new requests, those that run have `shutdown_timeout` seconds, and the
+engine process ends last. A second signal ends everything at once. Not here: routes (app.py), the engine (client.py).
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import stat
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import uvicorn
+
+from glimmer.errors import ConfigError, EngineError
+from glimmer.server.app import make_app
+from glimmer.server.client import EngineClient
+from glimmer.server.service import Service
+from glimmer.server.settings import ServerConfig
+
+log = logging.getLogger("glimmer.server")
+
+MAX_HEADERS = 64 << 10  # bytes of the headers of a request
+IDLE = 75  # seconds for which a connection without requests is kept
+LAST_WORDS = 2.0  # seconds that streams have to say that the server ends
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signals: see `_until_told`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals to this file."""
+        yield
+
+
+def run(config: ServerConfig, model: str, command: Sequence[str] | None, path: str | None = None) -> int:
+    """Serve until told to end, or until there is no engine; returns the exit code.
+
+    command, path: as EngineClient's. Raises ConfigError for an address that cannot be had, CheckpointError for a model
+    without a tokenizer, and what the engine process says when it cannot begin.
+    """
+    return asyncio.run(_run(config, model, command, path))
+
+
+async def _run(config: ServerConfig, model: str, command: Sequence[str] | None, path: str | None) -> int:
+    listener = _listen(config)
+    client = EngineClient(command, path, restart=config.on_engine_death == "restart")
+    service = Service(config, model, client)
+    server = _Server(
+        uvicorn.Config(
+            make_app(service),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            timeout_keep_alive=IDLE,
+            ssl_certfile=config.ssl_certfile,
+            ssl_keyfile=config.ssl_keyfile,
+            h11_max_incomplete_event_size=MAX_HEADERS,
+        )
+    )
+    told = _signals()
+    serving: asyncio.Task[None] | None = None
+    try:
+        await client.start()
+        serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+        _say(f"listening on {_address(config, listener)}; the model is being loaded")
+        announcing = asyncio.ensure_future(_announce(client, config, listener))
+        await _first(told.wait(), client.died.wait(), serving)
+        announcing.cancel()
+        if told.is_set():
+            await _drain(service, server, serving, told, config.shutdown_timeout)
+            return 0
+        if client.died.is_set():
+            server.should_exit = server.force_exit = True
+            await asyncio.wait({serving}, timeout=LAST_WORDS)
+            raise client.problem or EngineError("the engine has ended", "an engine that runs", "start it again")
+        return EngineError.exit_code
+    finally:
+        server.should_exit = server.force_exit = True
+        await client.close()
+        if serving is not None:
+            await asyncio.wait({serving}, timeout=LAST_WORDS)
+        service.close()
+        listener.close()
+        if config.uds is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(config.uds)
+
+
+async def _drain(
+    service: Service, server: uvicorn.Server, serving: "asyncio.Task[None]", told: asyncio.Event, seconds: float
+) -> None:
+    """End in order: what is being answered has so many seconds, or until the second signal."""
+    told.clear()
+    service.draining = True
+    if service.client.open:
+        _say(f"shutting down: {service.client.open} requests have {seconds:g} s to end; a second signal ends them now")
+    server.should_exit = True
+    again = asyncio.ensure_future(told.wait())
+    await asyncio.wait({serving, again}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    again.cancel()
+    if not serving.done():
+        await service.client.close()  # streams say why they end
+        await asyncio.wait({serving}, timeout=LAST_WORDS)
+
+
+async def _announce(client: EngineClient, config: ServerConfig, listener: socket.socket) -> None:
+    """Say each time when the model is ready."""
+    while True:
+        await client.loaded.wait()
+        ready = client.ready
+        assert ready is not None
+        tokens = ready.num_blocks * ready.block_size
+        _say(
+            f"ready on {_address(config, listener)}: {ready.device} x {ready.ranks}, context {ready.max_model_len} "
+            f"tokens, cache {tokens} tokens"
+        )
+        while client.loaded.is_set():
+            await asyncio.sleep(1)
+
+
+async def _first(*waits: "asyncio.Future[None] | object") -> None:
+    """Wait for one of several."""
+    tasks = [asyncio.ensure_future(one) for one in waits]  # type: ignore[type-var]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)  # type: ignore[type-var]
+
+
+def _signals() -> asyncio.Event:
+    """An event that SIGTERM and SIGINT set."""
+    told = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, told.set)
+    return told
+
+
+def _listen(config: ServerConfig) -> socket.socket:
+    """The socket of the server. ConfigError if the address cannot be had."""
+    try:
+        if config.uds is not None:
+            with contextlib.suppress(FileNotFoundError):
+                if stat.S_ISSOCK(os.stat(config.uds).st_mode):
+                    os.unlink(config.uds)  # of a server that was killed
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            listener.bind(config.uds)
+            listener.listen(2048)
+        else:
+            family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+            listener = socket.create_server((config.host, config.port), family=family, backlog=2048)
+    except OSError as error:
+        place = config.uds or f"{config.host}:{config.port}"
+        raise ConfigError(
+            f"{place} cannot be listened on: {error.strerror or error}",
+            "an address of this machine and a free port",
+            "choose another --port, or --host; `ss -ltnp` shows who has it",
+        ) from None
+    listener.setblocking(False)
+    return listener
+
+
+def _address(config: ServerConfig, listener: socket.socket) -> str:
+    if config.uds is not None:
+        return f"unix:{Path(config.uds).absolute()}"
+    host, port = listener.getsockname()[:2]
+    return f"http{'s' * bool(config.ssl_certfile)}://{f'[{host}]' if ':' in host else host}:{port}{config.root_path}"
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):
+        print(f"glimmer serve: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,280 @@
+"""OpenAI's API: chat completions, completions, models, and the tokens of a text. It translates, and does nothing else.
+
+A stream begins with a chunk that has the role, goes on with pieces of reasoning (under both names that clients look
+for), of text and of tool calls, and ends for each answer with an empty delta that has the finish_reason. Not here: what
+the fields may be (openai_types.py), the answers themselves (service.py).
+"""
+
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from glimmer.config import SamplingParams
+from glimmer.errors import RequestError, shown
+from glimmer.server.answer import Delta, Finished, Place
+from glimmer.server.exchange import EventStream, begun, chunks_of, convert, json_response, read_object, until_gone
+from glimmer.server.openai_types import (
+    ChatBody,
+    Sampling,
+    refuse_unsupported,
+)
+from glimmer.server.service import ChatRequest, Done, Events, Service, Usage
+from glimmer.text import parse
+
+router = APIRouter()
+Chunk = dict[str, Any]
+
+NO_EFFORT = ("none", "minimal")  # of reasoning_effort: the model answers without thinking
+LOWEST = -9999.0  # in place of minus infinity, which JSON has not
+
+
+# ---------------------------------------------------------------------- chat completions
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(request: Request) -> Response:
+    """Answer a conversation."""
+    service: Service = request.app.state.service
+    raw = await read_object(request, service)
+    refuse_unsupported(raw, "/v1/chat/completions")
+    body = convert(raw, ChatBody)
+    events = service.chat(chat_request(body, service))
+    head = Head("chatcmpl", "chat.completion", service)
+    if body.stream:
+        usage = _usage_wanted(body)
+        return EventStream(chunks_of(_chat_chunks(await begun(events), head, body, usage)), service)
+    return json_response(await until_gone(request, _chat_answer(events, head, body)))
+
+
+def chat_request(body: ChatBody, service: Service) -> ChatRequest:
+    """What a body asks for. RequestError names the field at fault."""
+    limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    logprobs = _chat_logprobs(body, service)
+    kwargs = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        kwargs.setdefault("enable_thinking", body.reasoning_effort not in NO_EFFORT)
+    if body.thinking is not None:
+        if body.thinking.type not in (None, "enabled", "disabled", "auto", "adaptive"):
+            found = f"thinking.type={shown(body.thinking.type)}"
+            raise RequestError("thinking.type", found, "enabled or disabled", "correct thinking.type")
+        kwargs.setdefault("enable_thinking", body.thinking.type != "disabled")
+        if body.thinking.clear_thinking is not None:
+            kwargs.setdefault("clear_thinking", body.thinking.clear_thinking)
+    given = body.continue_final_message or False
+    prompt = body.add_generation_prompt if body.add_generation_prompt is not None else not given
+    return ChatRequest(
+        messages=body.messages,
+        params=sampling_params(body, service, max_tokens=limit, logprobs=logprobs),
+        tools=body.tools or None,
+        tool_choice=body.tool_choice,
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        chat_template_kwargs=kwargs,
+        add_generation_prompt=prompt,
+        continue_final_message=given,
+        special_tokens_in_content=body.special_tokens_in_content or "control",
+        thinking_token_budget=body.thinking_token_budget,
+        cache_salt=body.cache_salt or "",
+    )
+
+
+def _chat_logprobs(body: ChatBody, service: Service) -> int | None:
+    if body.top_logprobs and not body.logprobs:
+        found = f"top_logprobs={body.top_logprobs} without logprobs"
+        raise RequestError("top_logprobs", found, "top_logprobs with logprobs: true", "add logprobs: true")
+    if not body.logprobs:
+        return None
+    return _at_most(service.config.max_logprobs, "top_logprobs", body.top_logprobs or 0)
+
+
+def sampling_params(body: Sampling, service: Service, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    """The sampling parameters of a body, with the model's own in place of what it does not say."""
+    names = (
+        "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+        "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens",
+        "allowed_token_ids", "bad_words", "skip_special_tokens", "truncate_prompt_tokens",
+    )  # fmt: skip
+    given = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
+    given["logit_bias"] = {_token_id(id): bias for id, bias in (body.logit_bias or {}).items()}
+    _at_most(service.config.max_answers, "n", body.n or 1)
+    return SamplingParams(**service.defaults | given | {"max_tokens": max_tokens, "logprobs": logprobs})
+
+
+def _token_id(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise RequestError("logit_bias", f"logit_bias for {shown(text)}", "token ids as keys", "correct logit_bias")
+    return int(text)
+
+
+def _at_most(most: int, name: str, value: int) -> int:
+    if not 0 <= value <= most:
+        raise RequestError(name, f"{name}={shown(value)}", f"at most {most}", f"lower {name}, or start the server anew")
+    return value
+
+
+def _usage_wanted(body: Sampling) -> bool:
+    return body.stream_options is not None and bool(body.stream_options.include_usage)
+
+
+@dataclass
+class Head:
+    """What all chunks of a response begin with."""
+
+    prefix: str
+    object: str
+    service: Service
+    id: str = field(default_factory=lambda: uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __call__(self, choices: list[Chunk], chunk: bool = False, **others: Any) -> Chunk:
+        """A response, or a chunk of one."""
+        return {
+            "id": f"{self.prefix}-{self.id}",
+            "object": self.object + (".chunk" if chunk and self.prefix == "chatcmpl" else ""),
+            "created": self.created,
+            "model": self.service.names[0],
+            "choices": choices,
+            **others,
+        }
+
+
+def usage_of(usage: Usage) -> Chunk:
+    """Usage in OpenAI's words."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    }
+
+
+async def _chat_chunks(events: Events, head: Head, body: ChatBody, with_usage: bool) -> AsyncGenerator[Chunk, None]:
+    """The chunks of a stream."""
+    others = {"usage": None} if with_usage else {}
+    n = body.n or 1
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, Delta):
+                deltas = [delta for one in event.events for delta in _delta(one)]
+                logprobs = {"content": chat_logprobs(event.logprobs, body)} if body.logprobs else None
+                for number, delta in enumerate(deltas or ([{}] if logprobs else [])):
+                    choice = _choice(event.index, delta, logprobs if number == 0 else None)
+                    yield head([choice], chunk=True, **others)
+            elif isinstance(event, Finished):
+                choice = _choice(event.index, {}, None, event)
+                yield head([choice], chunk=True, **others)
+            elif isinstance(event, Done):
+                if with_usage:
+                    yield head([], chunk=True, usage=usage_of(event.usage))
+            else:
+                for index in range(n):
+                    yield head([_choice(index, {"role": "assistant", "content": ""}, None)], chunk=True, **others)
+
+
+def _choice(index: int, delta: Chunk, logprobs: Chunk | None, finished: Finished | None = None) -> Chunk:
+    choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finished and finished.reason}
+    return choice | ({"stop_reason": finished.stop_reason} if finished else {})
+
+
+def _delta(event: parse.Event) -> Iterator[Chunk]:
+    """An event of the parser as OpenAI's delta."""
+    if isinstance(event, parse.ReasoningDelta):
+        yield {"reasoning_content": event.text, "reasoning": event.text}
+    elif isinstance(event, parse.TextDelta):
+        yield {"content": event.text}
+    elif isinstance(event, parse.ToolCallStart):
+        function = {"name": event.name, "arguments": ""}
+        yield {"tool_calls": [{"index": event.index, "id": event.id, "type": "function", "function": function}]}
+    elif isinstance(event, parse.ToolCallDelta):
+        yield {"tool_calls": [{"index": event.index, "function": {"arguments": event.arguments}}]}
+
+
+def chat_logprobs(places: Sequence[Place], body: ChatBody) -> list[Chunk]:
+    """Log-probabilities in the form of chat completions."""
+    most = body.top_logprobs or 0
+    rows = []
+    for place in places:
+        top = sorted((one for one in place if one.rank <= most), key=lambda one: one.rank)
+        rows.append(_logprob(place[0]) | {"top_logprobs": [_logprob(one) for one in top]})
+    return rows
+
+
+def _logprob(one: Any) -> Chunk:
+    return {"token": one.text, "logprob": max(one.logprob, LOWEST), "bytes": list(one.bytes)}
+
+
+async def _chat_answer(events: Events, head: Head, body: ChatBody) -> Chunk:
+    """The whole response."""
+    parts: dict[int, list[parse.Event]] = {index: [] for index in range(body.n or 1)}
+    logprobs: dict[int, list[Chunk]] = {index: [] for index in parts}
+    finished: dict[int, Finished] = {}
+    usage: Chunk = {}
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, Delta):
+                parts[event.index] += event.events
+                if body.logprobs:
+                    logprobs[event.index] += chat_logprobs(event.logprobs, body)
+            elif isinstance(event, Finished):
+                finished[event.index] = event
+            elif isinstance(event, Done):
+                usage = usage_of(event.usage)
+    choices = [
+        {
+            "index": index,
+            "message": message_of(parse.collect(parts[index])),
+            "logprobs": {"content": logprobs[index]} if body.logprobs else None,
+            "finish_reason": finished[index].reason,
+            "stop_reason": finished[index].stop_reason,
+        }
+        for index in parts
+    ]
+    return head(choices, usage=usage)
+
+
+def message_of(answer: parse.ParsedAnswer) -> Chunk:
+    """An answer as a message of the assistant."""
+    calls = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in answer.tool_calls
+    ]
+    message: Chunk = {"role": "assistant", "content": answer.content or (None if calls else "")}
+    reasoning = answer.reasoning or None
+    message |= {"reasoning_content": reasoning, "reasoning": reasoning}
+    return message | ({"tool_calls": calls} if calls else {})
+
+
+# ---------------------------------------------------------------------- models
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> Response:
+    """The model, under each of its names."""
+    service: Service = request.app.state.service
+    return json_response({"object": "list", "data": [_model(name, service) for name in service.names]})
+
+
+@router.get("/v1/models/{name:path}")
+async def model(request: Request, name: str) -> Response:
+    """The model, under any name."""
+    return json_response(_model(name, request.app.state.service))
+
+
+def _model(name: str, service: Service) -> Chunk:
+    ready = service.client.ready
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "glimmer",
+        "root": service.model,
+        "parent": None,
+        "max_model_len": None if ready is None else ready.max_model_len,
+    }

@@ -1,0 +1,78 @@
+"""OpenAI's API as the real client uses it, over a real socket; the demo model answers."""
+
+import json
+
+import pytest
+from servers import events
+
+pytestmark = pytest.mark.slow
+SUM = [{"role": "user", "content": "What is 347 + 586?"}]
+WEATHER = [{"role": "user", "content": "巴黎今天天气怎么样？"}]
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string", "description": "City"}}, "required": ["city"]}
+TOOL = {
+    "type": "function",
+    "function": {"name": "get_weather", "description": "Get the weather", "parameters": PARAMETERS},
+}
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with server.openai() as client:
+        yield client
+
+
+def test_a_conversation(client):
+    done = client.chat.completions.create(model="any", messages=SUM, temperature=0)
+    message, usage = done.choices[0].message, done.usage
+    assert message.content == "347+586=933" and "so 933" in message.reasoning_content
+    assert message.reasoning == message.reasoning_content and done.choices[0].finish_reason == "stop"
+    assert 0 < usage.completion_tokens_details.reasoning_tokens < usage.completion_tokens
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+
+
+def test_a_stream_says_the_same(client):
+    done = client.chat.completions.create(model="any", messages=SUM, temperature=0)
+    options = {"include_usage": True}
+    chunks = list(
+        client.chat.completions.create(model="any", messages=SUM, temperature=0, stream=True, stream_options=options)
+    )
+    first, *middle, last, usage = chunks
+    assert first.choices[0].delta.role == "assistant" and first.choices[0].delta.content == ""
+    deltas = [chunk.choices[0].delta for chunk in middle]
+    assert "".join(delta.content or "" for delta in deltas) == done.choices[0].message.content
+    for name in ("reasoning", "reasoning_content"):
+        assert "".join(getattr(delta, name, None) or "" for delta in deltas) == done.choices[0].message.reasoning
+    assert last.choices[0].finish_reason == "stop" and not last.choices[0].delta.model_dump(exclude_none=True)
+    assert usage.choices == [] and usage.usage.completion_tokens == done.usage.completion_tokens
+
+
+def test_a_tool_call_in_pieces(client):
+    asked = {"model": "any", "messages": WEATHER, "tools": [TOOL], "temperature": 0}
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    deltas = [delta for chunk in chunks for delta in chunk.choices[0].delta.tool_calls or ()]
+    first, *others = deltas
+    assert (first.index, first.type, first.function.name) == (0, "function", "get_weather") and first.id
+    assert all(one.index == 0 and one.id is None and one.function.name is None for one in others)
+    assert json.loads("".join(one.function.arguments for one in deltas)) == {"city": "巴黎"}
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    [call] = client.chat.completions.create(**asked).choices[0].message.tool_calls
+    assert json.loads(call.function.arguments) == {"city": "巴黎"}
+
+
+def test_the_raw_stream(server):
+    response = server.post("/v1/chat/completions", {"messages": SUM, "stream": True, "max_tokens": 3})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    chunks = events(response)
+    assert chunks[-1]["choices"][0] == {
+        "index": 0,
+        "delta": {},
+        "logprobs": None,
+        "finish_reason": "length",
+        "stop_reason": None,
+    }
+
+
+def test_the_model_has_a_name(server, client):
+    [model] = client.models.list().data
+    assert model.id == "glimmer-demo" and model.max_model_len == 1024
+    assert server.get("/version").json()["version"] and server.get("/ready").status_code == 200
