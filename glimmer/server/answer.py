@@ -47,6 +47,7 @@ class Delta:
     token_ids: Sequence[int]
     events: Sequence[parse.Event] = ()
     logprobs: Sequence[Place] = ()
+    prompt_logprobs: Sequence[Place] = ()  # of each token of the prompt but the first, in their order
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Answer:
         index: int,
         params: SamplingParams,
         tokenizer: Tokenizer,
-        prefix: str = "",
+        prompt_token_ids: Sequence[int],
         parser: parse.AnswerParser | None = None,
         thoughts: Thoughts | None = None,
         thinking: bool = False,
@@ -89,20 +90,23 @@ class Answer:
             tuple(params.stop or ()),
             params.include_stop_str_in_output,
             params.skip_special_tokens,
-            prefix,
-            params.min_tokens,
+            min_tokens=params.min_tokens,
         )
         self.done = self.stopped = False
         self.num_tokens = self.num_reasoning_tokens = 0
+        self.last = 0.0  # when the last token came, as whoever hands them over counts
         self.finished: Finished | None = None
         self._finish: Finished | None = None  # it is told after the last news
         self._calls = False
         self._new_text: list[str] = []
         self._new_ids: list[int] = []
         self._new_logprobs: list[list[wire.Logprob]] = []
+        self._prompt, self._prompt_at = prompt_token_ids, 1  # the token whose log-probability comes next
+        self._new_prompt_logprobs: list[list[wire.Logprob]] = []
 
     def take(self, piece: wire.Piece) -> None:
         """Add what a step brought. What follows a stop string is not taken."""
+        self._new_prompt_logprobs += piece.prompt_logprobs
         token_ids, finish = piece.token_ids, piece.finish_reason
         shown, reason = token_ids, None
         if finish == "stop" and token_ids:
@@ -140,6 +144,11 @@ class Answer:
             elif self._thinking:
                 self.num_reasoning_tokens += 1
 
+    @property
+    def reason(self) -> str:
+        """Why it has ended, as far as the tokens tell."""
+        return self._finish.reason if self._finish is not None else ""
+
     def news(self) -> Delta | None:
         """What has come since the last call, if anything has. After the last news, `finished` says how it has ended."""
         text, ids = "".join(self._new_text), self._new_ids
@@ -154,7 +163,18 @@ class Answer:
         if self._finish is not None:
             calls = self._calls and self._finish.reason == "stop"
             self.finished = replace(self._finish, reason="tool_calls") if calls else self._finish
-        return Delta(self._index, text, ids, events, places) if text or ids or events else None
+        prompt = self._take_prompt()
+        return Delta(self._index, text, ids, events, places, prompt) if text or ids or events or prompt else None
+
+    def _take_prompt(self) -> list[Place]:
+        """The log-probabilities of the prompt that are new."""
+        places = []
+        for place in self._new_prompt_logprobs:
+            own = self._prompt[self._prompt_at]
+            places.append(self._place(sorted(place, key=lambda one: one.token_id != own)))
+            self._prompt_at += 1
+        self._new_prompt_logprobs = []
+        return places
 
     def _place(self, place: list[wire.Logprob]) -> Place:
         known = [one for one in place if one.token_id < self._tokenizer.size]  # the vocabulary may be padded beyond

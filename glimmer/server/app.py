@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from glimmer import __version__
 from glimmer.errors import GlimmerError
-from glimmer.server import openai
+from glimmer.server import completions, openai
 from glimmer.server.exchange import json_response
 from glimmer.server.failures import Failure, Refusal, failure_of, shape_for
 from glimmer.server.service import Service
@@ -37,6 +37,7 @@ def make_app(service: Service) -> FastAPI:
     app = FastAPI(title="glimmer", version=__version__, root_path=config.root_path, redirect_slashes=False)
     app.state.service = service
     app.include_router(openai.router)
+    app.include_router(completions.router)
     _add_general(app, service)
     for kind in (GlimmerError, Refusal, HTTPException, Exception):
         app.add_exception_handler(kind, _failed)
@@ -70,6 +71,12 @@ def _add_general(app: FastAPI, service: Service) -> None:
             return json_response({"status": "draining" if service.draining else "full"}, 503)
         return await health()
 
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Numbers for Prometheus."""
+        content, media_type = service.metrics.text()
+        return Response(content, media_type=media_type)
+
     @app.get("/version")
     async def version() -> Response:
         """The version of glimmer."""
@@ -86,6 +93,8 @@ async def _failed(request: Request, error: Exception) -> Response:
         failure, headers = failure_of(error), {}
         if failure.status == 500:
             log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    service: Service = request.app.state.service
+    service.metrics.refused(failure.status)
     content = shape_for(request.url.path)(failure)
     return json_response(content, failure.status, headers | failure.headers)
 

@@ -72,6 +72,7 @@ class EngineClient:
         self._process: asyncio.subprocess.Process | None = None
         self._heard = time.monotonic()
         self._deaths: list[float] = []
+        self.deaths = 0
         self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -219,6 +220,7 @@ class EngineClient:
         self.state = "dead"
         self._end_all(Unavailable(problem.found, problem.expected, "ask again in a few seconds"))
         self._kill()
+        self.deaths, self.alive = self.deaths + 1, None
         now = time.monotonic()
         self._deaths = [*(death for death in self._deaths if now - death < RECENT), now]
         if not self._restart or refused or len(self._deaths) > RESTARTS:

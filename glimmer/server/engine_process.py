@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from glimmer.config import SamplingParams
 from glimmer.engine.ranks import Call
 from glimmer.engine.sequence import Logprob, Output
 from glimmer.errors import EngineError, GlimmerError
@@ -148,7 +147,7 @@ class EngineProcess:
 
     def _submit(self, message: wire.Submit) -> None:
         try:
-            params = SamplingParams(**message.params)
+            params = wire.params_from_wire(message.params)
             requester = Requester(message.id, params.n, self._connection, lambda id: self._open.pop(id, None))
             self._open[message.id] = requester
             requester.call = self._llm.submit(message.prompt_token_ids, params, requester)

@@ -6,9 +6,10 @@ Not here: what bodies and events hold (openai.py, ...).
 """
 
 import asyncio
+import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -19,10 +20,11 @@ from starlette.types import Receive, Scope, Send
 
 from glimmer.errors import RequestError
 from glimmer.foreign import parse_json
-from glimmer.server.failures import Failure, Refusal
+from glimmer.server.failures import Failure, Refusal, failure_of, openai_shape
 from glimmer.server.service import Event, Events, Service
 
 T = TypeVar("T")
+log = logging.getLogger("glimmer.server")
 
 LARGE = 1 << 14  # bytes of a body that is parsed beside the event loop
 FIRST = 1.0  # seconds for which a stream waits with its headers, so that a refusal has a status of its own
@@ -192,8 +194,24 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def chunks_of(parts: AsyncIterator[Any]) -> AsyncGenerator[bytes, None]:
-    """Values as events without a name, as OpenAI's chat completions have them, with [DONE] at the end."""
-    async for part in parts:
-        yield b"data: " + msgspec.json.encode(part) + b"\n\n"
+async def chunks_of(parts: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:
+    """Values as events without a name, as OpenAI's chat completions have them, with [DONE] at the end.
+
+    An error is the last event, in OpenAI's shape.
+    """
+    async with aclosing(parts):
+        try:
+            async for part in parts:
+                yield b"data: " + msgspec.json.encode(part) + b"\n\n"
+        except Exception as error:
+            yield b"data: " + msgspec.json.encode(openai_shape(told(error))) + b"\n\n"
+            return
     yield b"data: [DONE]\n\n"
+
+
+def told(error: Exception) -> Failure:
+    """The failure to be told within a stream. What nobody has foreseen goes to the log."""
+    failure = failure_of(error)
+    if failure.status == 500:
+        log.error("a stream has failed", exc_info=error)
+    return failure

@@ -48,7 +48,7 @@ async def chat_completions(request: Request) -> Response:
     events = service.chat(chat_request(body, service))
     head = Head("chatcmpl", "chat.completion", service)
     if body.stream:
-        usage = _usage_wanted(body)
+        usage = usage_wanted(body)
         return EventStream(chunks_of(_chat_chunks(await begun(events), head, body, usage)), service)
     return json_response(await until_gone(request, _chat_answer(events, head, body)))
 
@@ -93,7 +93,13 @@ def _chat_logprobs(body: ChatBody, service: Service) -> int | None:
     return _at_most(service.config.max_logprobs, "top_logprobs", body.top_logprobs or 0)
 
 
-def sampling_params(body: Sampling, service: Service, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+def sampling_params(
+    body: Sampling,
+    service: Service,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+) -> SamplingParams:
     """The sampling parameters of a body, with the model's own in place of what it does not say."""
     names = (
         "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
@@ -103,7 +109,8 @@ def sampling_params(body: Sampling, service: Service, max_tokens: int | None, lo
     given = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
     given["logit_bias"] = {_token_id(id): bias for id, bias in (body.logit_bias or {}).items()}
     _at_most(service.config.max_answers, "n", body.n or 1)
-    return SamplingParams(**service.defaults | given | {"max_tokens": max_tokens, "logprobs": logprobs})
+    given |= {"max_tokens": max_tokens, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+    return SamplingParams(**service.defaults | given)
 
 
 def _token_id(text: str) -> int:
@@ -118,7 +125,8 @@ def _at_most(most: int, name: str, value: int) -> int:
     return value
 
 
-def _usage_wanted(body: Sampling) -> bool:
+def usage_wanted(body: Sampling) -> bool:
+    """Whether a stream ends with the numbers of tokens."""
     return body.stream_options is not None and bool(body.stream_options.include_usage)
 
 

@@ -88,16 +88,15 @@ class ChatBody(Sampling, kw_only=True):
 class CompletionBody(Sampling, kw_only=True):
     """POST /v1/completions"""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[Any]  # a text, token ids, or a list of either
     echo: bool | None = None
     logprobs: int | None = None
     add_special_tokens: bool | None = None
 
 
-class TokenizeBody(msgspec.Struct, kw_only=True):
+class TokenizeBody(Sampling, kw_only=True):
     """POST /tokenize: a text, or a conversation."""
 
-    model: str | None = None
     prompt: str | None = None
     messages: list[Json] | None = None
     tools: list[Json] | None = None

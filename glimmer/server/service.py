@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 from glimmer.config import SamplingParams, generation_defaults
-from glimmer.errors import GlimmerError, RequestError
+from glimmer.errors import GlimmerError, RequestError, shown
 from glimmer.server import wire
 from glimmer.server.answer import Answer, Delta, Finished, Thoughts
 from glimmer.server.client import EngineClient, Unavailable
+from glimmer.server.metrics import Metrics
 from glimmer.server.settings import ServerConfig
 from glimmer.text import parse, rendering
 from glimmer.text.chat import ChatTemplate
@@ -69,11 +70,10 @@ class ChatRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionRequest:
-    """A text, or token ids, to be continued. echo: the answer's text begins with the prompt."""
+    """A text, or token ids, to be continued."""
 
     prompt: str | Sequence[int]
     params: SamplingParams
-    echo: bool = False
     add_special_tokens: bool = True
     cache_salt: str = ""
 
@@ -83,11 +83,13 @@ class CompletionRequest:
 
 @dataclass(frozen=True)
 class Started:
-    """The first tokens are there. prompt_logprobs: for each token of the prompt but the first, if asked for."""
+    """Something has been computed. index: of the first of the request's answers."""
 
     request_id: str
+    prompt: str
     prompt_token_ids: Sequence[int]
     cached_tokens: int
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,6 @@ class _Prompt:
     token_ids: list[int]
     params: SamplingParams
     cache_salt: str
-    prefix: str = ""  # what an answer's text begins with
     parser: Callable[[], parse.AnswerParser] | None = None  # makes what reads an answer
     thinking: bool = False  # the prompt has opened the thoughts
 
@@ -139,6 +140,7 @@ class Service:
         self.thoughts = Thoughts(*open_and_close) if open_and_close else None
         self.defaults, _ = generation_defaults(model)
         self.created = int(time.time())
+        self.metrics = Metrics(self.names[0], lambda: client.alive, lambda: client.deaths, lambda: self.num_waiting)
         self._pool = ThreadPoolExecutor(TEXT_THREADS, "glimmer-text")
         self.draining = False  # the server is shutting down
         self._preparing = 0
@@ -152,9 +154,13 @@ class Service:
     @property
     def max_model_len(self) -> int:
         """Most tokens of prompt and answer together. Unavailable before the model is loaded."""
+        return self._ready.max_model_len
+
+    @property
+    def _ready(self) -> wire.Ready:
         if self.client.ready is None:
             raise self.client.absent()
-        return self.client.ready.max_model_len
+        return self.client.ready
 
     @property
     def num_waiting(self) -> int:
@@ -255,8 +261,12 @@ class Service:
             text = prompt
         else:
             ids = self._fitting(lambda: list(prompt), "prompt", params)
-            text = self.tokenizer.decode(ids, False) if request.echo else ""
-        return _Prompt(text, ids, params, request.cache_salt, prefix=text if request.echo else "")
+            most = self._ready.vocab_size - 1
+            if not 0 <= min(ids, default=0) <= max(ids, default=0) <= most:
+                found = f"token id {shown(min(ids) if min(ids) < 0 else max(ids))} in prompt"
+                raise RequestError("prompt", found, f"ids from 0 to {most}", "remove that id")
+            text = self.tokenizer.decode([id for id in ids if id < self.tokenizer.size], False)
+        return _Prompt(text, ids, params, request.cache_salt)
 
     def _fitting(self, encode: Callable[[], list[int]], field: str, params: SamplingParams) -> list[int]:
         """The ids of a prompt, cut as the request says. ContextError if they are too many."""
@@ -290,7 +300,7 @@ class _Stream:
                 index,
                 prompt.params,
                 service.tokenizer,
-                prompt.prefix,
+                prompt.token_ids,
                 prompt.parser() if prompt.parser is not None else None,
                 service.thoughts,
                 prompt.thinking,
@@ -301,6 +311,7 @@ class _Stream:
         self._error: GlimmerError | None = None
         self._id: int | None = None
         self._cached: int | None = None
+        self._since = time.monotonic()
 
     def begin(self) -> None:
         """Ask the engine. Unavailable if there is none."""
@@ -317,21 +328,41 @@ class _Stream:
         """Nobody wants more of it."""
         self._service._waiting.pop(self, None)
         if self._id is not None:
+            for answer in self._answers:
+                if not answer.done:
+                    self._service.metrics.ended("abort")
+        if self._id is not None:
             self._service.client.cancel(self._id)
 
     def put(self, piece: wire.Piece) -> None:
         """As Receiver.put."""
+        metrics, now = self._service.metrics, time.monotonic()
         if self._cached is None:
             self._service._waiting.pop(self, None)
             self._cached = piece.cached_tokens or 0
+            metrics.prompt_tokens.inc(len(self._prompt.token_ids))
+            metrics.prompt_length.observe(len(self._prompt.token_ids))
+            metrics.cache_queries.inc(len(self._prompt.token_ids))
+            metrics.cache_hits.inc(self._cached)
         answer = self._answers[piece.answer]
         if answer.done:
             return
+        if piece.token_ids:
+            metrics.generation_tokens.inc(len(piece.token_ids))
+            if answer.num_tokens == 0:
+                metrics.first_token.observe(now - self._since)
+            else:
+                metrics.between_tokens.observe((now - answer.last) / len(piece.token_ids))
+            answer.last = now
         if piece.problem is not None:
             self._error = piece.problem.error()
         answer.take(piece)
         if answer.stopped and self._id is not None:  # a stop string: the engine does not know
             self._service.client.cancel(self._id, piece.answer)
+        if answer.done:
+            metrics.answer_length.observe(answer.num_tokens)
+            metrics.whole_request.observe(now - self._since)
+            metrics.ended("error" if piece.problem is not None else answer.reason)
         if all(one.done for one in self._answers) and self._id is not None:
             self._service.client.cancel(self._id)
         self._wake.set()
@@ -349,7 +380,7 @@ class _Stream:
             self._wake.clear()
             if self._cached is not None and not started:
                 started = True
-                yield Started(f"{uuid4().hex}", self._prompt.token_ids, self._cached)
+                yield Started(uuid4().hex, self._prompt.text, self._prompt.token_ids, self._cached)
             for index in sorted(left):
                 answer = self._answers[index]
                 delta = answer.news()

@@ -19,7 +19,7 @@ from glimmer.errors import CheckpointError, ConfigError, EngineError, GlimmerErr
 
 MAX_FRAME = 1 << 27  # bytes of a message: the longest prompt has 1 MB, the log-probabilities of a step a few
 LENGTH = struct.Struct("!I")
-HEARTBEAT = 1.0  # seconds between two signs of life of the engine process
+HEARTBEAT = 0.5  # seconds between two signs of life of the engine process
 ERRORS: dict[str, type[GlimmerError]] = {
     kind.__name__: kind for kind in (CheckpointError, ConfigError, EngineError, NotEnoughMemory)
 }
@@ -207,4 +207,10 @@ _TRAVELLING = tuple(
 def params_to_wire(params: SamplingParams) -> dict[str, Any]:
     """What the engine has to know of sampling parameters. Text is made, and searched, on this side of the socket."""
     given = {name: getattr(params, name) for name in _TRAVELLING}
-    return {name: value for name, value in given.items() if value != getattr(_DEFAULTS, name)}
+    told = {name: value for name, value in given.items() if value != getattr(_DEFAULTS, name)}
+    return told if params.seed is None else told | {"seed": str(params.seed)}  # MessagePack has no such integers
+
+
+def params_from_wire(told: dict[str, Any]) -> SamplingParams:
+    """What params_to_wire was given, as far as the engine has to know it. RequestError for what cannot be."""
+    return SamplingParams(**told | ({"seed": int(told["seed"])} if "seed" in told else {}))
