@@ -407,9 +407,9 @@ class LLM:
             continue_final_message=continue_final_message,
             special_tokens_in_content=special_tokens_in_content,
         )
-        if not mark:
+        if not mark or self.tokenizer is None:
             return {"prompt": text, "prompt_token_ids": self._encode(text, add_special_tokens=False)}
-        ids = rendering.encode(self.get_tokenizer(), text, mark, self.max_model_len)
+        ids = rendering.encode(self.tokenizer, text, mark, self.max_model_len)
         return {"prompt": text.replace(mark, ""), "prompt_token_ids": ids}
 
     # ------------------------------------------------------------------ piece by piece

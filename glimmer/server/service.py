@@ -378,6 +378,7 @@ class _Stream:
         while left:
             await self._wake.wait()
             self._wake.clear()
+            error = self._error
             if self._cached is not None and not started:
                 started = True
                 yield Started(uuid4().hex, self._prompt.text, self._prompt.token_ids, self._cached)
@@ -386,11 +387,11 @@ class _Stream:
                 delta = answer.news()
                 if delta is not None:
                     yield delta
-                if answer.finished is not None and self._error is None:
+                if answer.finished is not None and error is None:
                     left.discard(index)
                     yield answer.finished
-            if self._error is not None:
-                raise self._error
+            if error is not None:
+                raise error
         yield Done(
             Usage(
                 len(self._prompt.token_ids),
