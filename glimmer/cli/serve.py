@@ -49,6 +49,7 @@ def main(argv: list[str]) -> int:
         return 0
     settings = COMMAND.read(argv)
     logging.basicConfig(format="glimmer serve: %(message)s", level=logging.WARNING)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # clients that leave are no news
     given = settings.fields(ENGINE_OPTIONS)
     named = given.get("model")
     engine = given | {"model": str(model_directory(named or demo.default_model(COMMAND.name)))}

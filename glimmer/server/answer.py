@@ -104,8 +104,8 @@ class Answer:
         self._prompt, self._prompt_at = prompt_token_ids, 1  # the token whose log-probability comes next
         self._new_prompt_logprobs: list[list[wire.Logprob]] = []
 
-    def take(self, piece: wire.Piece) -> None:
-        """Add what a step brought. What follows a stop string is not taken."""
+    def take(self, piece: wire.Piece) -> bool:
+        """Add what a step brought; whether it was the end. What follows a stop string is not taken."""
         self._new_prompt_logprobs += piece.prompt_logprobs
         token_ids, finish = piece.token_ids, piece.finish_reason
         shown, reason = token_ids, None
@@ -128,6 +128,7 @@ class Answer:
         self._count_thoughts(token_ids)
         self._new_ids += token_ids
         self._new_logprobs += piece.logprobs[: len(token_ids)]
+        return self.done
 
     def _end(self, reason: Reason, stop_reason: str | int | None) -> None:
         self.done = True

@@ -356,10 +356,10 @@ class _Stream:
             answer.last = now
         if piece.problem is not None:
             self._error = piece.problem.error()
-        answer.take(piece)
+        ended = answer.take(piece)
         if answer.stopped and self._id is not None:  # a stop string: the engine does not know
             self._service.client.cancel(self._id, piece.answer)
-        if answer.done:
+        if ended:
             metrics.answer_length.observe(answer.num_tokens)
             metrics.whole_request.observe(now - self._since)
             metrics.ended("error" if piece.problem is not None else answer.reason)

@@ -78,7 +78,8 @@ def test_a_killed_http_process_leaves_no_orphan(server):
 def test_a_client_that_leaves_frees_its_blocks(server):
     free, body = metric(server, "glimmer:free_blocks"), LONG | {"n": 16}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body | {"stream": True}, timeout=60) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()
+        next(lines)
         until(lambda: metric(server, "vllm:num_requests_running") > 0, 10)
     until(lambda: metric(server, "vllm:num_requests_running") == 0, 5)
     assert metric(server, "glimmer:free_blocks") == free
