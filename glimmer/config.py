@@ -6,6 +6,7 @@ suffices.
 """
 
 import functools
+import json
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -15,7 +16,7 @@ from typing import Any, cast
 
 from glimmer import vllm_names
 from glimmer.errors import ConfigError, RequestError, shown
-from glimmer.foreign import read_optional_json
+from glimmer.foreign import is_unicode, read_optional_json
 from glimmer.model_config import token_ids
 
 MAX_WHOLE = 2**31 - 1  # of a number that counts something
@@ -193,6 +194,7 @@ MAX_ANSWERS = 4096  # the largest n of one request
 MAX_STOP = 1 << 14  # characters of all stop strings together; bad words likewise
 MAX_IDS = 1 << 20  # token ids in one list
 MAX_STOP_IDS = 4096
+MAX_FORM = 1 << 19  # characters of a schema, an expression, a grammar, or all choices together
 
 
 @dataclass(frozen=True)
@@ -279,6 +281,82 @@ NUMBERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class StructuredOutputs:
+    """The form that an answer must have, under vLLM's names. One of the first five, and what goes with it:
+
+    json                  a JSON schema, as an object or as its text
+    json_object           True: any JSON object
+    regex                 a regular expression that the whole answer matches
+    choice                texts of which the answer is one
+    grammar               a grammar in llguidance's form of Lark, or in llama.cpp's of EBNF
+    disable_any_whitespace, whitespace_pattern  of JSON: none between its parts · what matches this expression
+    disable_additional_properties               of JSON: objects with `properties` have no others
+
+    structural_tag is refused: tools, with `strict`, are the way to have calls of a given form.
+    """
+
+    json: str | Mapping[str, Any] | bool | None = None  # in the object, its text
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    structural_tag: None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.json is not None and not isinstance(self.json, str):
+            object.__setattr__(self, "json", _json_text(self.json))
+        for name in ("json", "regex", "grammar", "whitespace_pattern"):
+            if (text := getattr(self, name)) is not None and not (isinstance(text, str) and is_unicode(text)):
+                raise _refused(f"structured_outputs.{name}", text, "a text")
+        if self.choice is not None:
+            texts = isinstance(self.choice, (list, tuple)) and all(isinstance(one, str) for one in self.choice)
+            if not (texts and self.choice and is_unicode("".join(self.choice))):
+                raise _refused("structured_outputs.choice", self.choice, "a list of texts")
+            object.__setattr__(self, "choice", tuple(self.choice))
+        for name in ("disable_any_whitespace", "disable_additional_properties"):
+            if not isinstance(getattr(self, name), bool):
+                raise _refused(f"structured_outputs.{name}", getattr(self, name), "True or False")
+        if self.json_object not in (None, False, True):
+            raise _refused("structured_outputs.json_object", self.json_object, "True or None")
+        if self.structural_tag is not None:
+            raise _refused("structured_outputs.structural_tag", self.structural_tag, "None: it is not served")
+        kinds = [name for name in ("json", "regex", "choice", "grammar") if getattr(self, name) is not None]
+        kinds += ["json_object"] if self.json_object else []
+        if len(kinds) != 1:
+            raise RequestError(
+                "structured_outputs",
+                f"structured_outputs with {' and '.join(kinds) or 'none of its kinds'}",
+                "exactly one of json, json_object, regex, choice and grammar",
+                "leave one of them",
+            )
+        size = sum(map(len, self.choice)) if self.choice else len(getattr(self, kinds[0]) if kinds[0] in TEXTS else "")
+        if size + len(self.whitespace_pattern or "") > MAX_FORM:
+            found = f"structured_outputs.{kinds[0]} of {size} characters"
+            raise RequestError(
+                f"structured_outputs.{kinds[0]}", found, f"at most {MAX_FORM} characters", "ask for a simpler form"
+            )
+
+
+TEXTS = ("json", "regex", "grammar")
+
+
+def _json_text(schema: Any) -> str:
+    """A JSON schema as its text. RequestError if it is none."""
+    if not isinstance(schema, (Mapping, bool)):
+        raise _refused("structured_outputs.json", schema, "a JSON schema: an object, or its text")
+    try:
+        return json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        found = f"structured_outputs.json is no JSON: {error}"[:300]
+        raise RequestError(
+            "structured_outputs.json", found, "a JSON schema", "change structured_outputs.json"
+        ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How the answer to one request is sampled, and when it ends. Names, meanings and defaults are vLLM's.
 
@@ -296,6 +374,7 @@ class SamplingParams:
     max_tokens                   None: up to the context's end
     ignore_eos                   the model's own end-of-sequence ids do not end the answer
     logprobs, prompt_logprobs    log-probabilities of that many likeliest tokens (-1: all) and of the one chosen
+    structured_outputs           the form that the answer must have: StructuredOutputs, or a dict of its fields
     truncate_prompt_tokens       keep the last so many tokens of the prompt; -1: as many as the context holds
     detokenize                   False: token ids only, no text
     spaces_between_special_tokens  without effect, as for every byte-level vocabulary: nothing is put between tokens
@@ -327,8 +406,10 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "structured_outputs", _structured_outputs(self.structured_outputs))
         for field, kinds, accepted in (
             ("stop", (str, list, tuple), "a non-empty string or a list of them"),
             ("bad_words", (list, tuple), "a list of non-empty strings"),
@@ -395,6 +476,23 @@ def _allowed(value: Sequence[Any] | None) -> tuple[int, ...] | None:
 def _biases(value: Mapping[Any, Any] | None) -> dict[int, float]:
     """{token id: bias}; ValueError if anything else is in it."""
     return {cast(int, TOKEN_ID.plain(id)): cast(float, BIAS.plain(bias)) for id, bias in (value or {}).items()}
+
+
+def _structured_outputs(given: Any) -> StructuredOutputs | None:
+    """What is given, as StructuredOutputs: one, None, or the fields of one. RequestError if it is anything else."""
+    if given is None or isinstance(given, StructuredOutputs):
+        return given
+    names = [field.name for field in fields(StructuredOutputs)]
+    if not isinstance(given, Mapping):
+        raise _refused("structured_outputs", given, "{name: value}, with names among " + ", ".join(names))
+    if others := [name for name in given if name not in names]:
+        raise RequestError(
+            "structured_outputs",
+            f"structured_outputs with {shown(others[0])}",
+            "names among " + ", ".join(names),
+            "leave it out",
+        )
+    return StructuredOutputs(**given)
 
 
 def _refused(field: str, value: Any, accepted: str) -> RequestError:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from glimmer import device as devices
 from glimmer import parallel, vllm_names
-from glimmer.config import EngineConfig, SamplingParams, generation_defaults
+from glimmer.config import EngineConfig, SamplingParams, StructuredOutputs, generation_defaults
 from glimmer.engine.engine import Engine
 from glimmer.engine.loop import Loop
 from glimmer.engine.profile import Profile
@@ -39,6 +39,8 @@ from glimmer.model_config import ModelConfig
 from glimmer.outputs import Delta, Event, Reader, RequestMetrics, RequestOutput
 from glimmer.text import rendering
 from glimmer.text.chat import ChatTemplate
+from glimmer.text.constraint import AnswerConstraint
+from glimmer.text.grammar import ConstraintSpec, Grammars, answer_begins, constraint_spec
 from glimmer.text.hf_tokenizer import HFTokenizer
 from glimmer.text.tokenizer import Tokenizer
 
@@ -144,6 +146,9 @@ class LLM:
         self.eos_token_ids = end_of_sequence(self.model_config, eos, self.tokenizer)
         self.group = group or join(self.config)
         assert self.group.device is not None, "join gives every rank a device"
+        self._grammars = (
+            None if self.tokenizer is None else Grammars(self.tokenizer, sampling_vocab_size, self.eos_token_ids)
+        )
         self._runner = Runner(self.config, self.model_config, self.group, self.group.device, on_load)
         drafter = make_speculation(self._runner, self.config.speculation, sampling_vocab_size)
         self._engine = Engine(self.config, self._runner, self.group, vocab_size, sampling_vocab_size, drafter)
@@ -568,8 +573,8 @@ class LLM:
                     "prompt_token_ids", "ids that are not whole numbers", "a list of token ids", "pass ints"
                 )
             ids = list(map(int, ids))
-        if self.tokenizer is None and (params.stop or params.bad_words):
-            name = "stop" if params.stop else "bad_words"
+        if self.tokenizer is None and (params.stop or params.bad_words or params.structured_outputs):
+            name = "stop" if params.stop else "bad_words" if params.bad_words else "structured_outputs"
             raise RequestError(
                 name,
                 f"{name} with skip_tokenizer_init",
@@ -579,7 +584,19 @@ class LLM:
         output = RequestOutput(text, list(ids))
         self._engine.check(ParentRequest("", tuple(ids), params, "", tuple(self.eos_token_ids)).child(0))
         self._check_logprobs(len(ids), params)
+        if self._grammars is not None and (spec := self._constraint_spec(output, params)) is not None:
+            self._grammars.check(spec)
         return output
+
+    def _constraint_spec(self, output: RequestOutput, params: SamplingParams) -> ConstraintSpec | None:
+        """The form of the answer that params ask for, after its reasoning in a conversation."""
+        asked = params.structured_outputs
+        if not isinstance(asked, StructuredOutputs) or self.tokenizer is None:
+            return None
+        spec = constraint_spec(asked)
+        assert spec is not None, "it has a content"
+        chat, thinking, may_think = answer_begins(output.prompt_token_ids, self.tokenizer)
+        return replace(spec, chat=chat, thinking=thinking, may_think=may_think)
 
     def _check_logprobs(self, length: int, params: SamplingParams) -> None:
         """RequestError if a request could bring more log-probabilities than memory holds."""
@@ -615,8 +632,11 @@ class LLM:
         output.request_id, output.metrics = str(number), RequestMetrics(time.time())
         seed = f"request {self.config.seed}.{number}" if params.seed is None else str(params.seed)
         bad_words = () if self.tokenizer is None else self.tokenizer.spellings(params.bad_words or ())
+        constraints: tuple[AnswerConstraint, ...] = ()
+        if self.rank == 0 and self._grammars is not None and (spec := self._constraint_spec(output, params)):
+            constraints = tuple(self._grammars.constraint(spec) for _ in range(params.n))
         return ParentRequest(
-            str(number), tuple(output.prompt_token_ids), params, seed, tuple(self.eos_token_ids), bad_words
+            str(number), tuple(output.prompt_token_ids), params, seed, tuple(self.eos_token_ids), bad_words, constraints
         )
 
 

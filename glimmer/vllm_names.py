@@ -78,9 +78,8 @@ SAMPLING: Mapping[str, Only] = {
     "length_penalty": Only((1.0, None), "leave it out: there is no beam search"),
     "early_stopping": Only((False, None), "leave it out: there is no beam search"),
     "logits_processors": Only(NONE, "use logit_bias, allowed_token_ids or bad_words"),
-    "guided_decoding": Only((None,), "describe the form in the prompt: glimmer has no structured output yet"),
-    "structured_outputs": Only((None,), "describe the form in the prompt: glimmer has no structured output yet"),
-    "response_format": Only((None,), "describe the form in the prompt: glimmer has no structured output yet"),
+    "guided_decoding": Only((None,), "use structured_outputs"),
+    "response_format": Only((None,), "use structured_outputs"),
     "extra_args": Only(NONE, "leave it out"),
     "flat_logprobs": Only((False, None), "leave it out: log-probabilities are dictionaries"),
     "output_kind": ANY,  # LLM.generate returns answers that are done, LLM.stream returns pieces
@@ -94,7 +93,7 @@ CALL: Mapping[str, Only] = {
     "mm_processor_kwargs": Only(NONE, "leave it out: the models read text only"),
     "chat_template_content_format": Only(("auto", "string", "openai", None), "leave it out"),
     "prompt_token_ids": Only((None,), "pass {'prompt_token_ids': [ids]} as a prompt"),
-    "guided_options_request": Only((None,), "describe the form in the prompt: glimmer has no structured output yet"),
+    "guided_options_request": Only((None,), "use structured_outputs of SamplingParams"),
     "reasoning_effort": Only((None,), "pass chat_template_kwargs={'enable_thinking': False} to switch thinking off"),
 }
 

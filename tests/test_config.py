@@ -473,9 +473,9 @@ def test_sampling_parameters_are_refused_by_field(field, value):
 
 
 def test_parameters_of_vllm_that_change_nothing_are_accepted():
-    same = dict(best_of=1, use_beam_search=False, structured_outputs=None, logits_processors=[], output_kind=2)
+    same = dict(best_of=1, use_beam_search=False, guided_decoding=None, logits_processors=[], output_kind=2)
     assert SamplingParams(**same) == SamplingParams()
-    for name, value in (("best_of", 2), ("structured_outputs", {"json": {}}), ("use_beam_search", True)):
+    for name, value in (("best_of", 2), ("guided_decoding", {"json": {}}), ("use_beam_search", True)):
         with pytest.raises(RequestError) as error:
             SamplingParams(**{name: value})
         assert error.value.field == name and error.value.found.startswith(f"{name}=") and error.value.todo

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import accumulate, islice, takewhile
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +31,8 @@ CANDIDATES = 1024  # top-k and top-p look at that many likeliest first, and sort
 class Place:
     """A place of an answer that gets a token from row `row` of the logits: the one after `drafts`.
 
-    allowed: (V,) bool, what the request's constraint allows there; None without one.
+    allowed: bool for each id, what the request's constraint allows there; None: everything. It may be longer than the
+    vocabulary, for it comes in whole bytes.
     """
 
     row: int
@@ -171,13 +173,22 @@ def _places(chunk: Chunk, first: int, finite: list[bool]) -> list[Place]:
     return places
 
 
-def _allowed(sequence: Sequence, constraint: Constraint, drafts: int) -> Tensor:
-    """(V,) bool: what the constraint allows after that many drafts. ValueError if that is nothing."""
-    allowed = constraint.mask().clone()
+def _allowed(sequence: Sequence, constraint: Constraint, drafts: int) -> Tensor | None:
+    """(V,) bool: what the constraint allows after that many drafts; None: everything. RequestError if it is nothing."""
+    bits = constraint.mask()
+    if bits is None:
+        return None
+    allowed = torch.from_numpy(np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little").view(np.bool_))
     if sequence.num_output_tokens + drafts < sequence.request.params.min_tokens:
         allowed[[i for i in sequence.request.stop_ids if i < len(allowed)]] = False
     if not allowed.any():
-        raise ValueError("the constraint allows no token")
+        raise RequestError(
+            "min_tokens",
+            f"an answer that is complete after {sequence.num_output_tokens + drafts} tokens: the constraint allows "
+            "no other",
+            "min_tokens that the constraint leaves room for",
+            "lower min_tokens, or allow longer answers",
+        )
     return allowed
 
 
@@ -241,7 +252,7 @@ def _adjust_(logits: Tensor, place: Place) -> None:
     if place.num_output_tokens < p.min_tokens:
         logits[[i for i in request.stop_ids if i < len(logits)]] = float("-inf")
     if place.allowed is not None:
-        logits[~place.allowed.to(logits.device)] = float("-inf")
+        logits.masked_fill_(~place.allowed[: len(logits)].to(logits.device), float("-inf"))
     if logits.amax() < -LARGEST:  # all of them are -inf
         raise RequestError(
             "allowed_token_ids",

@@ -20,6 +20,8 @@ from torch import Tensor
 from glimmer.config import SamplingParams
 from glimmer.errors import EngineError, GlimmerError
 
+Bits = bytes | bytearray  # a set of token ids
+
 
 class FinishReason(StrEnum):
     """Why an answer ended. STOP: an end-of-sequence or stop id (stop strings are found by whoever makes the text)."""
@@ -33,11 +35,12 @@ class FinishReason(StrEnum):
 class Constraint(Protocol):
     """Which tokens may come next, such as those that a grammar allows. Its state is the answer so far.
 
-    It is asked on rank 0 only. An exception of its methods ends its own request with finish_reason "error".
+    It is asked on rank 0 only. An exception of its methods ends its own request with finish_reason "error"; on several
+    ranks `accept` must not raise, for the other ranks would not hear of it: what goes wrong there, `mask` raises.
     """
 
-    def mask(self) -> Tensor:
-        """Which tokens may come next: (V,) bool for all ids that may be sampled."""
+    def mask(self) -> Bits | None:
+        """Which tokens may come next: token i if bit i % 8 of byte i // 8 is set. None: all of them."""
 
     def accept(self, token: int) -> None:
         """The answer has one more token, which `mask` allowed."""

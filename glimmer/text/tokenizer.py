@@ -154,6 +154,15 @@ class Tokenizer:
         return frozenset(token.content for token in self._library.get_added_tokens_decoder().values())
 
     @cached_property
+    def added_ids(self) -> frozenset[int]:
+        """Ids of the added tokens, which no text is encoded to by chance."""
+        return frozenset(self._library.get_added_tokens_decoder())
+
+    def encode_plain(self, text: str) -> list[int]:
+        """`encode` where names of added tokens are text, and nothing is added."""
+        return self._encode(self._plain, text, False)
+
+    @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
         """The same without added tokens: their names are letters."""
         content = json.loads(self._library.to_str()) | {"added_tokens": [], "post_processor": None}

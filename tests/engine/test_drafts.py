@@ -4,8 +4,8 @@ import importlib.util
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,11 +46,14 @@ class EveryThird:
     def __init__(self):
         self.answer: list[int] = []
 
+    def allows(self, token):
+        return (token + sum(self.answer)) % 3 != 0
+
     def mask(self):
-        return (torch.arange(scripted.VOCABULARY) + sum(self.answer)) % 3 != 0
+        return np.packbits([self.allows(i) for i in range(scripted.VOCABULARY)], bitorder="little").tobytes()
 
     def accept(self, token):
-        assert self.mask()[token]
+        assert self.allows(token)
         self.answer.append(token)
 
     def rollback(self, count):
