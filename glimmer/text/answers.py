@@ -53,7 +53,7 @@ def answer_format(template_source: str | None, token_names: Iterable[str]) -> An
 
 def _probe(template_source: str) -> str:
     """A conversation with a call as the template writes it; nothing if it cannot."""
-    call = {"type": "function", "function": {"name": "NAME", "arguments": {"KEY": "VALUE"}}}
+    call = {"id": "call_0", "type": "function", "function": {"name": "NAME", "arguments": {"KEY": "VALUE"}}}
     answer: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
     messages = [{"role": "user", "content": "?"}, answer]
     try:

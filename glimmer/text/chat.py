@@ -90,7 +90,7 @@ class ChatTemplate:
         """
         if self._template is None:
             assert self.fault is not None
-            raise self.fault
+            raise CheckpointError(*self.fault.args)  # a new one: each raise adds to the traceback of an exception
         variables = {
             **kwargs,
             "messages": _messages(messages),

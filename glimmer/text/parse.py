@@ -157,6 +157,11 @@ class AnswerParser:
         self._body_tags = _Tags(*key, *value, *call, self._think_close)
         self._next_tags = _Tags(self._call_open, self._think_close)
 
+    @property
+    def reasoning(self) -> bool:
+        """Whether what has come last is reasoning, or a call within it."""
+        return self._reasoning
+
     def push(self, text: str) -> list[Event]:
         """What more text makes known."""
         assert not self._finished, "push() after finish()"
@@ -168,7 +173,8 @@ class AnswerParser:
     def finish(self, *, stopped: bool = False) -> list[Event]:
         """What is known now that no more text will come. Call once.
 
-        stopped: the model has ended its answer, so that a call of which only </tool_call> is missing is complete.
+        stopped: the model itself has ended its answer (no stop string, no limit), so that a call of which only
+            </tool_call> is missing is complete.
         """
         assert not self._finished, "finish() twice"
         self._finished = True

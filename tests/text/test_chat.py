@@ -478,6 +478,8 @@ def test_a_broken_template_is_named(tmp_path, name, content):
     broken = ChatTemplate.load(tmp_path)  # raw prompts need no template
     assert str(tmp_path / name) in refusal(CheckpointError, lambda: broken.render([ASK])).found
     assert broken.fault is not None and str(tmp_path / name) in broken.fault.found
+    errors = [refusal(CheckpointError, lambda: broken.render([ASK])) for _ in range(2)]
+    assert errors[0] is not errors[1]  # an exception that is raised again keeps what it was raised with before
 
 
 def test_the_test_checkpoint_has_our_template(directory):

@@ -123,6 +123,15 @@ def test_an_answer_that_continues_a_text_begins_within_it():
     assert told("\n  more</think>\ntext", continues=True, thinking=True) == ("\n  more", "text", [])
 
 
+def test_the_parser_knows_whether_the_reasoning_is_open():
+    parser = AnswerParser(FORMAT, TOOLS, False)
+    states = []
+    for piece in ("\n", "<think>", "a", "<tool_call>f</tool_call>", "b</thi", "nk>", "c", "<think>"):
+        parser.push(piece)
+        states.append(parser.reasoning)
+    assert states == [False, True, True, True, True, False, False, False]
+
+
 def test_text_is_told_as_soon_as_it_cannot_be_anything_else():
     parser = AnswerParser(FORMAT, TOOLS, False)
     shown = [parser.push(piece) for piece in ["<th", "ink>a", " b", "\n", "c</", "think", "ing", "</think>", "\n", "d"]]
@@ -589,7 +598,14 @@ def test_an_answer_is_the_same_wherever_it_is_cut(parts, thinking, continues, st
                 json.loads(call.arguments)
 
 
-@given(tags=st.lists(st.sampled_from([*TAGS, "\n", ""]), max_size=25), thinking=st.booleans(), stopped=st.booleans())
+BEGINNINGS = ("<tool_call>f\n<arg_key>", "<tool_call>f<arg_key>text</arg_key><arg_value>", "</arg_value></tool_call>")
+
+
+@given(
+    tags=st.lists(st.sampled_from([*TAGS, *BEGINNINGS, "\n", ""]), max_size=25),
+    thinking=st.booleans(),
+    stopped=st.booleans(),
+)
 @settings(max_examples=250, deadline=None)
 def test_no_word_is_lost(tags, thinking, stopped):
     """Words that are all different, between any tags in any order: each is somewhere in what is told, once."""
@@ -600,6 +616,15 @@ def test_no_word_is_lost(tags, thinking, stopped):
         told += [call.name, call.arguments]
     for i in range(len(tags)):
         assert "\n".join(told).count(f"w{i}.") == 1
+
+
+@given(text=st.text("ab< >\n\t/", max_size=20), continues=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_a_text_without_tags_is_told_as_it_is(text, continues):
+    """But for blank lines in front of it, which the format of GLM-4.5 has there."""
+    white = text[: len(text) - len(text.lstrip())]
+    expected = text if continues or text == white else text[white.rfind("\n") + 1 :]
+    assert collect(parse(text, continues=continues)).content == ("" if text == white and not continues else expected)
 
 
 HOSTILE = (*TAGS, "<", "</", "\n", "<tool_call>x ", "<tool_call>f<arg_key>", "<tool_call>f</tool_call>", "a ")
