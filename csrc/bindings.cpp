@@ -4,6 +4,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <chrono>
 #include <cstring>
@@ -14,6 +15,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "mapped.h"
 #include "memory.h"
 #include "pool.h"
 #include "small.h"
@@ -147,16 +149,74 @@ NB_MODULE(_native, m) {
             },
             "nbytes"_a, "A torch tensor of nbytes bytes (uint8), its content undefined.");
 
+    nb::class_<MappedFile>(m, "MappedFile", "A file of weights, mapped read-only; all processes share its pages.")
+        .def(nb::init<int, size_t>(), "descriptor"_a, "nbytes"_a, "Map the first nbytes bytes. Raises RuntimeError.")
+        .def_ro("nbytes", &MappedFile::bytes, "Bytes that are mapped.")
+        .def_prop_ro("damaged", &MappedFile::damaged,
+                     "Whether the file has shrunk, or could not be read, since: all of it reads as zeros then.")
+        .def(
+            "tensor",
+            [](std::shared_ptr<MappedFile> file, size_t begin, size_t nbytes) {
+                if (begin > file->bytes || nbytes > file->bytes - begin) throw std::invalid_argument("beyond the file's end");
+                uint8_t* data = const_cast<uint8_t*>(file->begin()) + begin;
+                nb::capsule owner(new std::shared_ptr<MappedFile>(std::move(file)),
+                                  [](void* p) noexcept { delete (std::shared_ptr<MappedFile>*)p; });
+                return nb::ndarray<nb::pytorch, uint8_t>(data, {nbytes}, owner);
+            },
+            "begin"_a, "nbytes"_a, "Bytes of the file as a torch tensor (uint8), which must not be written.");
+    m.def(
+        "checksum", [](uintptr_t data, size_t nbytes) { return checksum(at<void>(data), nbytes); }, "data"_a, "nbytes"_a,
+        ReleaseGil(), "The checksum of a piece of a packed file: CRC-32C of its four quarters, 32 hexadecimal digits.");
+    m.def(
+        "checksums",
+        [](Pool& pool, const std::vector<uintptr_t>& pieces, const std::vector<size_t>& nbytes) {
+            if (pieces.size() != nbytes.size()) throw std::invalid_argument("a size for each piece");
+            std::vector<std::string> sums(pieces.size());
+            PoolScope scope(pool);
+            parallel((long)pieces.size(), [&](long i) { sums[i] = checksum(at<void>(pieces[i]), nbytes[i]); });
+            return sums;
+        },
+        "pool"_a, "pieces"_a, "nbytes"_a, ReleaseGil(), "The checksums of pieces at these addresses, by all threads.");
+
     nb::class_<Packed>(m, "Packed", "Weight matrices of one shape, stored in the layout that the kernels read.")
         .def(
             "__init__",
             [](Packed* self, Pool& pool, const std::string& kind, long count, int n, int k, int parts, int group_size,
-               bool wide_scales) {
+               bool wide_scales, bool owns) {
                 PoolScope scope(pool);
-                new (self) Packed(kind_named(kind), count, n, k, parts, group_size, wide_scales);
+                new (self) Packed(kind_named(kind), count, n, k, parts, group_size, wide_scales, owns);
             },
-            "pool"_a, "kind"_a, "count"_a, "n"_a, "k"_a, "parts"_a, "group_size"_a, "wide_scales"_a,
-            "Allocate `count` matrices (n, k) of zeros, each of `parts` equal parts; fill them with fill().")
+            "pool"_a, "kind"_a, "count"_a, "n"_a, "k"_a, "parts"_a, "group_size"_a, "wide_scales"_a, "owns"_a = true,
+            "Allocate `count` matrices (n, k) of zeros, each of `parts` equal parts; fill them with fill(). Unless `owns`,\n"
+            "nothing is allocated, and place() says where each matrix lies.")
+        .def_prop_ro(
+            "stored_kind", [](const Packed& p) { return KINDS[(int)p.kind].name; }, "The kind, as the constructor takes it.")
+        .def_prop_ro(
+            "group_size", [](const Packed& p) { return p.groups.size; }, "Columns that share a scale, if the kind is int4.")
+        .def_prop_ro(
+            "wide_scales", [](const Packed& p) { return p.groups.wide_scales; }, "Whether scales of int4 have 32 bits.")
+        .def_prop_ro("matrix_bytes", &Packed::matrix_bytes, "Bytes of one matrix without the scales of its columns.")
+        .def_prop_ro("scales_bytes", &Packed::scales_bytes, "Bytes of the scales of one matrix's columns; 0: there are none.")
+        .def(
+            "place",
+            [](Packed& p, long e, std::shared_ptr<MappedFile> file, size_t panels, size_t scales) {
+                auto inside = [&](size_t begin, size_t n) {
+                    return begin % 64 == 0 && begin <= file->bytes && n <= file->bytes - begin;
+                };
+                if (!inside(panels, p.matrix_bytes()) || !inside(scales, p.scales_bytes()))
+                    throw std::invalid_argument("a matrix that does not lie in the file");
+                p.place(e, file->begin() + panels, file->begin() + scales, file);
+            },
+            "e"_a, "file"_a, "panels"_a, "scales"_a,
+            "Use as matrix e what lies at these bytes of a file, multiples of 64. The file stays mapped as long.")
+        .def(
+            "copy_matrix",
+            [](const Packed& p, long e, uintptr_t panels, uintptr_t scales) {
+                if (e < 0 || e >= p.count) throw std::invalid_argument("no matrix of this number");
+                std::memcpy(at<void>(panels), p.panel(e, 0), p.matrix_bytes());
+                if (p.scales_bytes()) std::memcpy(at<void>(scales), p.panel_scales(e, 0), p.scales_bytes());
+            },
+            "e"_a, "panels"_a, "scales"_a, ReleaseGil(), "Copy matrix e to these addresses, as place() takes it.")
         .def_prop_ro(
             "kind",
             [](const Packed& p) {

@@ -97,17 +97,19 @@ template <class T> void transpose(const char* codes, size_t stride, int rows, in
 
 }  // namespace
 
-Packed::Packed(Kind kind, long count, int n, int k, int parts, int group_size, bool wide_scales)
+Packed::Packed(Kind kind, long count, int n, int k, int parts, int group_size, bool wide_scales, bool owns)
     : kind(kind), count(count), n(n), k(k), parts(parts), groups{kind == Kind::int4 ? group_size : 32, wide_scales} {
     bool valid = count > 0 && n > 0 && k > 0 && parts > 0 && n % parts == 0 && groups.size > 0 && groups.size % 32 == 0;
     if (!valid || n > 1 << 24 || k > 1 << 17 || groups.size > 1 << 17)  // 2^17: a row of int8 sums to less than 2^24
         throw std::invalid_argument("no matrix of " + std::to_string(n) + " rows in " + std::to_string(parts) + " parts and " +
                                     std::to_string(k) + " columns in groups of " + std::to_string(group_size));
-    size_t per_row = is_plain(kind) ? 0 : (size_t)count * panels() * PANEL * 4;
-    size_t codes = round_up((size_t)count * panels() * panel_bytes() + 4096, 64);  // loops prefetch a little beyond the end
-    taken = codes + per_row;
+    places.resize(count);
+    size_t codes = round_up(count * matrix_bytes() + 4096, 64);  // loops prefetch a little beyond the end
+    taken = owns ? codes + count * scales_bytes() : count * (matrix_bytes() + scales_bytes());
+    if (!owns) return;
+    uint8_t* data;
     std::tie(arena, data) = allocate(taken);
-    if (per_row) scales = (float*)(data + codes);
+    for (long e = 0; e < count; e++) place(e, data + e * matrix_bytes(), data + codes + e * scales_bytes());
     // The operating system clears a page when it is first touched. All threads do that here in parallel; fill would do it
     // serially.
     parallel((long)(taken / HUGE_PAGE + 2), [&](long i) {
@@ -115,6 +117,12 @@ Packed::Packed(Kind kind, long count, int n, int k, int parts, int group_size, b
         for (size_t at = page < (size_t)data ? (size_t)data : page; at < page + HUGE_PAGE && at < end; at += 4096)
             *(volatile uint8_t*)at = 0;
     });
+}
+
+void Packed::place(long e, const void* panels, const void* scales, std::shared_ptr<void> memory) {
+    if (e < 0 || e >= count) throw std::invalid_argument("no matrix of this number");
+    if (memory) keeper = std::move(memory);
+    places[e] = {(const uint8_t*)panels, is_plain(kind) ? nullptr : (const float*)scales};
 }
 
 size_t Packed::panel_bytes() const {
@@ -131,6 +139,7 @@ size_t Packed::panel_bytes() const {
 void Packed::fill(long e, int first, int rows, const void* codes, size_t stride, const float* row_scales,
                   const uint8_t* zero_points) {
     if (e < 0 || e >= count || first < 0 || rows < 0 || first + rows > n) throw std::invalid_argument("rows out of range");
+    if (!arena) throw std::logic_error("these matrices lie in memory that is not ours to fill");
     bool scaled = !is_plain(kind);
     if (scaled != (row_scales != nullptr) || (zero_points && kind != Kind::int4))
         throw std::invalid_argument("scales missing, or scales or zeros not wanted");
@@ -142,6 +151,7 @@ void Packed::fill(long e, int first, int rows, const void* codes, size_t stride,
     struct Piece {
         int row, rows;  // consecutive rows that lie in one panel
     };
+    float* const scales = const_cast<float*>(places[e].scales);
     std::vector<Piece> pieces;
     for (int r = first; r < first + rows; r += pieces.back().rows) {
         int at = r % width, done = PANEL - at % PANEL;
@@ -152,7 +162,7 @@ void Packed::fill(long e, int first, int rows, const void* codes, size_t stride,
     parallel((long)pieces.size(), [&](long piece) {
         const int r = pieces[piece].row, done = pieces[piece].rows;
         const int part = r / width, at = r % width, column = at % PANEL, p = at / PANEL * parts + part;
-        uint8_t* panel = data + (e * panels() + p) * panel_bytes();
+        uint8_t* panel = const_cast<uint8_t*>(this->panel(e, p));
         const char* source = (const char*)codes + (r - first) * stride;
         // Elements are moved in the units that stay together: 4 bytes are a float, two bf16, or four bytes of int8.
         if (kind == Kind::f32) {
@@ -185,7 +195,7 @@ void Packed::fill(long e, int first, int rows, const void* codes, size_t stride,
                 const size_t group = (size_t)(r - first + i) * per_row;  // index of the row's first group
                 const float* group_scales = row_scales + group;
                 const int top = groups.wide_scales ? 0 : largest_exponent(group_scales, per_row);
-                scales[(e * panels() + p) * PANEL + column + i] = groups.wide_scales ? 1.f : power_of_two(top);
+                scales[p * PANEL + column + i] = groups.wide_scales ? 1.f : power_of_two(top);
                 for (int g = 0; g < per_row; g++) {
                     const uint32_t zero_point = zero_points ? zero_points[group + g] : 8;
                     const Word word = groups.wide_scales ? scale_word_32(group_scales[g], zero_point)
@@ -206,7 +216,7 @@ void Packed::fill(long e, int first, int rows, const void* codes, size_t stride,
             }
         }
         if (kind == Kind::fp8 || kind == Kind::int8)
-            for (int i = 0; i < done; i++) scales[(e * panels() + p) * PANEL + column + i] = row_scales[r - first + i];
+            for (int i = 0; i < done; i++) scales[p * PANEL + column + i] = row_scales[r - first + i];
     });
 }
 

@@ -4,13 +4,16 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "kernels.h"
 
 namespace glimmer {
 
 // `count` matrices of the same shape (n, k), each made of `parts` equal parts one below the other (gate, up) whose panels
-// alternate, so that the panels for the same columns of gate and up are adjacent. Owns its memory; zeros until filled.
+// alternate, so that the panels for the same columns of gate and up are adjacent. The panels of a matrix are adjacent, and so
+// are the scales of its columns; matrices may lie anywhere. Either it owns its memory, zeros until filled, or its matrices are
+// placed in memory that somebody else has filled (a mapped file).
 struct Packed {
     const Kind kind;
     const long count;
@@ -18,7 +21,8 @@ struct Packed {
     const Groups groups;  // int4 only
 
     // Throws std::invalid_argument for impossible sizes, std::bad_alloc.
-    Packed(Kind kind, long count, int n, int k, int parts, int group_size, bool wide_scales);
+    // owns: whether memory is allocated; else every matrix must be placed before it is used.
+    Packed(Kind kind, long count, int n, int k, int parts, int group_size, bool wide_scales, bool owns = true);
     Packed(const Packed&) = delete;
     Packed& operator=(const Packed&) = delete;
 
@@ -32,13 +36,22 @@ struct Packed {
     int panels() const { return (n / parts + PANEL - 1) / PANEL * parts; }
     size_t panel_bytes() const;
     size_t bytes() const { return taken; }
-    const uint8_t* panel(long e, int p) const { return data + (e * panels() + p) * panel_bytes(); }
-    const float* panel_scales(long e, int p) const { return scales ? scales + (e * panels() + p) * PANEL : nullptr; }
+    size_t matrix_bytes() const { return panels() * panel_bytes(); }                           // the panels of one matrix
+    size_t scales_bytes() const { return is_plain(kind) ? 0 : (size_t)panels() * PANEL * 4; }  // the scales of one matrix
+    const uint8_t* panel(long e, int p) const { return places[e].panels + p * panel_bytes(); }
+    const float* panel_scales(long e, int p) const { return places[e].scales ? places[e].scales + p * PANEL : nullptr; }
+    // From now on matrix e is what lies at these addresses: matrix_bytes() and scales_bytes() of it, in this layout, in memory
+    // that `keeper` keeps.
+    void place(long e, const void* panels, const void* scales, std::shared_ptr<void> keeper = nullptr);
 
 private:
-    std::shared_ptr<struct Arena> arena;
-    uint8_t* data = nullptr;
-    float* scales = nullptr;
+    struct Place {
+        const uint8_t* panels = nullptr;
+        const float* scales = nullptr;
+    };
+    std::vector<Place> places;
+    std::shared_ptr<struct Arena> arena;  // null if the memory is somebody else's
+    std::shared_ptr<void> keeper;
     size_t taken = 0;
 };
 

@@ -2,6 +2,7 @@
 CPU kernels of glimmer. Pointers are passed as integers, sizes are in elements unless documented as bytes.
 """
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -54,17 +55,84 @@ class BufferPool:
     def acquire(self, nbytes: int) -> Annotated[torch.Tensor, dict(dtype="uint8")]:
         """A torch tensor of nbytes bytes (uint8), its content undefined."""
 
+class MappedFile:
+    """A file of weights, mapped read-only; all processes share its pages."""
+
+    def __init__(self, descriptor: int, nbytes: int) -> None:
+        """Map the first nbytes bytes. Raises RuntimeError."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are mapped."""
+
+    @property
+    def damaged(self) -> bool:
+        """
+        Whether the file has shrunk, or could not be read, since: all of it reads as zeros then.
+        """
+
+    def tensor(self, begin: int, nbytes: int) -> Annotated[torch.Tensor, dict(dtype="uint8")]:
+        """
+        Bytes of the file as a torch tensor (uint8), which must not be written.
+        """
+
+def checksum(data: int, nbytes: int) -> str:
+    """
+    The checksum of a piece of a packed file: CRC-32C of its four quarters, 32 hexadecimal digits.
+    """
+
+def checksums(pool: Pool, pieces: Sequence[int], nbytes: Sequence[int]) -> list[str]:
+    """The checksums of pieces at these addresses, by all threads."""
+
 class Packed:
     """
     Weight matrices of one shape, stored in the layout that the kernels read.
     """
 
     def __init__(
-        self, pool: Pool, kind: str, count: int, n: int, k: int, parts: int, group_size: int, wide_scales: bool
+        self,
+        pool: Pool,
+        kind: str,
+        count: int,
+        n: int,
+        k: int,
+        parts: int,
+        group_size: int,
+        wide_scales: bool,
+        owns: bool = True,
     ) -> None:
         """
-        Allocate `count` matrices (n, k) of zeros, each of `parts` equal parts; fill them with fill().
+        Allocate `count` matrices (n, k) of zeros, each of `parts` equal parts; fill them with fill(). Unless `owns`,
+        nothing is allocated, and place() says where each matrix lies.
         """
+
+    @property
+    def stored_kind(self) -> str:
+        """The kind, as the constructor takes it."""
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share a scale, if the kind is int4."""
+
+    @property
+    def wide_scales(self) -> bool:
+        """Whether scales of int4 have 32 bits."""
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Bytes of one matrix without the scales of its columns."""
+
+    @property
+    def scales_bytes(self) -> int:
+        """Bytes of the scales of one matrix's columns; 0: there are none."""
+
+    def place(self, e: int, file: MappedFile, panels: int, scales: int) -> None:
+        """
+        Use as matrix e what lies at these bytes of a file, multiples of 64. The file stays mapped as long.
+        """
+
+    def copy_matrix(self, e: int, panels: int, scales: int) -> None:
+        """Copy matrix e to these addresses, as place() takes it."""
 
     @property
     def kind(self) -> str:

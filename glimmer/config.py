@@ -43,6 +43,7 @@ class EngineConfig:
     quantization                "int8" or "int4": quantise matrices while loading; None: as they are stored
     group_size                  with int4: columns that share a scale, a multiple of 32; None: 32
     speculative_config          how drafts are made, as SpeculativeConfig's fields or a method's name; None: "auto"
+    prepare                     write the packed file of the model first, where there is none (glimmer prepare)
     """
 
     model: str
@@ -65,6 +66,7 @@ class EngineConfig:
     quantization: str | None = None
     group_size: int | None = None
     speculative_config: Mapping[str, Any] | str | None = None
+    prepare: bool = False
 
     def __post_init__(self) -> None:
         for key in ("model", "dtype", "device", "backend", "kv_cache_dtype"):
@@ -84,7 +86,7 @@ class EngineConfig:
             )
         if self.kv_cache_dtype not in ("auto", "int8"):
             raise ConfigError(f"kv_cache_dtype={shown(self.kv_cache_dtype)}", "'auto' or 'int8'", "choose one of these")
-        for key in ("enable_prefix_caching", "skip_tokenizer_init"):
+        for key in ("enable_prefix_caching", "skip_tokenizer_init", "prepare"):
             if not isinstance(getattr(self, key), bool):
                 raise ConfigError(f"{key}={shown(getattr(self, key))}", "True or False", "pass one of these")
         SpeculativeConfig.of(self.speculative_config)

@@ -1,4 +1,5 @@
-"""Hub ids and folders of the local Hugging Face cache, as model directories. Nothing is downloaded.
+"""Hub ids and folders of the local Hugging Face cache, as model directories; and our own cache directory. Nothing is
+downloaded.
 
 The cache keeps each repository as models--OWNER--NAME, with refs/main naming a commit and snapshots/COMMIT holding its
 files. It lies in $HF_HUB_CACHE, else in $HF_HOME/hub, else in ~/.cache/huggingface/hub. Not here: what the files hold.
@@ -41,6 +42,12 @@ def cache() -> Path:
     hub, home = os.environ.get("HF_HUB_CACHE"), os.environ.get("HF_HOME")
     general = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(hub or Path(home or Path(general) / "huggingface") / "hub").expanduser()
+
+
+def cache_directory() -> Path:
+    """Where glimmer keeps what it can make again: $GLIMMER_CACHE, else `glimmer` in $XDG_CACHE_HOME or ~/.cache."""
+    own, general = os.environ.get("GLIMMER_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(own or Path(general) / "glimmer").expanduser()
 
 
 def _snapshot(repository: Path) -> Path:

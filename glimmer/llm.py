@@ -102,6 +102,7 @@ class LLM:
         quantization: str | None = None,
         group_size: int | None = None,
         speculative_config: Mapping[str, Any] | str | None = None,
+        prepare: bool = False,
         on_load: OnLoad | None = None,
         group: Group | None = None,
         **unknown: Any,
@@ -130,6 +131,7 @@ class LLM:
             quantization=quantization,
             group_size=group_size,
             speculative_config=speculative_config,
+            prepare=prepare,
         )
         self.model_config = ModelConfig.load(self.config.model)
         self.tokenizer = None if self.config.skip_tokenizer_init else Tokenizer.load(self.config.model)

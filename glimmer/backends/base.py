@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -77,6 +77,32 @@ class ExpertSet:
     def nbytes(self) -> int:
         """Bytes of all experts."""
         return self.gate_up.nbytes + self.down.nbytes
+
+
+@dataclass(frozen=True)
+class Records:
+    """Packed weights as they go into a file: `count` records of nbytes each, one for a Linear, one for each expert.
+
+    description: JSON that `map_packed` understands. copy(e, buffer) writes record e to nbytes of uint8.
+    """
+
+    description: dict[str, Any]
+    count: int
+    nbytes: int
+    copy: Callable[[int, Tensor], None]
+
+
+class MappedFile(Protocol):
+    """A file that is mapped read-only."""
+
+    @property
+    def damaged(self) -> bool:
+        """Whether it has shrunk or could not be read since: what is computed with it is worth nothing then."""
+        ...
+
+    def tensor(self, begin: int, nbytes: int) -> Tensor:
+        """Some of its bytes, uint8, not to be written; it stays mapped as long as they are held."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -145,6 +171,7 @@ class Backend(ABC):
 
     name: ClassVar[str]
     captures: ClassVar[bool] = False  # whether `capture` is there
+    packed_layout: ClassVar[str | None] = None  # the layout of packed weights in a file; None: they go into none
 
     def __init__(self, device: torch.device, threads: int = 1):
         """threads: CPU threads that compute, where the CPU does."""
@@ -213,6 +240,24 @@ class Backend(ABC):
     @abstractmethod
     def packed_bytes(self, weight: Weight) -> int:
         """Bytes that a Weight, perhaps without values, takes once packed."""
+
+    # ------------------------------------------------------------------ packed weights in a file (packed_layout)
+
+    def records(self, packed: Packed | ExpertSet) -> Records:
+        """Packed weights, to be written to a file. A record has a multiple of 4096 bytes."""
+        raise NotImplementedError(f"{self.name} writes no packed weights")
+
+    def map_file(self, descriptor: int, nbytes: int) -> MappedFile:
+        """The first nbytes of a file, for `map_packed`. Raises OSError. The descriptor may be closed afterwards."""
+        raise NotImplementedError(f"{self.name} maps no files")
+
+    def map_packed(self, description: dict[str, Any], file: MappedFile, begin: int) -> Packed | ExpertSet:
+        """Packed weights whose records lie in a file from `begin` on; nothing is copied. ValueError if they cannot."""
+        raise NotImplementedError(f"{self.name} maps no files")
+
+    def checksums(self, pieces: Sequence[Tensor]) -> list[str]:
+        """A checksum of the bytes of each piece: 32 hexadecimal digits, the same for every backend that has any."""
+        raise NotImplementedError(f"{self.name} has no checksums")
 
     # ------------------------------------------------------------------ cache
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from glimmer import _native
-from glimmer.backends.base import ExpertSet, KVCache, KVCacheSpec, Packed, RouteRule
+from glimmer.backends.base import ExpertSet, KVCache, KVCacheSpec, MappedFile, Packed, Records, RouteRule
 from glimmer.backends.reference import Reference
 from glimmer.batch import Batch
 from glimmer.weight import ExpertWeights, Kind, Weight, layout
@@ -31,6 +31,8 @@ CONVERTED_AT_ONCE = 4 << 20  # bytes of a plain matrix whose values change their
 POOLED = 1 << 20  # bytes of a result from which on its memory comes from a pool: the system would clear new pages
 MAX_UNUSED = 512 << 20  # bytes that the pool keeps between steps
 FLOATS = (torch.float32, torch.bfloat16)
+PAGE = 4096  # bytes: what direct reads are aligned to, and so records of packed weights
+KINDS = ("float32", "float32 as bfloat16", "bfloat16", "fp8", "int8", "int4")  # of packed matrices
 
 
 class CapturedStep:
@@ -68,6 +70,7 @@ class Cpu(Reference):
 
     name = "cpu"
     captures = True
+    packed_layout = "panels of 32 columns, 1"  # csrc/kernels.h; the same for every instruction set
 
     def __init__(self, device: torch.device, threads: int = 1):
         super().__init__(device, threads)
@@ -343,6 +346,50 @@ class Cpu(Reference):
         # A group's scale and zero point share a word; a row has a power of two.
         return weight.codes.nbytes + weight.scales.numel() * (4 if _wide_scales([weight]) else 2) + weight.shape[0] * 4
 
+    def records(self, packed: Packed | ExpertSet) -> Records:
+        """A record: the panels of its matrices, then the scales of their columns, each from a multiple of 64 bytes."""
+        matrices = [packed.gate_up, packed.down] if isinstance(packed, ExpertSet) else [packed]
+        places, nbytes = _places(matrices)
+
+        def copy(e: int, buffer: Tensor) -> None:
+            assert len(buffer) == nbytes and buffer.is_contiguous(), "a buffer of one record"
+            for matrix, (panels, scales) in zip(matrices, places, strict=True):
+                assert isinstance(matrix, _native.Packed)
+                matrix.copy_matrix(e, buffer.data_ptr() + panels, buffer.data_ptr() + scales)
+
+        return Records({"matrices": [_describe(m) for m in matrices]}, matrices[0].count, nbytes, copy)
+
+    def map_file(self, descriptor: int, nbytes: int) -> _native.MappedFile:
+        try:
+            return _native.MappedFile(descriptor, nbytes)
+        except RuntimeError as error:
+            raise OSError(str(error)) from None
+
+    def map_packed(self, description: dict[str, Any], file: MappedFile, begin: int) -> Packed | ExpertSet:
+        assert isinstance(file, _native.MappedFile)
+        matrices = [self._described(matrix) for matrix in _listed(description.get("matrices"))]
+        if not 1 <= len(matrices) <= 2 or len({matrix.count for matrix in matrices}) != 1:
+            raise ValueError("weights of one or two matrices are wanted")
+        places, nbytes = _places(matrices)
+        for matrix, (panels, scales) in zip(matrices, places, strict=True):
+            for e in range(matrix.count):
+                matrix.place(e, file, begin + e * nbytes + panels, begin + e * nbytes + scales)
+        return ExpertSet(*matrices) if len(matrices) == 2 else matrices[0]
+
+    def checksums(self, pieces: Sequence[Tensor]) -> list[str]:
+        assert all(piece.dtype == torch.uint8 and piece.is_contiguous() for piece in pieces)
+        return _native.checksums(self._pool, [piece.data_ptr() for piece in pieces], [len(piece) for piece in pieces])
+
+    def _described(self, matrix: Any) -> _native.Packed:
+        """Matrices without memory, from what `_describe` has said of them; ValueError for anything else."""
+        match matrix:
+            case {
+                "kind": str(kind), "count": int(count), "n": int(n), "k": int(k), "parts": int(parts),
+                "group_size": int(group_size), "wide_scales": bool(wide),
+            } if kind in KINDS and 0 < count < 1 << 20:  # fmt: skip
+                return _native.Packed(self._pool, kind, count, n, k, parts, group_size, wide, owns=False)
+        raise ValueError(f"{str(matrix)[:200]} describes no matrices")
+
     def _empty(self, parts: Sequence[Weight], kind: str, count: int, pieces: int) -> _native.Packed:
         rows, inner = sum(p.shape[0] for p in parts), parts[0].shape[1]
         group = -(-(parts[0].group_size or 32) // 32) * 32
@@ -402,6 +449,29 @@ def _is_cache(kv: KVCache, rows: Tensor) -> bool:
     same = keys.shape == values.shape and keys.dtype == values.dtype and keys.dtype in (rows.dtype, torch.int8)
     whole = keys.is_contiguous() and values.is_contiguous() and keys.ndim == 4 and keys.shape[3] == width
     return same and whole and rows.dtype in FLOATS
+
+
+def _describe(packed: Packed) -> dict[str, Any]:
+    """Matrices as JSON."""
+    assert isinstance(packed, _native.Packed)
+    names = ("count", "n", "k", "parts", "group_size", "wide_scales")
+    return {"kind": packed.stored_kind} | {name: getattr(packed, name) for name in names}
+
+
+def _places(matrices: Sequence[Packed]) -> tuple[list[tuple[int, int]], int]:
+    """Where in a record the panels and the scales of each matrix begin, and how many bytes a record has."""
+    begins: list[list[int]] = []
+    end = 0
+    for size in ("matrix_bytes", "scales_bytes"):
+        begins.append([])
+        for matrix in matrices:
+            begins[-1].append(end)
+            end += -(-getattr(matrix, size) // 64) * 64
+    return list(zip(*begins, strict=True)), -(-end // PAGE) * PAGE
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _kind(weight: Weight, dtype: torch.dtype) -> str:

@@ -122,6 +122,10 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
+    def __len__(self) -> int:
+        """How many tensors there are."""
+        return len(self._tensors)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape on disk. Raises CheckpointError when there is no such tensor, as the next four do."""
         return self._find(name).shape

@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": "a city, a sum and a tool call, with their speed",
     "bench": "measure loading, prefill and decode on this machine",
     "quantize": "write a checkpoint with int8 or int4 matrices",
+    "prepare": "write a model's packed file, from which it starts at once",
     "doctor": "what this machine has, and which operations will serve",
 }
 

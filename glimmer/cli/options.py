@@ -219,6 +219,7 @@ WORDS = {
         ("--mtp", "--spec-method"),
         choices=("auto", "off", "mtp", "ngram"),
     ),
+    "prepare": Words("", "write the model's packed file first, where there is none (glimmer prepare)"),
     # SamplingParams
     "n": Words("N", "answers to each prompt"),
     "temperature": Words("X", "0 is greedy", None, ("--temp",)),
@@ -313,8 +314,8 @@ SERVER = options_of(ServerConfig)
 MAX_YAML = 1 << 20  # bytes of a file of settings
 
 GENERAL = {"config": Option(path, "FILE.yaml", "read settings from this file; what is typed is stronger")}
-# Variables that are no settings of a command: parallel.py reads them.
-OTHER_VARIABLES = {"GLIMMER_JOIN_TIMEOUT", "GLIMMER_COLLECTIVE_TIMEOUT", "GLIMMER_REQUEST_TIMEOUT"}
+# Variables that are no settings of a command: parallel.py and hub.py read them.
+OTHER_VARIABLES = {"GLIMMER_JOIN_TIMEOUT", "GLIMMER_COLLECTIVE_TIMEOUT", "GLIMMER_REQUEST_TIMEOUT", "GLIMMER_CACHE"}
 
 
 def pick(table: Mapping[str, Option], *names: str) -> dict[str, Option]:

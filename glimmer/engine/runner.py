@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -19,16 +20,17 @@ from glimmer.backends import selection
 from glimmer.backends.base import Backend, KVCacheSpec
 from glimmer.batch import Batch
 from glimmer.checkpoint import formats
-from glimmer.checkpoint.files import Checkpoint
 from glimmer.checkpoint.fingerprint import fingerprints
+from glimmer.checkpoint.packed_file import Form
 from glimmer.config import EngineConfig
 from glimmer.engine.capture import StepCapture
 from glimmer.engine.sampler import likeliest
 from glimmer.engine.sequence import Step
 from glimmer.errors import CheckpointError, ConfigError, NotEnoughMemory
 from glimmer.group import Group
-from glimmer.model.load import WeightLoader, build_model
+from glimmer.model.load import build_model
 from glimmer.model.names import check_tensor_parallel
+from glimmer.model.packed import Loader, PackedLoader, loader_of, open_weights
 from glimmer.model_config import ModelConfig
 
 log = logging.getLogger("glimmer")
@@ -72,16 +74,19 @@ class Runner:
         threads = devices.share_cores(group.local_size, config.threads)
         self.backend = selection.choose(device, threads, spec, config.backend)
         log.info("operations: %s", _served(self.backend.table()))
-        with Checkpoint(config.model) as checkpoint:
+        form = Form.of(str(dtype).removeprefix("torch."), config.quantization, config.group_size)
+        with open_weights(
+            Path(config.model), model_config, form, self.backend, group.size, config.prepare
+        ) as checkpoint:
             residual = devices.residual_dtype(device, dtype)
 
-            def plan(mtp: bool) -> tuple[WeightLoader, KVCacheSpec]:
+            def plan(mtp: bool) -> tuple[Loader, KVCacheSpec]:
                 model = build_model(model_config, checkpoint, group, self.backend, residual, mtp).eval()
                 own = replace(spec, num_layers=spec.num_layers + mtp)
                 least_cache(config, self.backend, own)
-                return WeightLoader(model, checkpoint, dtype, config.quantization, config.group_size), own
+                return loader_of(model, checkpoint, dtype, form), own
 
-            def divide(loader: WeightLoader, spec: KVCacheSpec) -> KVCacheConfig:
+            def divide(loader: Loader, spec: KVCacheSpec) -> KVCacheConfig:
                 return make_kv_cache_config(config, model_config, group, self.backend, spec, loader.nbytes)
 
             asked = config.speculation.method
@@ -98,6 +103,7 @@ class Runner:
                 self.kv_cache_config = divide(loader, own)
                 log.warning("no drafts are made, since the MTP layer is left out: %s", error.found)
             self.model = loader.model
+            self._mapped = loader if isinstance(loader, PackedLoader) else None
             if config.dtype == "auto" and dtype is not torch.float32 and loader.stores(torch.float32):
                 log.warning(
                     "weights are stored in float32 and computed in %s; dtype=float32 (--dtype) keeps them as they are",
@@ -162,13 +168,16 @@ class Runner:
         batch = self.backend.prepare(batch)
         try:
             hidden = self.capture.run(self.model.embed(batch), batch)
-            return hidden, self.model.logits(hidden[batch.logits_indices]) if len(batch.logits_indices) else None
+            logits = self.model.logits(hidden[batch.logits_indices]) if len(batch.logits_indices) else None
         except torch.OutOfMemoryError as error:
             raise NotEnoughMemory(
                 f"a step of {len(batch.tokens)} tokens ran out of memory: {str(error).splitlines()[0]}",
                 "enough memory for a step's activations beside weights and cache",
                 "lower max_num_batched_tokens, max_num_seqs or gpu_memory_utilization",
             ) from None
+        if self._mapped is not None:
+            self._mapped.check()
+        return hidden, logits
 
     @torch.inference_mode()
     def draft(self, hidden: Tensor, batch: Batch) -> Tensor:
@@ -214,6 +223,7 @@ def check_ranks(config: EngineConfig, model_config: ModelConfig, group: Group, d
         "gpu_memory_utilization",
         "max_memory_bytes",
         "kv_cache_memory_bytes",
+        "prepare",
     )
     settings = {name: value for name, value in asdict(config).items() if name not in own}
     described = asdict(model_config)

@@ -6,9 +6,9 @@ Not here: names on disk and which part of a matrix is this rank's (names.py), re
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,10 @@ class Layer(nn.Module, ABC):
     plain          matrices are held as plain values: never quantised while loading, and dequantised where they are
                    stored quantised
     min_bits       the fewest bits of a code to which matrices may be quantised while loading
+    HELD           the attributes that `load` sets; a packed file holds them under these names
     """
 
+    HELD: ClassVar[tuple[str, ...]]
     keep_float32: bool = False
     plain: bool = False
     min_bits: int = 4
@@ -56,6 +58,15 @@ class Layer(nn.Module, ABC):
     @abstractmethod
     def load(self, weights: LayerWeights) -> None:
         """Keep what the checkpoint has for this layer, in the form and on the device of the backend."""
+
+    def held(self) -> dict[str, Packed | ExpertSet | Tensor]:
+        """What `load` has made."""
+        return {name: value for name in self.HELD if (value := getattr(self, name)) is not None}
+
+    def hold(self, held: Mapping[str, Packed | ExpertSet | Tensor | None]) -> None:
+        """In place of `load`: what was made elsewhere."""
+        for name in self.HELD:
+            setattr(self, name, held.get(name))
 
     def packed_together(self, unit: Sequence[T]) -> tuple[Sequence[T], ...]:
         """The matrices of a unit, divided into those that are packed as one; over all units, these must be of one
@@ -73,6 +84,7 @@ class Linear(Layer):
     keep_float32: the weights are plain and in float32 (the router). min_bits: see Layer.
     """
 
+    HELD = ("packed", "bias")
     packed: Packed
 
     def __init__(self, backend: Backend, keep_float32: bool = False, min_bits: int = 4):
@@ -92,6 +104,7 @@ class Linear(Layer):
 class Experts(Layer):
     """All routed experts of a layer, each with the matrices gate, up and down; this rank has M columns of each."""
 
+    HELD = ("packed",)
     packed: ExpertSet
 
     def load(self, weights: LayerWeights) -> None:
@@ -108,6 +121,7 @@ class Experts(Layer):
 class RMSNorm(Layer):
     """Over the last dimension. With a residual: (normed, residual + x) in one op."""
 
+    HELD = ("weight",)
     weight: Tensor
 
     def __init__(self, backend: Backend, eps: float):
@@ -128,6 +142,7 @@ class Embedding(Layer):
     """Rows first..first+len of the vocabulary; tokens of other ranks give zeros."""
 
     plain = True
+    HELD = ("table",)
     table: Tensor
 
     def __init__(self, backend: Backend, first: int):
@@ -146,6 +161,7 @@ class Vector(Layer):
     """A float32 vector that takes part in routing: the correction bias of the experts."""
 
     keep_float32 = True
+    HELD = ("value",)
     value: Tensor
 
     def load(self, weights: LayerWeights) -> None:

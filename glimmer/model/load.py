@@ -23,6 +23,7 @@ from glimmer.backends.selection import HOST, host_quantizer
 from glimmer.checkpoint import formats
 from glimmer.checkpoint.files import Checkpoint
 from glimmer.checkpoint.formats.base import FLOATS, Matrix, sliced_groups
+from glimmer.checkpoint.packed_file import PackedFile
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.group import Group
 from glimmer.model import names
@@ -46,7 +47,7 @@ Progress = Callable[[int], object]  # is called with the bytes that have been lo
 
 def build_model(
     config: ModelConfig,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | PackedFile,
     group: Group,
     backend: Backend,
     residual_dtype: torch.dtype,
@@ -57,7 +58,7 @@ def build_model(
     Raises ConfigError when it has more layers or experts than the checkpoint can fill, before they are built, and
     CheckpointError when there is no MTP layer.
     """
-    layers, experts, tensors = config.num_hidden_layers, config.n_routed_experts, len(checkpoint.names())
+    layers, experts, tensors = config.num_hidden_layers, config.n_routed_experts, len(checkpoint)
     if layers > max(tensors, MAX_LAYERS) or layers * experts > max(tensors, MAX_EXPERTS):
         raise ConfigError(
             f"config.json says num_hidden_layers={layers} and n_routed_experts={experts};"
@@ -68,12 +69,14 @@ def build_model(
     return Glm4Moe(config, group, backend, residual_dtype, _mtp_parts(config, checkpoint) if mtp else None)
 
 
-def has_mtp(config: ModelConfig, checkpoint: Checkpoint) -> bool:
+def has_mtp(config: ModelConfig, checkpoint: Checkpoint | PackedFile) -> bool:
     """Whether a checkpoint has an MTP layer."""
+    if isinstance(checkpoint, PackedFile):
+        return "mtp.eh_proj" in checkpoint.layers
     return formats.holds(checkpoint, f"{names.mtp_prefix(config)}eh_proj")
 
 
-def _mtp_parts(config: ModelConfig, checkpoint: Checkpoint) -> tuple[bool, bool]:
+def _mtp_parts(config: ModelConfig, checkpoint: Checkpoint | PackedFile) -> tuple[bool, bool]:
     """Whether the MTP layer has an embedding and a head of its own; CheckpointError if there is no such layer."""
     prefix = names.mtp_prefix(config)
     if not has_mtp(config, checkpoint):
@@ -82,6 +85,8 @@ def _mtp_parts(config: ModelConfig, checkpoint: Checkpoint) -> tuple[bool, bool]
             "a checkpoint with its multi-token-prediction layer, for drafting",
             "run without drafting, or add the file that holds the layer (GLM-4.7: mtp.safetensors)",
         )
+    if isinstance(checkpoint, PackedFile):
+        return "mtp.embed_tokens" in checkpoint.layers, "mtp.head" in checkpoint.layers
     return formats.holds(checkpoint, f"{prefix}embed_tokens"), formats.holds(checkpoint, f"{prefix}shared_head.head")
 
 
@@ -122,12 +127,15 @@ class WeightLoader:
 
     def load(self, progress: Progress = lambda nbytes: None) -> None:
         """Read our cuts into the layers. progress is called with the share of nbytes of each unit of matrices."""
-        with _one_thread():
-            for spec in self.param_specs:
-                layer = self._layers[spec.layer]
-                with closing(self._units(spec, progress)) as units:
-                    layer.load(LayerWeights(self._vectors(spec), units, len(spec.units), self._dtype(layer)))
-                    assert next(units, None) is None, f"{spec.layer} has not taken all of its matrices"
+        for spec in self.param_specs:
+            self.load_layer(spec, progress)
+
+    def load_layer(self, spec: ParamSpec, progress: Progress = lambda nbytes: None) -> None:
+        """Read our cuts into one layer."""
+        layer = self._layers[spec.layer]
+        with _one_thread(), closing(self._units(spec, progress)) as units:
+            layer.load(LayerWeights(self._vectors(spec), units, len(spec.units), self._dtype(layer)))
+            assert next(units, None) is None, f"{spec.layer} has not taken all of its matrices"
 
     def tensors(self, progress: Progress = lambda nbytes: None) -> Generator[tuple[str, Tensor]]:
         """Names and tensors of a checkpoint that holds what `load` would make of this one, matrix by matrix."""

@@ -21,6 +21,7 @@ from glimmer.backends.base import ExpertSet
 from glimmer.backends.reference import Reference
 from glimmer.checkpoint import formats
 from glimmer.checkpoint.files import Checkpoint
+from glimmer.cli.main import main
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.group import Group
 from glimmer.model.load import WeightLoader, build_model
@@ -160,6 +161,17 @@ def test_models_of_others_compute_what_their_values_say(name, twins):
     assert 1e-7 < difference < 2e-3, "int8 activations cost something, and not more"
     with pytest.raises(ConfigError, match="is int4 already"):
         LLM(str(coded), max_model_len=64, quantization="int4")
+
+
+@pytest.mark.parametrize("name", ["compressed", "awq", "gptq symmetric"])
+def test_models_of_others_can_be_prepared(name, twins, monkeypatch):
+    """From the packed file, to the last bit what the directory itself gives."""
+    coded, _ = twins(name)
+    expected = logprobs(coded)
+    assert main(["prepare", str(coded), "--dtype", "float32"]) == 0
+    assert (coded / "packed-float32" / "packed.json").is_file()
+    monkeypatch.setattr(WeightLoader, "load", None)  # nothing is loaded from the directory any more
+    assert torch.equal(logprobs(coded), expected)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -1,0 +1,253 @@
+"""A packed file and the layers of a model: `PackedLoader` fills the layers from it, `prepare` writes it.
+
+A packed file holds what `WeightLoader.load` makes, attribute by attribute, so both ways lead to the same bits. What is
+loaded is mapped: its pages are those of the page cache, nothing is copied, and all processes of a machine share them.
+Checksums are compared before anything is computed. Not here: the file's own form (checkpoint/packed_file.py), layouts
+(backends/), quantising (load.py).
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from glimmer.backends.base import Backend, ExpertSet, MappedFile, Packed
+from glimmer.checkpoint import packed_file
+from glimmer.checkpoint.files import INDEX, Checkpoint
+from glimmer.checkpoint.packed_file import Form, PackedFile, PackedWriter, Piece, damaged, head, places, source_of
+from glimmer.errors import CheckpointError, ConfigError
+from glimmer.group import Group
+from glimmer.model import names
+from glimmer.model.glm4_moe import Glm4Moe
+from glimmer.model.layers import Layer
+from glimmer.model.load import Progress, WeightLoader, build_model, has_mtp
+from glimmer.model.names import ParamSpec
+from glimmer.model_config import ModelConfig
+
+log = logging.getLogger("glimmer")
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")  # not copied
+ROUNDED_UP = 1.05  # a packed file in relation to its weights: panels and records are padded
+AT_ONCE = 64  # pieces whose checksums are compared between two reports of progress
+
+
+def open_weights(
+    model: Path, config: ModelConfig, form: Form, backend: Backend, size: int, make: bool = False
+) -> Checkpoint | PackedFile:
+    """The packed file of a model in this form, where there is one that can be used; else its checkpoint.
+
+    size: processes that share the model: each wants a part of the matrices, and so reads the checkpoint. make: write
+    the packed file first where there is none. Raises ConfigError and CheckpointError.
+    """
+    if packed_file.is_packed(model):
+        if size > 1:
+            raise ConfigError(
+                f"{size} processes for {model}, which holds weights packed for one",
+                "one process, or the checkpoint of which it was made",
+                "leave tensor_parallel_size out, or name the checkpoint",
+            )
+        return packed_file.open_standalone(model, form, backend.packed_layout)
+    if size == 1 and backend.packed_layout is not None:
+        found = packed_file.find(model, form, backend.packed_layout, config.quantization_config)
+        if found is None and make:
+            prepare(model, config, form, backend)
+            found = packed_file.find(model, form, backend.packed_layout, config.quantization_config)
+        if found is not None:
+            log.info("weights are those of the packed file %s", found.directory)
+            return found
+    elif make:
+        reason = "several processes share the model" if size > 1 else f"backend {backend.name!r} has none"
+        log.warning("no packed file is made: %s", reason)
+    return Checkpoint(model)
+
+
+class PackedLoader:
+    """What a packed file has for the layers of `model`; in place of a WeightLoader.
+
+    nbytes: of the weights. Raises CheckpointError when the file is not exactly the model.
+    """
+
+    def __init__(self, model: Glm4Moe, packed: PackedFile, dtype: torch.dtype):
+        self.model, self._packed, self._dtype = model, packed, dtype
+        self.widened: dict[str, tuple[int, int]] = {}  # `prepare` has said it
+        self._file: MappedFile | None = None
+        self._specs = list(names.param_specs(model.config, Group(), model.mtp_parts, lambda module, width: 1))
+        lacking = [spec.layer for spec in self._specs if spec.layer not in packed.layers]
+        if lacking:
+            raise damaged(packed.manifest, f"lacks {lacking[0]}{' and others' * (len(lacking) > 1)}")
+        pieces = (piece for spec in self._specs for piece in packed.layers[spec.layer].values())
+        self.nbytes = sum(piece.num_records * piece.nbytes for piece in pieces)
+
+    def stores(self, dtype: torch.dtype) -> bool:
+        """Whether a matrix lies on disk as plain values of `dtype` that another dtype holds: no, in a packed file."""
+        return False
+
+    def load(self, progress: Progress = lambda nbytes: None) -> None:
+        """Map the file, compare its checksums and place its pieces in the layers. progress: see WeightLoader.load."""
+        backend, packed = self.model.backend, self._packed
+        try:
+            self._file = file = backend.map_file(packed.descriptor, packed.nbytes)
+        except OSError as error:
+            raise damaged(packed.file, f"cannot be mapped: {error}") from error
+        for spec in self._specs:
+            layer, pieces = self.model.get_submodule(spec.layer), packed.layers[spec.layer]
+            assert isinstance(layer, Layer)
+            self._verify(spec.layer, pieces, file, progress)
+            try:
+                held = {name: _placed(backend, file, pieces[name]) for name in layer.HELD if name in pieces}
+                _check_shapes(spec, layer, held, torch.float32 if layer.keep_float32 else self._dtype)
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise damaged(packed.manifest, f"describes {spec.layer} as something else: {error}") from None
+            layer.hold(held)
+
+    def _verify(self, layer: str, pieces: dict[str, Piece], file: MappedFile, progress: Progress) -> None:
+        for piece in pieces.values():
+            for first in range(0, piece.num_records, AT_ONCE):
+                some = range(first, min(first + AT_ONCE, piece.num_records))
+                records = [file.tensor(piece.begin + i * piece.nbytes, piece.nbytes) for i in some]
+                found = self.model.backend.checksums(records)
+                if found != piece.checksums[first : some.stop]:
+                    self.check()
+                    raise damaged(self._packed.file, f"has other bytes in {layer} than were written")
+                progress(len(some) * piece.nbytes)
+
+    def check(self) -> None:
+        """CheckpointError if the mapped file has shrunk, or could not be read, so far."""
+        if self._file is not None and self._file.damaged:
+            raise damaged(self._packed.file, "has shrunk, or a part of it cannot be read")
+
+
+Loader = WeightLoader | PackedLoader
+
+
+def loader_of(model: Glm4Moe, weights: Checkpoint | PackedFile, dtype: torch.dtype, form: Form) -> Loader:
+    """What fills the layers of `model` from what `open_weights` has opened."""
+    if isinstance(weights, PackedFile):
+        return PackedLoader(model, weights, dtype)
+    return WeightLoader(model, weights, dtype, form.quantization, form.group_size)
+
+
+def _placed(backend: Backend, file: MappedFile, piece: Piece) -> Packed | ExpertSet | Tensor:
+    """The weights of a piece, where they lie in the file."""
+    if "matrices" in piece.description:
+        return backend.map_packed(piece.description, file, piece.begin)
+    dtype, shape = DTYPES[piece.description["dtype"]], piece.description["shape"]
+    return file.tensor(piece.begin, piece.nbytes).view(dtype).view(shape)
+
+
+def _check_shapes(
+    spec: ParamSpec, layer: Layer, held: dict[str, Packed | ExpertSet | Tensor], dtype: torch.dtype
+) -> None:
+    """ValueError unless the pieces of a layer have the sizes that the model's configuration calls for."""
+    outs = [[shard.local_shape for shard in unit] for unit in spec.units]
+    vector = sum(length for _, length, _ in spec.vectors)
+    for name, value in held.items():
+        found: object
+        wanted: object
+        if isinstance(value, ExpertSet):
+            (gate, up, down), count = outs[0], len(spec.units)
+            wanted = ((count, gate[0] + up[0], gate[1]), (count, *down))
+            found = tuple((each.count, each.n, each.k) for each in (value.gate_up, value.down))
+        elif isinstance(value, Tensor):
+            wanted = (dtype, tuple(outs[0][0]) if spec.units and name != "bias" else (vector,))
+            found = (value.dtype, tuple(value.shape))
+        else:
+            wanted = (1, sum(out for out, _ in outs[0]), outs[0][0][1])
+            found = (value.count, value.n, value.k)
+        if found != wanted:
+            raise ValueError(f"{name} is {found}, where {wanted} is wanted")
+    optional = {"bias"} if not spec.vectors else set()
+    if set(held) | optional != set(layer.HELD) | optional:
+        raise ValueError(f"{sorted(held)} of {sorted(layer.HELD)}")
+
+
+def prepare(
+    model: Path,
+    config: ModelConfig,
+    form: Form,
+    backend: Backend,
+    out: Path | None = None,
+    report: Callable[[int, int], object] = lambda done, total: None,
+) -> Path:
+    """Write the packed file of a checkpoint, with its MTP layer if it has one; returns its directory.
+
+    out: a directory that becomes a model of its own; None: one of `places`. report(done, total) gets bytes of weights.
+    Peak memory is that of one layer. An interrupted one is gone on with. Raises ConfigError and CheckpointError.
+    """
+    if backend.packed_layout is None:
+        raise ConfigError(
+            f"backend {backend.name!r} on {backend.device.type}",
+            "a backend whose weights can be packed into a file: the CPU's kernels",
+            "use device='cpu', and install with a C++ compiler",
+        )
+    source = source_of(model, config.quantization_config)
+    directory = out.absolute() if out is not None else _place(model, form)
+    dtype = DTYPES[form.dtype]
+    with Checkpoint(model) as checkpoint:
+        mtp = has_mtp(config, checkpoint)
+        empty = build_model(config, checkpoint, Group(), backend, torch.float32, mtp)
+        loader = WeightLoader(empty, checkpoint, dtype, form.quantization, form.group_size)
+        with PackedWriter(directory, head(form, backend.packed_layout, source), backend.checksums) as writer:
+            writer.check_space(int(loader.nbytes * ROUNDED_UP))
+            done = 0
+
+            def progress(nbytes: int) -> None:
+                nonlocal done
+                done += nbytes
+                report(done, loader.nbytes)
+
+            for spec in loader.param_specs:
+                if spec.layer in writer.done:
+                    progress(sum(piece.num_records * piece.nbytes for piece in writer.done[spec.layer].values()))
+                    continue
+                with torch.inference_mode():
+                    loader.load_layer(spec, progress)
+                layer = empty.get_submodule(spec.layer)
+                assert isinstance(layer, Layer)
+                for name, value in layer.held().items():
+                    _add(writer, backend, spec.layer, name, value)
+                layer.hold({})
+                writer.finish_layer()
+            if out is not None:
+                _copy_others(model, directory)
+            if source != source_of(model, config.quantization_config):
+                raise CheckpointError(
+                    f"{model} has been changed while it was being prepared",
+                    "files that stay as they are until the packed file is written",
+                    "wait until the download or copy has finished, then start again",
+                )
+            writer.finish()
+    return directory
+
+
+def _place(model: Path, form: Form) -> Path:
+    """The first of the places where a directory can be made."""
+    beside, cached = places(model, form)
+    return beside if beside.is_dir() or os.access(model, os.W_OK) else cached
+
+
+def _add(writer: PackedWriter, backend: Backend, layer: str, name: str, value: Packed | ExpertSet | Tensor) -> None:
+    if isinstance(value, Tensor):
+        description = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+        flat = value.contiguous().view(-1).view(torch.uint8)
+        return writer.add(layer, name, description, lambda i: flat, 1)
+    records = backend.records(value)
+    buffer = torch.zeros(records.nbytes, dtype=torch.uint8)
+
+    def record(i: int) -> Tensor:
+        records.copy(i, buffer)
+        return buffer
+
+    writer.add(layer, name, records.description, record, records.count)
+
+
+def _copy_others(model: Path, directory: Path) -> None:
+    """Everything that a model's directory needs besides weights."""
+    for file in sorted(model.iterdir()):
+        if file.is_file() and file.suffix not in WEIGHTS and file.name != INDEX and not file.name.startswith("."):
+            shutil.copyfile(file, directory / file.name)

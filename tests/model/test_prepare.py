@@ -1,0 +1,305 @@
+"""Packed files: the same bits as loading gives, whatever stops the writer, and no wrong numbers from a damaged one."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from glimmer import LLM, SamplingParams
+from glimmer.backends import selection
+from glimmer.checkpoint import packed_file
+from glimmer.checkpoint.packed_file import Form, PackedFile
+from glimmer.cli.main import main
+from glimmer.errors import CheckpointError, ConfigError
+from glimmer.model.packed import prepare
+from glimmer.model_config import ModelConfig
+
+TOKENS = [5, 60, 200, 7, 31, 90, 250, 3, 64, 128, 17, 99, 250, 251, 40, 8]
+PARAMS = SamplingParams(temperature=0, max_tokens=6, prompt_logprobs=5, ignore_eos=True)
+
+pytestmark = pytest.mark.skipif(
+    selection.choose(selection.HOST).packed_layout is None, reason="packed files are the kernels'"
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLIMMER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def model(checkpoint, tmp_path):
+    """model(**variant) -> a checkpoint of its own, which may be changed."""
+    return lambda **variant: shutil.copytree(checkpoint(**variant), tmp_path / "model")
+
+
+def pack(model: Path, quantization: str | None = None, group_size: int | None = None, out: Path | None = None) -> Path:
+    config = ModelConfig.load(str(model))
+    form = Form.of("bfloat16", quantization, group_size)
+    return prepare(model, config, form, selection.choose(selection.HOST, 2), out)
+
+
+def load(model: Path, **settings) -> LLM:
+    return LLM(str(model), max_model_len=64, max_num_seqs=4, dtype="bfloat16", **settings)
+
+
+def answer(llm: LLM) -> str:
+    """The tokens and log-probabilities of an answer, to the last bit."""
+    (output,) = llm.generate({"prompt_token_ids": TOKENS}, PARAMS)
+    return repr([output.outputs[0].token_ids, output.prompt_logprobs])
+
+
+def answers(model: Path, **settings) -> str:
+    with load(model, **settings) as llm:
+        return answer(llm)
+
+
+def is_mapped(directory: Path) -> bool:
+    return str(directory.resolve()) in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize(
+    "variant, settings",
+    [
+        ({}, {}),
+        ({"fp8": True, "mtp": "full"}, {}),
+        ({"attention_bias": False, "use_qk_norm": True}, {"quantization": "int8"}),
+        ({"moe_intermediate_size": 37, "intermediate_size": 101, "mtp": "without_copies"}, {"quantization": "int4"}),
+        ({"hidden_size": 128, "n_routed_experts": 12}, {"quantization": "int4", "group_size": 64}),
+    ],
+    ids=str,
+)
+def test_what_is_mapped_computes_what_is_loaded(variant, settings, model):
+    directory = model(**variant)
+    before = answers(directory, **settings)
+    packed = pack(directory, **settings)
+    with load(directory, **settings) as llm:
+        assert is_mapped(packed)
+        assert answer(llm) == before
+
+
+def test_nothing_is_copied(model):
+    """The pages of the mapped weights are clean and the file's own: processes share them."""
+    packed = pack(model())
+    with load(packed.parent) as llm:
+        answer(llm)
+        maps = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+        ours = [one for one in maps if str(packed) in one]
+        size, resident, dirty = (
+            sum(int(found) for one in ours for found in re.findall(rf"(?m)^{name}: +(\d+)", one))
+            for name in ("Size", "Rss", "Private_Dirty")
+        )
+        assert resident >= size - 8 and dirty == 0
+
+
+def test_one_that_is_stale_is_named_and_not_used(model, caplog):
+    directory = model(index=False)
+    packed = pack(directory)
+    weights = load_file(directory / "model.safetensors")
+    save_file({name: values * 2 for name, values in weights.items()}, directory / "model.safetensors")
+    with caplog.at_level(logging.WARNING, "glimmer"), load(directory) as llm:
+        assert not is_mapped(packed)
+        changed = answer(llm)
+    (warning,) = [record.getMessage() for record in caplog.records if "packed" in record.getMessage()]
+    assert str(packed) in warning and "model.safetensors" in warning
+    assert pack(directory) == packed
+    with load(directory) as llm:
+        assert is_mapped(packed) and answer(llm) == changed
+    assert len(list(packed.glob("weights-*.bin"))) == 1, "the older one is gone"
+
+
+def damage(packed: Path, how: str) -> None:
+    (data,) = packed.glob("weights-*.bin")
+    manifest = packed / packed_file.MANIFEST
+    if how == "truncated":
+        os.truncate(data, data.stat().st_size - 4096)
+    elif how == "gone":
+        data.unlink()
+    elif how == "manifest":
+        manifest.write_text(manifest.read_text().replace('"begin": 4096', '"begin": 8192', 1))
+    elif how == "no JSON":
+        manifest.write_bytes(manifest.read_bytes()[:100])
+    elif how == "version":
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 99}))
+
+
+@pytest.mark.parametrize("how", ["truncated", "gone", "manifest", "no JSON", "version"])
+def test_one_that_is_damaged_is_named_and_not_used(how, model, caplog):
+    directory = model()
+    before, packed = answers(directory), pack(directory)
+    damage(packed, how)
+    with caplog.at_level(logging.WARNING, "glimmer"):
+        assert answers(directory) == before
+    assert [r for r in caplog.records if str(packed) in r.getMessage() and "glimmer prepare" in r.getMessage()]
+
+
+@pytest.mark.parametrize("place", [0.01, 0.5, 0.99])
+def test_another_byte_is_found_before_anything_is_computed(place, model):
+    packed = pack(model())
+    (data,) = packed.glob("weights-*.bin")
+    at = int(data.stat().st_size * place)
+    with open(data, "r+b") as file:
+        # A byte of a piece, not of the padding behind it.
+        pieces = PackedFile(packed).pieces()
+        piece = max((p for p in pieces if p.begin <= at), key=lambda p: p.begin)
+        file.seek(piece.begin)
+        byte = file.read(1)
+        file.seek(piece.begin)
+        file.write(bytes([byte[0] ^ 16]))
+    with pytest.raises(CheckpointError, match=r"has other bytes in .* than were written"):
+        load(packed.parent)
+
+
+def test_a_file_that_shrinks_ends_the_request_and_not_the_process(model):
+    directory = model()
+    packed = pack(directory)
+    (data,) = packed.glob("weights-*.bin")
+    with load(directory) as llm:
+        answer(llm)
+        os.truncate(data, 4096)
+        (output,) = llm.generate({"prompt_token_ids": TOKENS}, PARAMS)
+        assert output.outputs[0].finish_reason == "error"
+        assert "has shrunk, or a part of it cannot be read" in str(output.error)
+    data.unlink()
+    assert answers(directory), "the process goes on"
+
+
+INTERRUPTED = """
+import os, signal, sys
+from pathlib import Path
+from glimmer.backends import selection
+from glimmer.checkpoint import packed_file
+from glimmer.model.packed import prepare
+from glimmer.model_config import ModelConfig
+
+packed_file.SYNCED = 1
+model, layers = Path(sys.argv[1]), int(sys.argv[2])
+written = packed_file.PackedWriter.finish_layer
+
+def finish_layer(self):
+    global layers
+    written(self)
+    layers -= 1
+    if layers == 0:
+        os.pwrite(self._file, b"a part of the next layer", self.end)
+        os.write(self._journal, b'{"layers": {"half a li')
+        os.kill(os.getpid(), signal.SIGKILL)
+
+packed_file.PackedWriter.finish_layer = finish_layer
+prepare(model, ModelConfig.load(str(model)), packed_file.Form("bfloat16"), selection.choose(selection.HOST, 1))
+"""
+
+
+@pytest.mark.slow
+def test_a_writer_that_was_killed_is_gone_on_with(model, monkeypatch):
+    directory = model()
+    whole = pack(directory)
+    wanted = next(whole.glob("weights-*.bin")).read_bytes()
+    shutil.rmtree(whole)
+    for _ in range(2):
+        command = [sys.executable, "-c", INTERRUPTED, str(directory), "7"]
+        assert subprocess.run(command, timeout=120, check=False).returncode == -signal.SIGKILL
+        assert not (whole / packed_file.MANIFEST).exists()
+    added: list[str] = []
+    add = packed_file.PackedWriter.add
+    monkeypatch.setattr(
+        packed_file.PackedWriter, "add", lambda self, layer, *rest: (added.append(layer), add(self, layer, *rest))
+    )
+    assert pack(directory) == whole
+    assert len(set(added)) == len(PackedFile(whole).layers) - 14, "what was written before is kept"
+    assert next(whole.glob("weights-*.bin")).read_bytes() == wanted
+    assert {path.name for path in whole.iterdir()} >= {packed_file.MANIFEST}
+    assert not (whole / packed_file.JOURNAL).exists()
+
+
+def test_of_two_writers_one_is_refused(model):
+    directory = model()
+    head = packed_file.head(Form("bfloat16"), "layout", {})
+    target = packed_file.places(directory, Form("bfloat16"))[0]
+    first = packed_file.PackedWriter(target, head, lambda pieces: [])
+    with first, pytest.raises(ConfigError, match="another process is writing"):
+        pack(directory)
+    assert pack(directory) == target
+
+
+def test_a_full_disk_is_seen_first(model, monkeypatch):
+    directory = model()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20))
+    with pytest.raises(CheckpointError, match=r"0\.00 GB free"):
+        pack(directory)
+    monkeypatch.undo()
+    assert not list(directory.glob("packed-*/packed.json"))
+
+
+def test_where_the_model_cannot_be_written_the_cache_has_it(model, cache, monkeypatch):
+    directory = model()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    packed = pack(directory)
+    assert packed.is_relative_to(cache)
+    with load(directory):
+        assert is_mapped(packed)
+
+
+def test_a_model_of_its_own(model, tmp_path, capfd):
+    directory, out = model(mtp="full"), tmp_path / "out"
+    before = answers(directory, quantization="int4")
+    assert main(["prepare", str(directory), "--quantization", "int4", "--out", str(out)]) == 0
+    assert str(out) in capfd.readouterr().out
+    shutil.rmtree(directory)
+    with LLM(str(out), max_model_len=64, max_num_seqs=4) as llm:
+        assert is_mapped(out) and answer(llm) == before
+        assert llm.generate("a", SamplingParams(max_tokens=1))[0].outputs
+    for settings in ({"dtype": "float32"}, {"quantization": "int8"}, {"quantization": "int4", "group_size": 64}):
+        with pytest.raises(ConfigError, match="prepared as packed-bfloat16-int4-32"):
+            LLM(str(out), **settings)
+    with pytest.raises(ConfigError, match="layout"):
+        LLM(str(out), backend="reference")
+    assert main(["prepare", str(out)]) == 2
+
+
+def test_prepare_on_the_way(model):
+    directory = model()
+    before = answers(directory)
+    with load(directory, prepare=True) as llm:
+        assert is_mapped(directory) and answer(llm) == before
+    assert answers(directory) == before
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        ([], "no model is named"),
+        (["/nowhere"], "does not exist"),
+        (["MODEL", "--quantization", "int5"], "quantization='int5'"),
+        (["MODEL", "--group-size", "48", "--quantization", "int4"], "group_size=48"),
+        (["MODEL", "--out", "/proc/nothing"], "/proc"),
+    ],
+    ids=str,
+)
+def test_refusals(argv, said, checkpoint, capfd):
+    argv = [str(checkpoint()) if word == "MODEL" else word for word in argv]
+    assert main(["prepare", *argv]) == 2
+    error = capfd.readouterr().err
+    assert said in error and "Traceback" not in error and "to do:" in error
+
+
+def test_checksums_are_crc32c():
+    """Against the published check value, of four equal quarters and of what is no multiple of anything."""
+    backend = selection.choose(selection.HOST)
+    digits = torch.tensor(list(b"123456789"), dtype=torch.uint8)
+    pages = torch.zeros(4 * 4096, dtype=torch.uint8)
+    for i in range(4):
+        pages[4096 * i : 4096 * i + 9] = digits
+    (nine, four, other) = backend.checksums([digits, pages, pages[:-5].clone()])
+    assert nine[:8] == "e3069283"
+    assert four == four[:8] * 4 and other[:24] == four[:24] and other[24:] != four[24:]
