@@ -47,7 +47,7 @@ def complete(tmp_path):
 @pytest.mark.parametrize(
     "line, offered",
     [
-        ("glimmer pre", ["predict"]),
+        ("glimmer pre", ["predict", "prepare"]),
         ("glimmer predict --dty", ["--dtype"]),
         ("glimmer predict --dtype ", ["auto", "bfloat16", "float32"]),
         ("glimmer bench --kv-cache-dtype i", ["int8"]),
