@@ -5,12 +5,10 @@ Not here: sockets and processes (http_process.py).
 """
 
 import logging
-from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
-from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -18,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from glimmer import __version__
 from glimmer.errors import GlimmerError
-from glimmer.server import completions, openai
+from glimmer.server import completions, openai, page
 from glimmer.server.exchange import json_response
 from glimmer.server.failures import Failure, Refusal, failure_of, shape_for
 from glimmer.server.service import Service
@@ -26,7 +24,6 @@ from glimmer.server.settings import Keys
 
 log = logging.getLogger("glimmer.server")
 
-WEB = Path(__file__).parent / "web"
 OPEN = ("/health",)  # paths that need no key
 
 
@@ -39,11 +36,10 @@ def make_app(service: Service) -> FastAPI:
     app.include_router(openai.router)
     app.include_router(completions.router)
     _add_general(app, service)
+    page.mount(app)
     for kind in (GlimmerError, Refusal, HTTPException, Exception):
         app.add_exception_handler(kind, _failed)
     app.add_exception_handler(ClientDisconnect, _left)
-    if (WEB / "index.html").is_file():
-        app.mount("/", StaticFiles(directory=WEB, html=True))
     if keys:
         app.add_middleware(Door, keys=keys)
     if config.allowed_origins:
@@ -124,8 +120,7 @@ class Door:
         path = scope["path"]
         if path in OPEN or (scope["method"] == "OPTIONS" and _header(scope, b"origin")):
             return True
-        page = WEB / ("index.html" if path == "/" else path.lstrip("/"))
-        return scope["method"] in ("GET", "HEAD") and page.is_file() and page.resolve().is_relative_to(WEB)
+        return scope["method"] in ("GET", "HEAD") and page.is_page(path)
 
 
 def _key(scope: Scope) -> str:
