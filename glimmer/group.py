@@ -20,23 +20,40 @@ from glimmer.errors import ConfigError
 FIRST_MESSAGE = 1016  # bytes of a broadcast object that travel together with its length
 
 
+@dataclass(frozen=True)
+class Timeouts:
+    """How many seconds this process waits for other ranks.
+
+    collective   in the middle of a step, and for the next message of rank 0
+    heartbeat    for a sign of life of each other, while there is nothing to compute
+    request      for the others to ask what this one asks, while rank 0 asks for nothing
+    mismatch     the same, while rank 0 asks for something else
+    """
+
+    collective: float = math.inf
+    heartbeat: float = math.inf
+    request: float = math.inf
+    mismatch: float = math.inf
+
+
 class Transport(Protocol):
     """What a group needs of the connection to other processes: parallel.World. Members are ranks in the whole job.
 
     Each call returns when the collective is done, and raises EngineError, which names the lost rank, if it fails.
     """
 
-    timeout: float  # seconds that a collective may take
-    request_timeout: float  # seconds that a rank may wait for the others to ask what it asks
+    timeouts: Timeouts
 
-    def all_reduce(self, x: Tensor, members: Sequence[int], minimum: bool = False) -> None:
-        """Replace x by the sum (or the minimum) over the members."""
+    def all_reduce(
+        self, x: Tensor, members: Sequence[int], minimum: bool = False, timeout: float | None = None
+    ) -> None:
+        """Replace x by the sum (or the minimum) over the members. timeout: in place of timeouts.collective."""
 
     def all_gather(self, parts: list[Tensor], x: Tensor, members: Sequence[int]) -> None:
         """Fill parts with the members' x, in order."""
 
-    def broadcast(self, x: Tensor, members: Sequence[int], source: int) -> None:
-        """Replace x by that of the member at place `source`."""
+    def broadcast(self, x: Tensor, members: Sequence[int], source: int, timeout: float | None = None) -> None:
+        """Replace x by that of the member at place `source`. timeout: as in all_reduce."""
 
     def wait_for_all(self, members: Sequence[int], what: str, timeout: float) -> None:
         """Return when every member has made this call; EngineError after `timeout` seconds."""
@@ -68,14 +85,9 @@ class Group:
         return self.ranks or tuple(range(self.size))
 
     @property
-    def timeout(self) -> float:
-        """Seconds that a collective may take. A rank that has nothing to send must send something more often."""
-        return math.inf if self.transport is None else self.transport.timeout
-
-    @property
-    def request_timeout(self) -> float:
-        """Seconds that this rank may wait for the others to ask what it asks."""
-        return math.inf if self.transport is None else self.transport.request_timeout
+    def timeouts(self) -> Timeouts:
+        """How long this process waits for the others."""
+        return Timeouts() if self.transport is None else self.transport.timeouts
 
     @property
     def connected(self) -> Transport:
@@ -106,14 +118,17 @@ class Group:
         widths = [stop - start for start, stop in (share(n, self.size, r) for r in range(self.size))]
         return torch.cat([part[:, :width] for part, width in zip(parts, widths)], 1)
 
-    def broadcast(self, value: Any, source: int = 0) -> Any:
-        """The value of rank `source` (anything that JSON can hold) on every rank."""
+    def broadcast(self, value: Any, source: int = 0, timeout: float | None = None) -> Any:
+        """The value of rank `source` (anything that JSON can hold) on every rank.
+
+        timeout: seconds until it begins to come, in place of timeouts.collective.
+        """
         if self.size == 1:
             return value
         data = json.dumps(value).encode() if self.rank == source else b""
         head = len(data).to_bytes(8, "little") + data[:FIRST_MESSAGE]
         first = torch.frombuffer(bytearray(head.ljust(8 + FIRST_MESSAGE, b"\0")), dtype=torch.uint8).to(self.device)
-        self.connected.broadcast(first, self.members, source)
+        self.connected.broadcast(first, self.members, source, timeout)
         received = first.cpu().numpy().tobytes()
         length, received = int.from_bytes(received[:8], "little"), received[8:]
         if length > FIRST_MESSAGE:
@@ -130,6 +145,15 @@ class Group:
         value = torch.tensor([n], dtype=torch.int64, device=self.device)
         self.connected.all_reduce(value, self.members, minimum=True)
         return int(value)
+
+    def heartbeat(self) -> None:
+        """Return when every rank has made this call, for ranks that have nothing to compute.
+
+        EngineError names the ranks that have not within timeouts.heartbeat: they are stopped, or gone.
+        """
+        if self.size > 1:
+            sign = torch.zeros(1, dtype=torch.int64, device=self.device)
+            self.connected.all_reduce(sign, self.members, minimum=True, timeout=self.timeouts.heartbeat)
 
     def check_equal(self, values: Mapping[str, str]) -> None:
         """ConfigError, the same on every rank, unless all ranks have the same values under the same names.

@@ -4,12 +4,14 @@ torchrun (or anything that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) s
 same program. `Mesh` connects them and names a process that does not come. A mesh of one process connects nothing, and
 its collectives return their argument.
 
-Every wait has a deadline: GLIMMER_JOIN_TIMEOUT seconds for the others to start, GLIMMER_COLLECTIVE_TIMEOUT seconds for
-each collective (both 300 by default), GLIMMER_REQUEST_TIMEOUT seconds (1800) for the other ranks to ask what this one
-asks. When a peer is lost, the EngineError names it. What may wait for another machine within a library is called in a
-thread (within), so that a signal ends the process all the while; and a rank ends with its launcher. The process groups
-are destroyed by `close`, and at the latest when the interpreter exits: a thread of gloo that frees a tensor while the
-interpreter is being finalised would abort the process.
+Every wait has a deadline, which the environment sets: GLIMMER_JOIN_TIMEOUT seconds (300) for the others to start,
+GLIMMER_COLLECTIVE_TIMEOUT (300) for each collective, GLIMMER_HEARTBEAT_TIMEOUT (15) for a sign of life while there is
+nothing to compute, GLIMMER_REQUEST_TIMEOUT (1800) for the other ranks to ask what this one asks, and
+GLIMMER_MISMATCH_TIMEOUT (30) for the same while rank 0 asks for something else. When a peer is lost, the EngineError
+names it. What may wait for another machine within a library is called in a thread (within), so that a signal ends the
+process all the while; and a rank ends with its launcher. The process groups are destroyed by `close`, and at the latest
+when the interpreter exits: a thread of gloo that frees a tensor while the interpreter is being finalised would abort
+the process.
 
 This is the only file, beside the launcher, that uses torch.distributed or reads torchrun's variables. Not here: the
 collectives as the model sees them (group.py), which tensor is cut in which way (model/names.py).
@@ -41,7 +43,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch exports them without saying so
 
 from glimmer.errors import ConfigError, EngineError
-from glimmer.group import Group
+from glimmer.group import Group, Timeouts
 
 T = TypeVar("T")
 
@@ -273,12 +275,11 @@ class World:
 
     def __init__(self, rank: int, size: int, device: torch.device, backend: str, join_timeout: float):
         self.rank, self.size, self.device = rank, size, device
-        self.timeout = collective_timeout()
-        self.request_timeout = _number("GLIMMER_REQUEST_TIMEOUT", 1800.0, 1, 1e7)
+        self.timeouts = _timeouts()
         end_with_launcher()
         self.store = _join(rank, size, _number("GLIMMER_JOIN_TIMEOUT", join_timeout, 0, 1e7))
         _choose_interface(rank, size, self.store)
-        self.store.set_timeout(timedelta(seconds=self.timeout))
+        self.store.set_timeout(timedelta(seconds=self.timeouts.collective))
         self._backend = backend
         self._handles: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._connections: dict[int, tuple[int, int]] = {}  # file descriptor -> device and inode of its socket
@@ -294,7 +295,7 @@ class World:
             return
         before = _sockets()
         # gloo waits a little longer than we do, so that the deadline is ours, and ends by itself soon after it
-        timeout = timedelta(seconds=self.timeout + 5 * SLICE)
+        timeout = timedelta(seconds=max(self.timeouts.collective, self.timeouts.heartbeat) + 5 * SLICE)
 
         def make() -> dist.ProcessGroup | None:
             if not dist.is_initialized():
@@ -308,7 +309,7 @@ class World:
             return made
 
         try:
-            handle = within(self.timeout + 10 * SLICE, make)
+            handle = within(self.timeouts.collective + 10 * SLICE, make)
         except RuntimeError as error:
             raise EngineError(
                 f"rank {self.rank} on {socket.gethostname()} met the others at {':'.join(map(str, _store_address()))},"
@@ -322,17 +323,19 @@ class World:
             self._handles[ranks] = handle
         self._connections |= {fd: inode for fd, inode in _sockets().items() if before.get(fd) != inode}
 
-    def all_reduce(self, x: Tensor, members: Sequence[int], minimum: bool = False) -> None:
-        """Replace x by the sum (or the minimum) over the members."""
-        self._run(members, dist.all_reduce, x, dist.ReduceOp.MIN if minimum else dist.ReduceOp.SUM)
+    def all_reduce(
+        self, x: Tensor, members: Sequence[int], minimum: bool = False, timeout: float | None = None
+    ) -> None:
+        """Replace x by the sum (or the minimum) over the members. timeout: in place of timeouts.collective."""
+        self._run(members, timeout, dist.all_reduce, x, dist.ReduceOp.MIN if minimum else dist.ReduceOp.SUM)
 
     def all_gather(self, parts: list[Tensor], x: Tensor, members: Sequence[int]) -> None:
         """Fill parts with the members' x, in order."""
-        self._run(members, dist.all_gather, parts, x)
+        self._run(members, None, dist.all_gather, parts, x)
 
-    def broadcast(self, x: Tensor, members: Sequence[int], source: int) -> None:
-        """Replace x by that of the member at place `source`."""
-        self._run(members, dist.broadcast, x, group_src=source)
+    def broadcast(self, x: Tensor, members: Sequence[int], source: int, timeout: float | None = None) -> None:
+        """Replace x by that of the member at place `source`. timeout: as in all_reduce."""
+        self._run(members, timeout, dist.broadcast, x, group_src=source)
 
     def wait_for_all(self, members: Sequence[int], what: str, timeout: float) -> None:
         """Return when every member has made this call; EngineError after `timeout` seconds names who has not."""
@@ -358,14 +361,22 @@ class World:
             "read the log of the first rank named above, then start the job again",
         )
 
-    def _run(self, members: Sequence[int], collective: Callable[..., Any], *args: Any, **options: Any) -> None:
+    def _run(
+        self,
+        members: Sequence[int],
+        timeout: float | None,
+        collective: Callable[..., Any],
+        *args: Any,
+        **options: Any,
+    ) -> None:
         """Run a collective of torch.distributed; if it fails, raise the EngineError that names the lost rank."""
         with self._waits():
             handle = self._handles.get(tuple(members))
             if handle is None:
                 raise self._left(members)
             try:
-                self._wait(collective(*args, **options, group=handle, async_op=True))
+                work = collective(*args, **options, group=handle, async_op=True)
+                self._wait(work, self.timeouts.collective if timeout is None else timeout)
             except RuntimeError as error:
                 if self._closed:
                     raise self._left(members) from None
@@ -398,27 +409,27 @@ class World:
             "close the LLM when nothing is computed any more",
         )
 
-    def _wait(self, work: Any) -> None:
-        """Wait for a started collective; RuntimeError if it fails or takes longer than the timeout.
+    def _wait(self, work: Any, timeout: float) -> None:
+        """Wait for a started collective; RuntimeError if it fails or takes longer than `timeout` seconds.
 
         On a host, the wait is cut into slices, between which Python handles signals. On an accelerator the host does
-        not wait here: the library (NCCL, HCCL) ends a process whose collective takes longer than the timeout.
+        not wait here: the library (NCCL, HCCL) ends a process whose collective takes longer than timeouts.collective.
         """
         self._running = work
         if not _waits_on_host(self.device, next(iter(self._handles.values()), None)):
             work.wait()
             self._running = None
             return
-        deadline = time.monotonic() + self.timeout
+        deadline = time.monotonic() + timeout
         while True:
             try:
-                work.wait(timedelta(seconds=SLICE))
+                work.wait(timedelta(seconds=min(SLICE, max(deadline - time.monotonic(), 0.01))))
                 break
             except RuntimeError:
                 if not work.is_completed() and time.monotonic() < deadline:
                     continue
                 if not work.is_completed():
-                    raise RuntimeError(f"no answer within {self.timeout:g} s") from None
+                    raise RuntimeError(f"no answer within {timeout:g} s") from None
                 work.wait()  # it has ended meanwhile: returns, or raises why it failed
                 break
         self._running = None
@@ -525,6 +536,16 @@ def _check_sizes(tp: int, ep: int, dp: int, size: int) -> None:
 def collective_timeout(default: float = 300.0) -> float:
     """Seconds that a process may wait for another in the middle of a job: GLIMMER_COLLECTIVE_TIMEOUT."""
     return _number("GLIMMER_COLLECTIVE_TIMEOUT", default, 1, 1e7)
+
+
+def _timeouts() -> Timeouts:
+    """Those that the environment sets, and the default of each."""
+    return Timeouts(
+        collective=collective_timeout(),
+        heartbeat=_number("GLIMMER_HEARTBEAT_TIMEOUT", 15.0, 1, 1e7),
+        request=_number("GLIMMER_REQUEST_TIMEOUT", 1800.0, 1, 1e7),
+        mismatch=_number("GLIMMER_MISMATCH_TIMEOUT", 30.0, 1, 1e7),
+    )
 
 
 def _choose_interface(rank: int, size: int, store: JobStore) -> None:

@@ -165,6 +165,23 @@ def dies(llm: LLM) -> dict[str, Any]:
     return {}
 
 
+def stopped(llm: LLM) -> dict[str, Any]:
+    """Rank 1 is stopped while nobody asks for anything; later rank 0 asks."""
+    other = llm.group.broadcast(os.getpid(), 1)
+    llm.follow()
+    if llm.rank == 1:
+        return {}
+    answers(llm, [1])
+    time.sleep(2)  # until both have nothing to do
+    os.kill(other, signal.SIGSTOP)
+    try:
+        time.sleep(6)
+        print("rank 0 asks", file=sys.stderr, flush=True)
+        return answers(llm, [2])
+    finally:
+        os.kill(other, signal.SIGKILL)
+
+
 def ends(llm: LLM) -> dict[str, Any]:
     """The end of the program is the end of the LLM."""
     return answers(llm, [1, 2])
@@ -177,7 +194,7 @@ def differs(llm: LLM) -> dict[str, Any]:
 
 PROGRAMS: dict[str, Callable[[LLM], dict[str, Any]]] = {
     program.__name__: program
-    for program in (everywhere, serve, others, more, slow, hotter, raises, dies, ends, differs)
+    for program in (everywhere, serve, others, more, slow, hotter, raises, dies, stopped, ends, differs)
 }
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ SCRIPT = str(Path(__file__).with_name("rank_programs.py"))
 SECONDS = 150  # after which a process is killed, and the test has failed
 
 
-def run(program: str, model: str, out: Path, size: int = 2) -> list[tuple[int, str]]:
+def run(program: str, model: str, out: Path, size: int = 2, **variables: str) -> list[tuple[int, str]]:
     """(exit code, stderr) of each rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -25,6 +25,7 @@ def run(program: str, model: str, out: Path, size: int = 2) -> list[tuple[int, s
     for rank in range(size):
         env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+        env |= variables
         command = [sys.executable, SCRIPT, program, model, str(out)]
         jobs.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     try:
@@ -115,3 +116,9 @@ def test_a_rank_that_dies_is_named_and_the_other_ends_in_good_order(victim, mode
     code, said = ranks[1 - victim]
     assert ranks[victim][0] == -9 and code == 1, ranks
     assert f"lost rank {victim}" in said and "Traceback" not in said
+
+
+def test_a_rank_that_is_stopped_is_named_though_nobody_asks_for_anything(model, tmp_path):
+    (code, said), _ = run("stopped", model, tmp_path / "out", GLIMMER_HEARTBEAT_TIMEOUT="1")
+    before, _, after = said.partition("rank 0 asks")
+    assert code == 1 and "lost rank 1 on" in before and "lost rank 1 on" in after and "Traceback" not in said

@@ -315,7 +315,8 @@ MAX_YAML = 1 << 20  # bytes of a file of settings
 
 GENERAL = {"config": Option(path, "FILE.yaml", "read settings from this file; what is typed is stronger")}
 # Variables that are no settings of a command: parallel.py and hub.py read them.
-OTHER_VARIABLES = {"GLIMMER_JOIN_TIMEOUT", "GLIMMER_COLLECTIVE_TIMEOUT", "GLIMMER_REQUEST_TIMEOUT", "GLIMMER_CACHE"}
+WAITS = ("JOIN", "COLLECTIVE", "HEARTBEAT", "REQUEST", "MISMATCH")
+OTHER_VARIABLES = {"GLIMMER_CACHE", *(f"GLIMMER_{what}_TIMEOUT" for what in WAITS)}
 
 
 def pick(table: Mapping[str, Option], *names: str) -> dict[str, Option]:

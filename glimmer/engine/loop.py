@@ -11,7 +11,8 @@ A client that fails, or that is cancelled, loses its own requests. Whatever else
 the engine: every waiting client hears why at once, and so does everyone who asks later.
 
 On one process the thread ends when nothing is left to do, and begins again with the next request. On several ranks it
-begins with the first request and ends with `close`; while rank 0 has nothing to do, it says so every HEARTBEAT seconds.
+begins with the first request and ends with `close`; while there is nothing to do, rank 0 says so every HEARTBEAT
+seconds, and all ranks make sure that none of them is stopped.
 Not here: text, and what a client does with tokens (llm.py).
 """
 
@@ -83,7 +84,9 @@ class Loop:
         self._queue: OrderedDict[str, OpenRequest] = OrderedDict()  # those whose answers have not all begun, in order
         self._answers: dict[str, tuple[OpenRequest, int]] = {}  # by request id: what the engine works on
         self._watching: dict[Call, None] = {}  # calls whose clients want to know of every step
-        self._matcher = CallMatcher(self._group.rank, self._group.request_timeout)  # of callers on ranks other than 0
+        waits = self._group.timeouts
+        self._matcher = CallMatcher(self._group.rank, waits.request, waits.mismatch)  # of callers on ranks other than 0
+        self._idle = False  # the last turn was a heartbeat: the next message travels soon
         self._call_numbers, self._ordinals = itertools.count(), itertools.count(1)
         self._ordering: int | None = None  # the one thread that makes all ordered calls; 0 if there are several
         self._guard = threading.RLock()  # over the three below
@@ -117,6 +120,8 @@ class Loop:
             )
         if self._end is not None and not self._matcher.holds(call):
             raise _copy(self._end)
+        if self._group.size > 1:
+            _ = call.digest  # made here, for it may take long: nobody waits for this thread
         if call.ordered:
             me, ordinal = threading.get_ident(), next(self._ordinals)
             self._ordering = me if self._ordering in (None, me) else 0
@@ -223,14 +228,17 @@ class Loop:
             self._running, self._thread = True, threading.current_thread()
             self._latest = self._thread
         try:
-            self._group.wait_for_all("answers requests", self._group.request_timeout)
+            self._group.wait_for_all("answers requests", self._group.timeouts.request)
             self._together = True
             while self._turn():
                 pass
         except BaseException as error:
             log.debug("the engine has failed", exc_info=error)
+            problem = failure("the engine", error)
+            if self.idle and not self._matcher.awaited:  # nobody hears of it otherwise
+                log.error("%s", problem)
             self._group.close()  # the other ranks hear of it; first, for whoever is told here may end the process
-            self._stop(failure("the engine", error))
+            self._stop(problem)
 
     def _close_at_exit(self) -> None:
         """Have the interpreter close the loop before it ends, and before it destroys the process groups.
@@ -246,12 +254,16 @@ class Loop:
         """The inbox, what begins and ends, one step. False if there shall be no further turn."""
         if not self._attend():
             return False
-        for record in self._exchange():
+        records = self._exchange()
+        for record in records:
             self._apply(record)
         if self._end is not None:
             return False
         self._feed()
-        if self.engine.busy:
+        self._idle = not records and not self.engine.busy  # alike on all ranks
+        if self._idle:
+            self._group.heartbeat()
+        elif self.engine.busy:
             with self.engine.runner.running():
                 outputs = self.engine.step()
             self._deliver(outputs)
@@ -278,8 +290,9 @@ class Loop:
 
     def _exchange(self) -> list[Record]:
         """What begins and ends before this step on all ranks, as rank 0 says."""
+        timeout = self._group.timeouts.heartbeat if self._idle else None
         if self._group.rank != 0:
-            return [from_json(record) for record in self._group.broadcast(None)]
+            return [from_json(record) for record in self._group.broadcast(None, timeout=timeout)]
         records: list[Record] = []
         size = 0
         while self._records and size < MESSAGE:
@@ -287,7 +300,7 @@ class Loop:
             size += 8 * len(record.parent.prompt_token_ids) if isinstance(record, Arrival) else 8
             records.append(record)
         if self._group.size > 1:
-            self._group.broadcast([to_json(record) for record in records])
+            self._group.broadcast([to_json(record) for record in records], timeout=timeout)
         return records
 
     def _apply(self, record: Record) -> None:

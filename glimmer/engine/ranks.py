@@ -9,8 +9,8 @@ same parameters. Of equal calls, and of equal prompts in one call, the first get
     this rank's caller is first   it waits until rank 0's call arrives (CallMatcher.arrive)
 
 A call that rank 0 does not make is refused: at once where both ranks make all such calls from one thread, so that calls
-can be counted and compared; otherwise when rank 0 has asked for something else for MISMATCH seconds, or nothing for the
-time that the group sets (GLIMMER_REQUEST_TIMEOUT). Not here: how the message travels (parallel.py), and when (loop.py).
+can be counted and compared; otherwise when rank 0 has asked for something else for some time, or for nothing for a
+longer time (Timeouts of group.py). Not here: how the message travels (parallel.py), and when (loop.py).
 """
 
 import json
@@ -30,7 +30,6 @@ from glimmer.errors import RequestError
 
 log = logging.getLogger("glimmer")
 
-MISMATCH = 30.0  # seconds that a call waits while rank 0 asks for something else
 MAX_HELD = 1 << 19  # outputs that a rank holds for callers that have not asked yet
 
 
@@ -174,16 +173,21 @@ def _digest(value: Any) -> str:
 class CallMatcher:
     """Calls of rank 0 as another rank sees them, and that rank's own calls. The engine's thread alone uses it.
 
-    timeout: seconds that a call waits while rank 0 asks for nothing.
+    timeout: seconds that a call waits while rank 0 asks for nothing; mismatch: while it asks for something else.
     hold: whether outputs that nobody has asked for are kept; not where this rank has no callers of its own.
     """
 
-    def __init__(self, rank: int, timeout: float = 1800.0):
-        self.rank, self.timeout, self.hold = rank, timeout, True
+    def __init__(self, rank: int, timeout: float = 1800.0, mismatch: float = 30.0):
+        self.rank, self.timeout, self.mismatch, self.hold = rank, timeout, mismatch, True
         self.num_held = 0
         self._arriving: dict[int, RemoteCall] = {}  # by number: calls of which more requests may come
         self._unclaimed: list[RemoteCall] = []
         self._waiting: list[Call] = []
+
+    @property
+    def awaited(self) -> bool:
+        """Whether anybody here waits for answers, or follows rank 0."""
+        return bool(self._waiting) or (not self.hold and self.rank != 0)
 
     def arrive(self, arrival: Arrival) -> "RemoteCall":
         """The call that gets the outputs of this request of rank 0."""
@@ -229,7 +233,7 @@ class CallMatcher:
         """Refuse the calls that rank 0 does not seem to make."""
         now = time.monotonic()
         for call in list(self._waiting):
-            others = [remote for remote in self._unclaimed if now - max(call.since, remote.since) > MISMATCH]
+            others = [remote for remote in self._unclaimed if now - max(call.since, remote.since) > self.mismatch]
             if others:
                 self._refuse(call, f"rank 0 asks for something else: {_shown(others[0].requests[0])}")
             elif now - call.since > self.timeout:

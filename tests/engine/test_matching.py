@@ -138,10 +138,10 @@ def test_the_first_difference_of_counted_calls_is_named(theirs_first):
     assert differ(call(a), call(b, ordinal=5)) == "" and differ(call(a, ordinal=None), call(b, ordinal=None)) == ""
 
 
-def test_calls_that_are_not_counted_are_refused_after_a_time(monkeypatch):
-    monkeypatch.setattr(ranks, "MISMATCH", -1.0)
+def test_calls_that_are_not_counted_are_refused_after_a_time():
     a, b = Call([parent("0", (1,))], Asker()), Call([parent("1", (2,))], Asker())
-    assert "rank 0 asks for something else: a prompt of 1 tokens (2)" in refused(CallMatcher(1), a, b, True)
+    impatient = CallMatcher(1, mismatch=-1.0)
+    assert "rank 0 asks for something else: a prompt of 1 tokens (2)" in refused(impatient, a, b, True)
     alone, matcher = Call([parent("0", (1,))], Asker()), CallMatcher(1, timeout=-1.0)
     matcher.claim(alone)
     matcher.refuse_overdue()
