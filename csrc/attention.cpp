@@ -90,6 +90,7 @@ void attention(Values q, long stride, int heads, const Paged& cache, const int64
     check(cache);
     const int D = cache.width, size = cache.block_size;
     if (!(scale > 0)) throw std::invalid_argument("a scale that is not positive");
+    scale *= 1.44269504f;  // log2(e): weights are powers of two
     if (heads < 1 || heads % cache.heads || query_start_loc[0] != 0)
         throw std::invalid_argument("heads or sequences that do not fit together");
     const int q_per_kv = heads / cache.heads;  // query heads per key head
@@ -137,7 +138,7 @@ void attention(Values q, long stride, int heads, const Paged& cache, const int64
         for (int split = begin; split < end; split++) {
             const long first = (long)split * SPLIT, last = first + SPLIT < seen[m - 1] ? first + SPLIT : seen[m - 1];
             ops.attend(keys, queries, m, seen, first, last, scale, split > begin ? part : into, work);
-            if (split > begin) ops.merge(into, part, m, D);
+            if (split > begin) ops.merge(into, part, m, D, scale);
         }
     };
     auto finish = [&](const Task& task, State done) {
@@ -169,7 +170,7 @@ void attention(Values q, long stride, int heads, const Paged& cache, const int64
     parallel((long)tasks.size(), [&](long i) {
         const State all = State::at(states + firsts[i] * state, M, D);
         for (int split = 1; split < tasks[i].splits; split++)
-            ops.merge(all, State::at(states + (firsts[i] + split) * state, M, D), tasks[i].positions * q_per_kv, D);
+            ops.merge(all, State::at(states + (firsts[i] + split) * state, M, D), tasks[i].positions * q_per_kv, D, scale);
         finish(tasks[i], all);
     });
 }

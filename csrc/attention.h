@@ -51,9 +51,9 @@ struct Sequence {
 
 // The state of the online softmax of m rows over some keys. After all keys, attention is sum / total.
 struct State {
-    float* sum;          // (tiles(m), tiles(D)) of 2^(score - running_max) * value
-    float* total;        // (m) of 2^(score - running_max)
-    float* running_max;  // (m) the exponent that scores are relative to: at most LEEWAY below the largest score
+    float* sum;          // (tiles(m), tiles(D)) of 2^((product - running_max) * scale) * value
+    float* total;        // (m) of 2^((product - running_max) * scale)
+    float* running_max;  // (m) the product that others are relative to: at most LEEWAY / scale below the largest
     [[gnu::always_inline]] static size_t size(int m, int width) { return (size_t)tiles(m) * (tiles(width) + 2); }  // floats
     static State at(float* memory, int m, int width) {
         float* total = memory + (size_t)tiles(m) * tiles(width);
@@ -63,12 +63,12 @@ struct State {
 
 struct AttentionLoops {
     // Rows of q (m, tiles(D)), bf16 or float32, padded with zeros, over keys first..last; row i sees the keys below
-    // seen[i] (the causal mask), ascending. work: a workspace of work(m, D) bytes.
+    // seen[i] (the causal mask), ascending. scale: of the products, as exponents of two. work: a workspace of work(m, D) bytes.
     void (*attend)(const Sequence& keys, const void* q, int m, const long* seen, long first, long last, float scale,
                    State state, char* work);
     size_t (*work)(int m, int width);
     // Adds `later`, the state of later keys of the same rows, to `state`.
-    void (*merge)(State state, State later, int m, int width);
+    void (*merge)(State state, State later, int m, int width, float scale);
     // y (D) = row i of sum / total.
     void (*finish)(State state, int i, int width, Values y);
 };

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "files.h"
 #include "linear.h"
 #include "mapped.h"
 #include "memory.h"
@@ -52,28 +53,32 @@ struct Lease {
 // A list of calls of ops with their arguments, which runs any number of times without Python.
 struct CallList { std::vector<std::function<void()>> calls; };
 
-// Binds the op `name`, and queue_`name`, which appends the same call to a CallList and does not run it. names: one for each
-// argument.
-template <class F, class... A, class... N>
-void define(nb::module_& m, const char* name, const char* doc, F f, void (F::*)(A...) const, N... names) {
+// Binds the op `name` and, if a step may contain it, queue_`name`, which appends the same call to a CallList and does not run
+// it. names: one for each argument.
+template <bool QUEUED, class F, class R, class... A, class... N>
+void define(nb::module_& m, const char* name, const char* doc, F f, R (F::*)(A...) const, N... names) {
     static_assert(sizeof...(A) == sizeof...(N), "one name for each argument");
     m.def(
         name,
         [f](Pool& pool, A... arguments) {
             nb::gil_scoped_release release;
             PoolScope scope(pool);
-            f(arguments...);
+            return f(arguments...);
         },
         nb::arg("pool"), nb::arg(names)..., doc);
-    m.def((std::string("queue_") + name).c_str(),
-          [f](CallList& list, A... arguments) {
-              list.calls.push_back([f, given = std::tuple<A...>(arguments...)] { std::apply(f, given); });
-          },
-          nb::arg("call_list"), nb::arg(names)...,
-          (std::string("Append a call of `") + name + "` to call_list; nothing is computed yet.").c_str());
+    if constexpr (QUEUED)
+        m.def((std::string("queue_") + name).c_str(),
+              [f](CallList& list, A... arguments) {
+                  list.calls.push_back([f, given = std::tuple<A...>(arguments...)] { std::apply(f, given); });
+              },
+              nb::arg("call_list"), nb::arg(names)...,
+              (std::string("Append a call of `") + name + "` to call_list; nothing is computed yet.").c_str());
 }
 template <class F, class... N> void op(nb::module_& m, const char* name, const char* doc, F f, N... names) {
-    define(m, name, doc, f, &F::operator(), names...);
+    define<true>(m, name, doc, f, &F::operator(), names...);
+}
+template <class F, class... N> void op_of_loading(nb::module_& m, const char* name, const char* doc, F f, N... names) {
+    define<false>(m, name, doc, f, &F::operator(), names...);
 }
 
 double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
@@ -313,7 +318,7 @@ NB_MODULE(_native, m) {
                   at<int64_t>(ids), at<float>(scores));
         },
         "logits", "bias", "rows", "experts", "top_k", "n_group", "topk_group", "normed", "factor", "ids", "scores");
-    op(
+    op_of_loading(
         m, "quantize", "Quantise x (rows, inner) to int4 codes with a scale and a zero point for each group.",
         [](uintptr_t x, bool is_bf16, long stride, long rows, long inner, long group_size, uintptr_t codes, uintptr_t scales,
            uintptr_t zero_points) {
@@ -321,6 +326,12 @@ NB_MODULE(_native, m) {
                      at<uint8_t>(zero_points));
         },
         "x", "is_bf16", "stride", "rows", "inner", "group_size", "codes", "scales", "zero_points");
+    op_of_loading(
+        m, "pread", "Read bytes of an open file with all threads: how many there are before its end, or -errno.",
+        [](int descriptor, int64_t offset, size_t nbytes, uintptr_t memory) {
+            return pread_all(descriptor, at<char>(memory), nbytes, offset);
+        },
+        "descriptor", "offset", "nbytes", "memory");
     op(
         m, "store_kv", "Write keys and values of new tokens into their slots of the paged cache.",
         [](uintptr_t k, long k_stride, uintptr_t v, long v_stride, bool is_bf16, long rows, uintptr_t slot_mapping,

@@ -102,6 +102,7 @@ void route_one(const float* logits, const float* bias, long experts, const Rule&
             long two[2];
             best_of(choice + g * size, size, 2, two);
             of_group[g] = choice[g * size + two[0]] + choice[g * size + two[1]];
+            if (of_group[g] != of_group[g]) of_group[g] = INFINITY;  // infinity and -infinity
         }
         best_of(of_group, rule.n_group, rule.topk_group, kept);
         for (int g = 0; g < rule.n_group; g++) {

@@ -384,19 +384,10 @@ def quantize(
     Quantise x (rows, inner) to int4 codes with a scale and a zero point for each group.
     """
 
-def queue_quantize(
-    call_list: CallList,
-    x: int,
-    is_bf16: bool,
-    stride: int,
-    rows: int,
-    inner: int,
-    group_size: int,
-    codes: int,
-    scales: int,
-    zero_points: int,
-) -> None:
-    """Append a call of `quantize` to call_list; nothing is computed yet."""
+def pread(pool: Pool, descriptor: int, offset: int, nbytes: int, memory: int) -> int:
+    """
+    Read bytes of an open file with all threads: how many there are before its end, or -errno.
+    """
 
 def store_kv(
     pool: Pool,

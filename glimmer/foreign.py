@@ -84,6 +84,17 @@ def open_regular(path: Path, error: Error = CheckpointError) -> int:
     return descriptor
 
 
+def pread(descriptor: int, memory: memoryview, offset: int) -> int:
+    """Read bytes of an open file, from `offset` on, into memory: how many there are before its end. OSError."""
+    done = 0
+    while done < len(memory):
+        count = os.preadv(descriptor, [memory[done:]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done
+
+
 def read_bytes(
     path: Path, limit: int = MAX_BYTES, error: Error = CheckpointError, descriptor: int | None = None
 ) -> bytes:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from glimmer.batch import Batch
+from glimmer.foreign import pread
 from glimmer.weight import ExpertWeights, Kind, Weight
 
 # Ops that share a layout: all of them are one class's, or none.
@@ -240,6 +241,11 @@ class Backend(ABC):
     @abstractmethod
     def packed_bytes(self, weight: Weight) -> int:
         """Bytes that a Weight, perhaps without values, takes once packed."""
+
+    def pread(self, descriptor: int, memory: Tensor, offset: int) -> int:
+        """Read bytes of an open file, from `offset` on, into memory (n,) uint8 of the host, with as many threads as
+        pay: how many there are before its end. OSError."""
+        return pread(descriptor, memory.numpy().data, offset)
 
     # ------------------------------------------------------------------ packed weights in a file (packed_layout)
 

@@ -9,6 +9,7 @@ installed this module does not import, and selection.py says so.
 import json
 import logging
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -345,6 +346,12 @@ class Cpu(Reference):
             return weight.nbytes
         # A group's scale and zero point share a word; a row has a power of two.
         return weight.codes.nbytes + weight.scales.numel() * (4 if _wide_scales([weight]) else 2) + weight.shape[0] * 4
+
+    def pread(self, descriptor: int, memory: Tensor, offset: int) -> int:
+        found = _native.pread(self._pool, descriptor, offset, memory.nbytes, memory.data_ptr())
+        if found < 0:
+            raise OSError(-found, os.strerror(-found))
+        return found
 
     def records(self, packed: Packed | ExpertSet) -> Records:
         """A record: the panels of its matrices, then the scales of their columns, each from a multiple of 64 bytes."""

@@ -13,7 +13,6 @@ presence is checked, as the mark of a model directory), writing.
 """
 
 import math
-import mmap
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -24,8 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from glimmer.checkpoint.buffers import Buffers
 from glimmer.errors import CheckpointError, shown
-from glimmer.foreign import open_regular, parse_json, read_bytes, unreadable, unusable
+from glimmer.foreign import open_regular, parse_json, pread, read_bytes, unreadable, unusable
 
 INDEX = "model.safetensors.index.json"
 LAYOUT = "a directory with config.json, tokenizer.json and *.safetensors files"
@@ -51,6 +51,7 @@ STRETCH = 4 << 20  # bytes that are read at a time of a matrix that is cut by co
 MAX_DIMS = 8  # far more than any weight has; keeps the product of a hostile shape small
 
 Version = tuple[int, int, int, int]  # device, inode, size and time of the last change of a file
+Pread = Callable[[int, Tensor, int], int]  # as of Backend
 
 
 class Stored(NamedTuple):
@@ -69,7 +70,8 @@ class Checkpoint:
     Every *.safetensors file of the directory counts, whether the index names it or not: GLM-4.7 keeps its MTP layer
     in a file that the index of some repositories leaves out. Of a tensor that lies in two files the one is taken that
     the index names. index_fault says where the index and the files disagree, if they do: whoever knows which tensors
-    are wanted raises it, or warns when all are there. Several threads may read at once.
+    are wanted raises it, or warns when all are there. Several threads may read at once. pread: what copies bytes of a
+    file; Backend.pread has several threads for it.
 
     Raises CheckpointError when the directory or a file cannot be used.
     """
@@ -79,6 +81,8 @@ class Checkpoint:
         self._tensors: dict[str, Stored] = {}
         self._versions: dict[Path, Version] = {}
         self._current: tuple[Path, int] | None = None  # the file that was read last, and its descriptor
+        self.pread: Pread = lambda descriptor, memory, offset: pread(descriptor, memory.numpy().data, offset)
+        self._buffers = Buffers()
         self._reading = Lock()  # one file is open at a time
         self._closed = False
         self._read: set[str] = set()
@@ -146,8 +150,8 @@ class Checkpoint:
     def tensor(self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None) -> Tensor:
         """Rows start:stop and columns start:stop (None: all) of a tensor, in the type on disk, and mark it as read.
 
-        The result is memory of its own. Slice bounds must lie inside the shape. CheckpointError when the file has been
-        changed since its header was read.
+        The result is memory of its own, as long as it or a view of it is held. Slice bounds must lie inside the shape.
+        CheckpointError when the file has been changed since its header was read.
         """
         stored = self._find(name)
         assert not self._closed, "the checkpoint is closed"
@@ -182,19 +186,13 @@ class Checkpoint:
         if begin == end:
             return torch.empty(0, dtype=torch.uint8)
         try:
-            # Not malloc: it keeps what is freed between the packed weights, a tenth of them.
-            memory = mmap.mmap(-1, end - begin, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            buffer = memoryview(memory)
-            while begin < end:
-                count = os.preadv(descriptor, [buffer[len(buffer) - (end - begin) :]], begin)
-                if count == 0:
-                    break  # the file has shrunk, and so its version has changed
-                begin += count
+            data = self._buffers.empty(end - begin)
+            count = self.pread(descriptor, data, begin)
         except (OSError, MemoryError) as error:
             raise unreadable(file, error) from error
-        if begin < end or _version(descriptor) != self._versions[file]:
+        if count < end - begin or _version(descriptor) != self._versions[file]:  # fewer: the file has shrunk
             raise _changed(file)
-        return torch.frombuffer(memory, dtype=torch.uint8)
+        return data
 
     def _descriptor(self, file: Path) -> int:
         """An open descriptor of a file, the same as long as this file is read; only one is open at a time."""

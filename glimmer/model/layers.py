@@ -24,8 +24,8 @@ class LayerWeights:
     """What a checkpoint has for one layer: this rank's part of it, quantised as it will be held.
 
     vectors   the weight of a norm, or the biases of the matrices in their order
-    units     what is packed at once: the matrices of a Linear, or of one expert. A unit is read when it is asked for,
-              and its tensors may be views into files, which stay cheap until the next unit is asked for
+    units     what is packed at once: the matrices of a Linear, or of one expert. A unit is read when it is asked for;
+              its memory is used again for later ones when none of its tensors is held any more
     count     how many units there are
     dtype     in what vectors and plain values are kept
     """

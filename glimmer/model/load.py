@@ -111,6 +111,7 @@ class WeightLoader:
         self._config = config = model.config
         formats.check(config.quantization_config)
         self.model, self.checkpoint, self.dtype, self._backend = model, checkpoint, dtype, model.backend
+        checkpoint.pread = model.backend.pread
         self._asked = None if quantization is None else (Kind(quantization), group_size or GROUP_SIZE)
         self._look = partial(formats.stored, checkpoint, quantization_config=config.quantization_config)
         self._read = partial(formats.read, checkpoint, quantization_config=config.quantization_config)

@@ -5,6 +5,7 @@ torch makes of it. An op passes if its error is at most twice plain torch's, plu
 plain torch rounds differs from processor to processor, and on some it is lucky.
 """
 
+import errno
 import importlib
 import itertools
 import pkgutil
@@ -538,6 +539,27 @@ def test_attention_where_scores_rise_or_fall(step, served, noise):
     assert ((found.double() - truth).abs() <= 2**-23 * rounded * values.abs().max()).all()
 
 
+@pytest.mark.parametrize("size", [1e9, 3e10, 7e20, 1e38], ids=str)
+@pytest.mark.parametrize("order", ["rising", "falling", "equal"])
+def test_attention_of_enormous_scores(order, size, served, dtype, noise):
+    """Finite scores of any size give finite weights: all of it to the largest, or equal parts to equal ones."""
+    ops, device = served
+    steps = [(4990, 10), (0, 40)]
+    batch, pool = paged(steps, 16, seed=1)
+    q, keys = torch.ones(50, 4, 16, dtype=dtype), torch.zeros(pool, 16, 2, 16, dtype=dtype)
+    values = noise(pool, 16, 2, 16, dtype=dtype)
+    for s, (past, n) in enumerate(steps):
+        places = torch.arange(past + n)
+        slots = batch.block_tables[s, places // 16] * 16 + places % 16
+        share = {"rising": (places + 1) / (past + n), "falling": 1 / (places + 1), "equal": 1.0 * (places % 7 == 3)}
+        keys.flatten(0, 1)[slots, :, 3] = (share[order] * size).to(dtype)[:, None]
+    there, scale = batch.to(device), 0.3
+    ops, cache = filled(ops, keys, values, batch, False)
+    found = ops.attention(q.to(device), cache, there, scale).cpu()
+    truth = attention(q.double(), keys.double(), values.double(), batch, scale)
+    assert ((found.double() - truth).abs() <= (2**-7 if dtype == torch.bfloat16 else 2**-18) * values.abs().max()).all()
+
+
 def test_attention_over_codes_of_much_little_and_nothing(served, dtype, noise):
     """Every key and value, head by head, has a scale of its own; zeros stay zeros; NaN and infinity are NaN."""
     ops, device = served
@@ -681,6 +703,10 @@ def test_route_sees_the_last_bits_of_the_bias(served):
         ([0.0, 0, torch.nan, 0, 0, 0, 0, 0], [0.0] * 8, rule(2), [2, 0]),
         ([0.0] * 8, [0.0] * 8, rule(4, 4, 2), [0, 1, 2, 3]),
         ([0.0] * 8, [0.0, 0, 0, 0, -torch.inf, 0, 0, 0], rule(2, 2, 1), [0, 1]),
+        ([0.0] * 8, [9.0, 9, 9, 9, torch.inf, -torch.inf, -torch.inf, -torch.inf], rule(2, 2, 1), [4, 0]),
+        ([0.0] * 6, [-torch.inf, torch.inf, 1, 1, torch.inf, torch.inf], rule(3, 3, 2), [1, 4, 5]),
+        ([0.0] * 6, [2.0, 1, torch.nan, -torch.inf, 3, 3], rule(2, 3, 1), [2, 0]),
+        ([torch.inf, -torch.inf, 0.0, 0.0], [0.0, -torch.inf, 0, 0], rule(2, 2, 1), [2, 3]),
     ],
 )
 def test_route_of_equal_and_infinite_choices(logits, bias, how, expected, served):
@@ -889,3 +915,22 @@ def test_timed_ops_are_those_of_the_backend_that_it_wraps(served, noise):
     part = timed.parts()["here"]
     assert part.seconds > 0 and part.nbytes == packed.nbytes and not part.operations, "float32 has no limit"
     assert timed.table() == ops.table() and not timed.captures
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset, nbytes", [(0, 1), (3, 5000), (17, 1 << 20), (1, (3 << 20) - 1), (4000, 3 << 20)])
+def test_pread(offset, nbytes, served, tmp_path):
+    """Every byte to its place; at the end of the file, fewer."""
+    ops, _ = served
+    content = torch.randint(0, 256, (3 << 20,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    (tmp_path / "file").write_bytes(content.numpy().tobytes())
+    there = content[offset : offset + nbytes]
+    with open(tmp_path / "file", "rb") as file:
+        memory = torch.zeros(nbytes + 64, dtype=torch.uint8)
+        assert ops.pread(file.fileno(), memory[:nbytes], offset) == len(there)
+    assert torch.equal(memory[: len(there)], there) and not memory[len(there) :].any()
+    with pytest.raises(OSError) as caught, open(tmp_path / "other", "wb") as file:
+        ops.pread(file.fileno(), memory[:nbytes], offset)
+    assert caught.value.errno == errno.EBADF

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from glimmer.checkpoint.buffers import KEPT, Buffers
 from glimmer.checkpoint.files import DTYPES, INDEX, Checkpoint
 from glimmer.errors import CheckpointError
 from glimmer.foreign import read_bytes
@@ -109,6 +110,42 @@ def test_tensors_are_their_own_and_outlive_the_file(directory):
     assert torch.equal(part, tensor[10:20, 2:4])
     with pytest.raises(AssertionError, match="closed"):
         checkpoint.tensor("x")
+
+
+def test_memory_is_used_again_when_no_tensor_over_it_is_left():
+    buffers = Buffers()
+    first = buffers.empty(1000)
+    part, address = first[10:20].view(2, 5), first.data_ptr()
+    part.fill_(7)
+    del first
+    buffers.empty(1000).fill_(1)
+    buffers.empty(1000).fill_(2)
+    assert part.eq(7).all(), "a view of it is still held"
+    del part
+    one, other = buffers.empty(999), buffers.empty(998)
+    assert address in (one.data_ptr(), other.data_ptr()) and (len(one), len(other)) == (999, 998)
+    address = buffers.empty(KEPT // 2).data_ptr()
+    assert buffers.empty(KEPT // 2).data_ptr() == address
+    held = [buffers.empty(KEPT // 4) for _ in range(10)]
+    del held
+    buffers.empty(1)
+    assert sum(map(len, buffers._free)) <= KEPT
+
+
+def test_tensors_keep_their_values_while_others_are_read(directory):
+    tensors = {f"x.{i}": torch.full((64, 64), float(i)) for i in range(50)}
+    save_file(tensors, directory / "model.safetensors")
+    with Checkpoint(directory) as checkpoint, ThreadPoolExecutor(4) as threads:
+        held: dict[str, torch.Tensor] = {}
+
+        def read(turn: int) -> None:
+            name = f"x.{turn * 7 % 50}"
+            whole = checkpoint.tensor(name)
+            held[name] = whole[turn % 60 :][:3]
+
+        list(threads.map(read, range(3000), timeout=60))
+        for name, part in held.items():
+            assert torch.equal(part, tensors[name][:3])
 
 
 def test_data_after_a_header_of_odd_length(directory):
