@@ -159,8 +159,9 @@ class Answer:
         if self._parser is not None and self.finished is None:
             events += self._parser.push(text)
             if self._finish is not None:
-                events += self._parser.finish(stopped=self._finish.reason == "stop")
-            self._calls |= any(isinstance(event, parse.ToolCallStart) for event in events)
+                by_itself = self._finish.reason == "stop" and not isinstance(self._finish.stop_reason, str)
+                events += self._parser.finish(stopped=by_itself)
+            self._calls |= any(isinstance(event, parse.ToolCallEnd) for event in events)
         if self._finish is not None:
             calls = self._calls and self._finish.reason == "stop"
             self.finished = replace(self._finish, reason="tool_calls") if calls else self._finish

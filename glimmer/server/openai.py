@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
+import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
@@ -27,6 +28,7 @@ from glimmer.server.openai_types import (
 )
 from glimmer.server.service import ChatRequest, Done, Events, Service, Usage
 from glimmer.text import parse
+from glimmer.text.chat import template_kwargs
 
 router = APIRouter()
 Chunk = dict[str, Any]
@@ -57,16 +59,10 @@ def chat_request(body: ChatBody, service: Service) -> ChatRequest:
     """What a body asks for. RequestError names the field at fault."""
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     logprobs = _chat_logprobs(body, service)
-    kwargs = dict(body.chat_template_kwargs or {})
+    thinking = None if body.thinking is None else msgspec.structs.asdict(body.thinking)
+    kwargs = template_kwargs(body.chat_template_kwargs, thinking)
     if body.reasoning_effort is not None:
         kwargs.setdefault("enable_thinking", body.reasoning_effort not in NO_EFFORT)
-    if body.thinking is not None:
-        if body.thinking.type not in (None, "enabled", "disabled", "auto", "adaptive"):
-            found = f"thinking.type={shown(body.thinking.type)}"
-            raise RequestError("thinking.type", found, "enabled or disabled", "correct thinking.type")
-        kwargs.setdefault("enable_thinking", body.thinking.type != "disabled")
-        if body.thinking.clear_thinking is not None:
-            kwargs.setdefault("clear_thinking", body.thinking.clear_thinking)
     given = body.continue_final_message or False
     prompt = body.add_generation_prompt if body.add_generation_prompt is not None else not given
     return ChatRequest(

@@ -205,7 +205,8 @@ def _messages(messages: Any) -> list[dict[str, Any]]:
 def template_kwargs(chat_template_kwargs: Any, thinking: Any = None) -> dict[str, Any]:
     """What a request sets for the template: its chat_template_kwargs, and the `thinking` of the vendor's own API.
 
-    thinking: {"type": "enabled" or "disabled"}, which is enable_thinking, and where it is there "clear_thinking" (4.7).
+    thinking: {"type": "enabled" or "disabled"}, which is enable_thinking, and "clear_thinking" (4.7), or one of them.
+        Models of this family decide themselves how long they think, so "auto" and "adaptive" are "enabled".
     Raises RequestError if either is malformed, or if they contradict each other.
     """
     kwargs: dict[str, Any] = {}
@@ -222,15 +223,17 @@ def template_kwargs(chat_template_kwargs: Any, thinking: Any = None) -> dict[str
     if thinking is None:
         return kwargs
     _need(thinking, dict, "thinking", 'an object such as {"type": "disabled"}')
-    if thinking.get("type") not in ("enabled", "disabled"):
-        raise RequestError(
-            "thinking.type",
-            f"thinking.type is {shown(thinking['type']) if 'type' in thinking else 'absent'}",
-            '"enabled" or "disabled"',
-            "choose one of these, or leave thinking out",
-        )
-    meant = {"enable_thinking": thinking["type"] == "enabled"}
-    if "clear_thinking" in thinking:
+    meant: dict[str, bool] = {}
+    if (type := thinking.get("type")) is not None:
+        if type not in ("enabled", "disabled", "auto", "adaptive"):
+            raise RequestError(
+                "thinking.type",
+                f"thinking.type is {shown(type)}",
+                '"enabled" or "disabled"',
+                "choose one of these, or leave thinking out",
+            )
+        meant["enable_thinking"] = type != "disabled"
+    if thinking.get("clear_thinking") is not None:
         _need(thinking["clear_thinking"], bool, "thinking.clear_thinking", "true or false")
         meant["clear_thinking"] = thinking["clear_thinking"]
     for name, value in meant.items():

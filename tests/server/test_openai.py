@@ -59,6 +59,27 @@ def test_a_tool_call_in_pieces(client):
     assert json.loads(call.function.arguments) == {"city": "巴黎"}
 
 
+def test_a_call_that_a_stop_string_cuts_off_is_no_call_to_make(client):
+    asked = {"model": "any", "messages": WEATHER, "tools": [TOOL], "temperature": 0}
+    for stop in ("</arg_value>", "</tool_call>"):
+        [choice] = client.chat.completions.create(**asked, stop=[stop]).choices
+        assert choice.finish_reason == "stop"
+        assert choice.message.tool_calls[0].function.arguments.startswith('{"city": "巴黎')
+        with pytest.raises(ValueError):
+            json.loads(choice.message.tool_calls[0].function.arguments)
+
+
+def test_thinking_in_the_vendor_s_words(server):
+    def answer(**fields):
+        return server.post("/v1/chat/completions", {"messages": SUM, "temperature": 0, **fields})
+
+    quick = answer(thinking={"type": "disabled"}).json()["choices"][0]["message"]
+    assert quick["content"] and not quick["reasoning_content"]
+    refused = answer(thinking={"type": "disabled"}, chat_template_kwargs={"enable_thinking": True})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "thinking"
+    assert answer(thinking={"type": "off"}).json()["error"]["param"] == "thinking.type"
+
+
 def test_the_raw_stream(server):
     response = server.post("/v1/chat/completions", {"messages": SUM, "stream": True, "max_tokens": 3})
     assert response.headers["content-type"].startswith("text/event-stream")
