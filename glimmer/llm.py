@@ -32,7 +32,7 @@ from glimmer.engine.ranks import Call, Client, ParentRequest
 from glimmer.engine.runner import Runner
 from glimmer.engine.sequence import Constraint
 from glimmer.engine.speculation import make_speculation
-from glimmer.errors import CheckpointError, ConfigError, RequestError, shown
+from glimmer.errors import CheckpointError, ConfigError, EngineError, RequestError, shown
 from glimmer.group import Group
 from glimmer.hub import model_directory
 from glimmer.model_config import ModelConfig
@@ -219,6 +219,11 @@ class LLM:
             num_blocks=scheduler.blocks.count,
             preemptions=scheduler.preemptions,
         )
+
+    @property
+    def ended(self) -> EngineError | None:
+        """Why nothing will be answered any more, if the engine has failed or is closed."""
+        return self._loop.ended
 
     @property
     def kernels(self) -> str | None:

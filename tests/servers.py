@@ -24,14 +24,17 @@ class Server:
     ):
         env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | variables
         env |= {"SERVER_OF_A_TEST": str(id(self))}
-        command = [*(launcher or (sys.executable, "-m", "glimmer")), "serve", "--port", "0", *(SMALL * small), *words]
+        command = [*(launcher or (sys.executable, "-m", "glimmer")), "serve", *words, *(SMALL * small)]
+        command += [] if "--port" in words else ["--port", "0"]
         self.process = subprocess.Popen(
             command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
         self.said = ""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.url = self.wait_for(r"listening on (http\S+?);")[1]
+        self.url = ""
+        if "--port" not in words:
+            self.url = self.wait_for(r"listening on (http\S+?);")[1]
         if ready:
             self.wait_until_ready()
 

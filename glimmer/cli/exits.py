@@ -39,9 +39,14 @@ def terminate(*_: object) -> None:
 
 def place() -> str:
     """ " (rank R on HOST)" in a group of processes that torchrun started; nothing in a single process."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if alone():
         return ""
     return f" (rank {os.environ.get('RANK')} on {socket.gethostname()})"
+
+
+def alone() -> bool:
+    """Whether nobody but this process was started; else torchrun or a launcher has started several."""
+    return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -93,9 +98,9 @@ def discard(stream: TextIO) -> None:
 def run(command: str, work: Callable[[], int]) -> int:
     """The exit code of `work`. A GlimmerError becomes its three lines, a closed pipe ends quietly; Ctrl-C is raised."""
     prepare()
-    alone = os.environ.get("WORLD_SIZE", "1") == "1" and threading.current_thread() is threading.main_thread()
+    handles = alone() and threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
-    if alone and before is signal.SIG_DFL:  # of a job's processes the launcher takes care
+    if handles and before is signal.SIG_DFL:  # of a job's processes the launcher takes care
         signal.signal(signal.SIGTERM, terminate)
     try:
         code = work()
@@ -115,7 +120,7 @@ def run(command: str, work: Callable[[], int]) -> int:
         os.kill(os.getpid(), signal.SIGTERM)
         raise
     finally:
-        if alone and before is signal.SIG_DFL:
+        if handles and before is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, before)
 
 

@@ -8,23 +8,29 @@ Not here: what the processes do (server/).
 
 import json
 import logging
-import shlex
+import signal
+import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from glimmer.cli import demo
+from glimmer.cli import demo, exits
 from glimmer.cli.lazy import lazy
 from glimmer.cli.options import ENGINE, SERVER, Command, without
 from glimmer.config import EngineConfig
+from glimmer.errors import EngineError
 from glimmer.hub import model_directory
 from glimmer.server.settings import ServerConfig
 
 if TYPE_CHECKING:
     from glimmer import parallel
-    from glimmer.server import http_process
+    from glimmer.server import engine_process, http_process
 else:
     parallel, http_process = lazy("glimmer.parallel"), lazy("glimmer.server.http_process")
+    engine_process = lazy("glimmer.server.engine_process")
+
+LAST_WORDS = 10.0  # seconds that the HTTP process may take to end after the engine
 
 ENGINE_OPTIONS = without(ENGINE, "skip_tokenizer_init")
 COMMAND = Command(
@@ -57,15 +63,43 @@ def main(argv: list[str]) -> int:
     server = settings.fields(SERVER)
     server.setdefault("served_model_name", [named or "glimmer-demo"])
     config = settings.check(ServerConfig, server)
-    return http_process.run(config, engine["model"], command_for(engine))
+    if exits.alone():
+        return http_process.run(config, engine["model"], command_for(engine))
+    return rank(config, engine)
 
 
 def command_for(engine: dict[str, Any]) -> list[str]:
-    """The command that starts the engine process; where several share the model, the launcher that starts them."""
+    """The command that starts the engine process; where several share the model, torchrun that starts them."""
     words = ["-m", "glimmer.server.engine_process", "{socket}", json.dumps(engine)]
     ranks = engine.get("tensor_parallel_size", 1)
-    if ranks == 1:
-        return [sys.executable, *words]
-    logs = tempfile.mkdtemp(prefix="glimmer-logs-")
-    job = shlex.join(["python", *words])
-    return [sys.executable, "-m", "glimmer.mindformers.launch", job, str(ranks), "0", logs, "False", "300"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *launcher, *words]
+
+
+def rank(config: ServerConfig, engine: dict[str, Any]) -> int:
+    """This process is one of several that torchrun has started: it computes; rank 0 starts the one that speaks HTTP.
+
+    torchrun's SIGTERM is for the HTTP process, which ends the engine when the answers are done.
+    """
+    number, size = parallel.world()
+    engine = {"tensor_parallel_size": size} | engine
+    if number > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return engine_process.follow(engine)
+    with tempfile.TemporaryDirectory(prefix="glimmer-") as directory:  # for nobody but this user
+        path = f"{directory}/engine.sock"
+        words = [sys.executable, "-m", "glimmer.server.http_process", path]
+        http = subprocess.Popen(words, stdin=subprocess.PIPE, text=True, start_new_session=True)
+        signal.signal(signal.SIGTERM, lambda *_: http.terminate())
+        signal.signal(signal.SIGINT, lambda *_: http.send_signal(signal.SIGINT))
+        assert http.stdin is not None
+        http.stdin.write(json.dumps({"server": asdict(config), "model": engine["model"]}) + "\n")
+        http.stdin.flush()  # it stays open: its end tells that this process has ended
+        try:
+            code = engine_process.serve(path, engine)
+            return http.wait(LAST_WORDS) or code
+        except subprocess.TimeoutExpired:
+            return EngineError.exit_code
+        finally:
+            http.kill()
+            http.wait()

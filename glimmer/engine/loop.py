@@ -106,6 +106,11 @@ class Loop:
         return not (self._open_requests or self._records or self.engine.busy) and self._inbox.empty()
 
     @property
+    def ended(self) -> EngineError | None:
+        """Why nothing will be answered any more; None as long as requests are welcome."""
+        return self._end
+
+    @property
     def num_waiting(self) -> int:
         """Answers that have not begun, about: other threads change it."""
         return sum(one.parent.params.n - one.begun for one in list(self._queue.values()))

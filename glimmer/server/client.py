@@ -215,8 +215,7 @@ class EngineClient:
         if self._closing or self.state == "dead":
             return
         refused = self.state == "loading" and self.problem is not None  # it has said why it cannot begin
-        if not refused:
-            self.problem = problem
+        self.problem = self.problem or problem
         self.state = "dead"
         self._end_all(Unavailable(problem.found, problem.expected, "ask again in a few seconds"))
         self._kill()

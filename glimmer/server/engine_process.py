@@ -132,17 +132,20 @@ class EngineProcess:
     def __init__(self, connection: Connection, llm: LLM):
         self._connection, self._llm = connection, llm
         self._open: dict[int, Requester] = {}
+        self._leaving = False
 
     def run(self, incoming: "queue.SimpleQueue[wire.ToEngine | None]") -> bool:
         """Answer until the HTTP process says that it is enough (True), or is gone (False)."""
         threading.Thread(target=self._report, name="glimmer-heartbeat", daemon=True).start()
         while (message := incoming.get()) is not None:
             if isinstance(message, wire.Close):
+                self._leaving = True
                 return True
             if isinstance(message, wire.Cancel):
                 self._cancel(message)
             else:
                 self._submit(message)
+        self._leaving = True
         return False
 
     def _submit(self, message: wire.Submit) -> None:
@@ -165,13 +168,17 @@ class EngineProcess:
             self._llm.cancel(requester.call)
 
     def _report(self) -> None:
-        """Signs of life."""
-        while True:
+        """Signs of life; and the last word where the engine has ended, such as with another rank."""
+        while (reason := self._llm.ended) is None:
             load = self._llm.load
             self._connection.send(
                 wire.Alive(load.running, load.waiting, load.free_blocks, load.num_blocks, load.preemptions)
             )
             time.sleep(wire.HEARTBEAT)
+        if not self._leaving:
+            self._connection.send(wire.Failed(wire.Problem.of(reason), reason.exit_code))
+            self._connection.finish()
+            os._exit(reason.exit_code)  # whatever waits for the other ranks would wait for long
 
 
 def serve(path: str, settings: dict[str, Any]) -> int:

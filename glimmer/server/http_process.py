@@ -1,6 +1,7 @@
 """The HTTP process: sockets, signals, and the beginning and the end of the server.
 
-    run(config, model, command)   listens at once, starts the engine process, answers /health with 503 until it is ready
+    run(config, model, command)                   listens at once, starts the engine; 503 until the model is loaded
+    python -m glimmer.server.http_process SOCKET  the same, started by rank 0 of a job; the settings come on stdin
 
 SIGTERM and SIGINT end the server in order: no new requests, those that run have `shutdown_timeout` seconds, and the
 engine process ends last. A second signal ends everything at once. Not here: routes (app.py), the engine (client.py).
@@ -8,6 +9,7 @@ engine process ends last. A second signal ends everything at once. Not here: rou
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -19,7 +21,7 @@ from pathlib import Path
 
 import uvicorn
 
-from glimmer.errors import ConfigError, EngineError
+from glimmer.errors import ConfigError, EngineError, GlimmerError
 from glimmer.server.app import make_app
 from glimmer.server.client import EngineClient
 from glimmer.server.service import Service
@@ -75,7 +77,7 @@ async def _run(config: ServerConfig, model: str, command: Sequence[str] | None, 
         serving = asyncio.ensure_future(server.serve(sockets=[listener]))
         _say(f"listening on {_address(config, listener)}; the model is being loaded")
         announcing = asyncio.ensure_future(_announce(client, config, listener))
-        await _first(told.wait(), client.died.wait(), serving)
+        await _first(told.wait(), client.died.wait(), serving, *([_parent_gone()] if command is None else []))
         announcing.cancel()
         if told.is_set():
             await _drain(service, server, serving, told, config.shutdown_timeout)
@@ -95,6 +97,20 @@ async def _run(config: ServerConfig, model: str, command: Sequence[str] | None, 
         if config.uds is not None:
             with contextlib.suppress(OSError):
                 os.unlink(config.uds)
+
+
+async def _parent_gone() -> None:
+    """Returns when the process at the other end of stdin has ended."""
+    gone = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def read() -> None:
+        if not os.read(0, 1 << 16):
+            loop.remove_reader(0)
+            gone.set()
+
+    loop.add_reader(0, read)
+    await gone.wait()
 
 
 async def _drain(
@@ -177,3 +193,18 @@ def _address(config: ServerConfig, listener: socket.socket) -> str:
 def _say(line: str) -> None:
     with contextlib.suppress(OSError):
         print(f"glimmer serve: {line}", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str]) -> int:
+    """As a program of its own: see the top."""
+    settings = json.loads(sys.stdin.readline())
+    logging.basicConfig(format="glimmer serve: %(message)s", level=logging.WARNING)
+    try:
+        return run(ServerConfig(**settings["server"]), settings["model"], None, argv[0])
+    except GlimmerError as error:
+        _say(str(error))
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,9 +1,10 @@
-"""The two processes and their ends: of the engine, of the HTTP process, of a client, and in good order."""
+"""The two processes and their ends: of the engine, of a rank, of the HTTP process, of a client, and in good order."""
 
 import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 
@@ -14,65 +15,35 @@ from servers import Server
 
 pytestmark = pytest.mark.slow
 LONG = {"prompt": "hello", "max_tokens": 900, "temperature": 0, "ignore_eos": True}
-
-
-@pytest.fixture
-def server():
-    with Server() as started:
-        yield started
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "glimmer")
 
 
 class Stream(threading.Thread):
-    """A stream that is read in a thread of its own."""
+    """A stream that is read in a thread of its own, once it has begun."""
 
-    def __init__(self, server, body=LONG):
+    def __init__(self, server: Server, **body):
         super().__init__(daemon=True)
-        self.server, self.body, self.lines, self.error = server, body, [], None
+        self.server, self.body, self.lines = server, LONG | body, []
         self.start()
-
-    def run(self):
-        try:
-            with httpx.stream(
-                "POST", f"{self.server.url}/v1/completions", json=self.body | {"stream": True}, timeout=60
-            ) as r:
-                self.status = r.status_code
-                for line in r.iter_lines():
-                    if line:
-                        self.lines.append(line)
-        except httpx.TransportError as error:
-            self.error = error
-
-    def wait_for_tokens(self):
         until(lambda: len(self.lines) > 3)
 
+    def run(self) -> None:
+        body = self.body | {"stream": True}
+        with httpx.stream("POST", f"{self.server.url}/v1/completions", json=body, timeout=60) as response:
+            for line in response.iter_lines():
+                if line:
+                    self.lines.append(line)
 
-def test_a_killed_engine_is_noticed_at_once_and_started_again(server):
-    [engine] = server.engine_processes()
-    stream = Stream(server)
-    stream.wait_for_tokens()
-    os.kill(engine, signal.SIGKILL)
-    begin = time.monotonic()
-    until(lambda: server.health() == 503, 2)
-    assert time.monotonic() - begin < 2
-    stream.join(10)
-    last = json.loads(stream.lines[-1].removeprefix("data: "))
-    assert "engine" in last["error"]["message"] and last["error"]["code"] == "unavailable"
-    server.wait_until_ready()
-    assert server.engine_processes() not in ([engine], []) and server.post("/v1/completions", LONG).status_code == 200
+    def end(self) -> str:
+        """The last line."""
+        self.join(10)
+        assert not self.is_alive()
+        return self.lines[-1].removeprefix("data: ")
 
 
-def test_a_killed_engine_may_be_the_end(tmp_path):
-    with Server("--on-engine-death", "exit") as server:
-        os.kill(server.engine_processes()[0], signal.SIGKILL)
-        assert server.process.wait(20) == 1 and "the engine process has ended" in server.said
-
-
-def test_a_killed_http_process_leaves_no_orphan(server):
-    stream = Stream(server)
-    stream.wait_for_tokens()
-    assert len(server.engine_processes()) == 1
-    server.process.kill()
-    until(lambda: not server.engine_processes(), 10)
+def metric(server: Server, name: str) -> float:
+    lines = server.get("/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.split("{")[0].split(" ")[0] == name)
 
 
 def test_a_client_that_leaves_frees_its_blocks(server):
@@ -82,35 +53,10 @@ def test_a_client_that_leaves_frees_its_blocks(server):
         next(lines)
         until(lambda: metric(server, "vllm:num_requests_running") > 0, 10)
     until(lambda: metric(server, "vllm:num_requests_running") == 0, 5)
-    assert metric(server, "glimmer:free_blocks") == free
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.2)
     until(lambda: metric(server, "vllm:num_requests_running") == 0, 5)
-
-
-def metric(server, name: str) -> float:
-    lines = server.get("/metrics").text.splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.split("{")[0].split(" ")[0] == name)
-
-
-def test_sigterm_lets_answers_end(server):
-    stream = Stream(server, LONG | {"max_tokens": 300})
-    stream.wait_for_tokens()
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(20) == 0
-    stream.join(5)
-    assert stream.lines[-1] == "data: [DONE]" and stream.error is None and not server.engine_processes()
-
-
-def test_the_second_sigterm_does_not_wait(server):
-    stream = Stream(server)
-    stream.wait_for_tokens()
-    server.process.send_signal(signal.SIGTERM)
-    server.wait_for("a second signal ends")
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(8) == 0
-    stream.join(5)
-    assert "shutting down" in stream.lines[-1]
+    assert metric(server, "glimmer:free_blocks") == free and metric(server, "vllm:request_success_total") >= 32
 
 
 def test_a_client_that_does_not_read_delays_nobody(server):
@@ -124,7 +70,63 @@ def test_a_client_that_does_not_read_delays_nobody(server):
         until(lambda: metric(server, "vllm:num_requests_running") == 0, 30)  # its answers end without it
 
 
-def test_a_server_that_cannot_begin_says_why():
-    with Server("--kv-cache-memory-bytes", "1", "--max-model-len", "100000000", ready=False, small=False) as server:
-        assert server.process.wait(30) == 2
-    assert "expected:" in server.said and "Traceback" not in server.said
+def test_a_life_of_a_server():
+    """The engine is killed, and started again; then SIGTERM lets an answer end."""
+    with Server() as server:
+        [engine] = server.engine_processes()
+        stream = Stream(server)
+        os.kill(engine, signal.SIGKILL)
+        begin = time.monotonic()
+        until(lambda: server.health() == 503, 2)
+        assert time.monotonic() - begin < 2
+        told = json.loads(stream.end())["error"]
+        assert "engine" in told["message"] and told["code"] == "unavailable"
+        server.wait_until_ready()
+        assert server.engine_processes() not in ([engine], [])
+        stream = Stream(server, max_tokens=300)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 0
+        assert stream.end() == "[DONE]" and not server.engine_processes()
+
+
+def test_ends_without_order():
+    """Three servers: the second SIGTERM does not wait; no orphan of a killed HTTP process; death may be the end."""
+    with Server(ready=False) as hasty, Server(ready=False) as killed, Server("--on-engine-death", "exit") as mortal:
+        hasty.wait_until_ready()
+        stream = Stream(hasty)
+        hasty.process.send_signal(signal.SIGTERM)
+        hasty.wait_for("a second signal ends")
+        hasty.process.send_signal(signal.SIGTERM)
+        assert hasty.process.wait(8) == 0 and "shutting down" in stream.end()
+        killed.wait_until_ready()
+        assert len(killed.engine_processes()) == 1
+        killed.process.kill()
+        until(lambda: not killed.engine_processes(), 10)
+        os.kill(mortal.engine_processes()[0], signal.SIGKILL)
+        assert mortal.process.wait(20) == 1 and "the engine process has ended" in mortal.said
+
+
+def test_several_ranks():
+    """As vLLM's users start them, where one that dies is the end of all; and under torchrun."""
+    with Server("-tp", "2", "--on-engine-death", "exit", ready=False) as own, Server(launcher=TORCHRUN) as under:
+        own.wait_until_ready()
+        body = LONG | {"max_tokens": 8}
+        answers = [server.post("/v1/completions", body).json()["choices"] for server in (own, under)]
+        assert answers[0] == answers[1]
+        stream = Stream(own)
+        os.kill(own.engine_processes()[-1], signal.SIGKILL)  # the last one was started last
+        assert "error" in json.loads(stream.end())
+        assert own.process.wait(30) == 1
+        until(lambda: not own.engine_processes(), 15)
+        under.process.send_signal(signal.SIGTERM)
+        under.process.wait(30)
+        assert "Exception in" not in under.said
+
+
+def test_a_server_that_cannot_begin_says_why(server):
+    with Server("--max-model-len", "100000000", ready=False, small=False) as refused:
+        assert refused.process.wait(30) == 2
+    assert "expected:" in refused.said and "Traceback" not in refused.said
+    port = server.url.rpartition(":")[2]
+    with Server("--port", port, ready=False) as second:
+        assert second.process.wait(30) == 2 and "cannot be listened on" in second.said
