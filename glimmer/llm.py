@@ -508,14 +508,15 @@ class LLM:
         params: SamplingParams,
         client: Client,
         constraints: Sequence[Constraint] = (),
+        cache_salt: str = "",
     ) -> Call:
         """Have the engine's thread hand what it makes of a prompt to `client` (engine/ranks.py), as token ids.
 
-        For programs that make text themselves, such as a server. constraints: none, or one for each answer. Raises
-        RequestError if the prompt cannot be served, EngineError if the engine has ended.
+        For programs that make text themselves, such as a server. constraints: none, or one for each answer. cache_salt: as
+        in ParentRequest. Raises RequestError if the prompt cannot be served, EngineError if the engine has ended.
         """
         output = self._checked({"prompt_token_ids": prompt_token_ids}, params)
-        parent = replace(self._parent_request(output, params), constraints=tuple(constraints))
+        parent = replace(self._parent_request(output, params), constraints=tuple(constraints), cache_salt=cache_salt)
         call = Call([parent], client)
         self._loop.submit(call)
         return call

@@ -91,9 +91,14 @@ class Blocks:
     def hashes(self, sequence: Sequence, count: int) -> list[bytes]:
         """Digests of the first `count` full blocks, each covering all tokens up to its own end."""
         known = sequence.hashes
+        salt = (
+            blake2b(sequence.request.cache_salt.encode(), digest_size=16).digest()
+            if sequence.request.cache_salt
+            else b""
+        )
         for i in range(len(known), count):
             tokens = array("q", sequence.tokens[i * self.size : (i + 1) * self.size])
-            known.append(blake2b(tokens.tobytes(), key=known[-1] if known else b"", digest_size=16).digest())
+            known.append(blake2b(tokens.tobytes(), key=known[-1] if known else salt, digest_size=16).digest())
         return known[:count]
 
     def check(self, sequences: Sequence_[Sequence]) -> None:

@@ -60,12 +60,13 @@ class ParentRequest:
     eos_token_ids: tuple[int, ...]
     bad_words: tuple[tuple[int, ...], ...] = ()
     constraints: tuple[Constraint, ...] = ()
+    cache_salt: str = ""
 
     def child(self, answer: int) -> Request:
         """The request for one answer; only the first reports the prompt's log-probabilities."""
         params = self._further if answer > 0 else self.params
         id, seed = f"{self.id}.{answer}", f"{self.seed}.{answer}"
-        return Request(id, self.prompt_token_ids, params, seed, self.eos_token_ids, self.bad_words)
+        return Request(id, self.prompt_token_ids, params, seed, self.eos_token_ids, self.bad_words, self.cache_salt)
 
     @cached_property
     def _further(self) -> SamplingParams:
@@ -142,7 +143,7 @@ def to_json(record: Record) -> list[Any]:
     if isinstance(record, Stop):
         return ["stop"]
     q = record.parent
-    parent = [q.id, q.prompt_token_ids, _params_to_json(q.params), q.seed, q.eos_token_ids]
+    parent = [q.id, q.prompt_token_ids, _params_to_json(q.params), q.seed, q.eos_token_ids, q.cache_salt]
     return ["arrival", record.number, record.size, record.digest, record.ordinal, record.position, parent]
 
 
@@ -153,8 +154,8 @@ def from_json(record: list[Any]) -> Record:
         return Abort(*fields)
     if kind == "stop":
         return Stop()
-    number, size, digest, ordinal, position, (id, tokens, params, seed, eos) = fields
-    parent = ParentRequest(id, tuple(tokens), _params_from_json(params), seed, tuple(eos))
+    number, size, digest, ordinal, position, (id, tokens, params, seed, eos, salt) = fields
+    parent = ParentRequest(id, tuple(tokens), _params_from_json(params), seed, tuple(eos), cache_salt=salt)
     return Arrival(number, size, digest, ordinal, position, parent)
 
 

@@ -54,6 +54,7 @@ class Request:
     """One prompt and one answer to it. `seed` makes its randomness; eos_token_ids end the answer unless ignored.
 
     bad_words: params.bad_words as token ids, which must not follow one another in the answer; on rank 0.
+    cache_salt: blocks of the cache are shared among requests of the same salt only.
     """
 
     id: str
@@ -62,6 +63,7 @@ class Request:
     seed: str
     eos_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
+    cache_salt: str = ""
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:

@@ -153,7 +153,9 @@ class EngineProcess:
             params = wire.params_from_wire(message.params)
             requester = Requester(message.id, params.n, self._connection, lambda id: self._open.pop(id, None))
             self._open[message.id] = requester
-            requester.call = self._llm.submit(message.prompt_token_ids, params, requester)
+            requester.call = self._llm.submit(
+                message.prompt_token_ids, params, requester, cache_salt=message.cache_salt
+            )
         except GlimmerError as error:
             self._open.pop(message.id, None)
             self._connection.send(wire.Ended(message.id, wire.Problem.of(error)))

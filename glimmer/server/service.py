@@ -319,7 +319,10 @@ class _Stream:
         self._service._waiting[self] = len(prompt.token_ids)
         self._id = self._service.client.submit(
             lambda id: wire.Submit(
-                id, prompt.token_ids, wire.params_to_wire(replace(prompt.params, truncate_prompt_tokens=None))
+                id,
+                prompt.token_ids,
+                wire.params_to_wire(replace(prompt.params, truncate_prompt_tokens=None)),
+                cache_salt=prompt.cache_salt,
             ),
             self,
         )

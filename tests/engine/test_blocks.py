@@ -78,3 +78,14 @@ def test_without_reuse_nothing_is_remembered():
     blocks = Blocks(4, 2, reuse=False)
     computed(blocks, 1, 2, 3)
     assert blocks.match_prefix(sequence(1, 2, 3)) == []
+
+
+def test_blocks_are_shared_among_requests_of_one_salt_only():
+    blocks = Blocks(10, 2, reuse=True)
+    salted = lambda salt: Sequence(Request("r", (1, 2, 3, 4, 5), SamplingParams(), "s", cache_salt=salt), 100)
+    first = salted("a")
+    assert blocks.allocate(first, 4)
+    first.num_computed_tokens = 4
+    blocks.cache_full_blocks(first, 0)
+    assert blocks.match_prefix(salted("a")) == first.blocks
+    assert blocks.match_prefix(salted("b")) == blocks.match_prefix(salted("")) == []
