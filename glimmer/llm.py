@@ -55,13 +55,17 @@ RENDERING = rendering.OPTIONS
 
 @dataclass(frozen=True)
 class Load:
-    """What an engine has to do: answers that are computed and that wait, blocks of the cache, preemptions so far."""
+    """What an engine has to do: answers that are computed and that wait, and blocks of the cache; and sums since it
+    began: preemptions, steps in which drafts of an answer were checked, these drafts, and those that were accepted."""
 
     running: int
     waiting: int
     free_blocks: int
     num_blocks: int
     preemptions: int
+    drafts: int
+    draft_tokens: int
+    accepted_tokens: int
 
 
 class LLM:
@@ -204,6 +208,13 @@ class LLM:
         """The most bytes that this process has held on its device."""
         return devices.peak_memory(self._runner.device)
 
+    @property
+    def grammars(self) -> Grammars:
+        """Makes the constraints of answers. ConfigError with skip_tokenizer_init."""
+        if self._grammars is None:
+            raise ConfigError("skip_tokenizer_init", "an LLM with a tokenizer", "leave skip_tokenizer_init out")
+        return self._grammars
+
     def limits(self) -> dict[str, float] | None:
         """What this machine can do at best, measured now: see Backend.limits."""
         return self._runner.backend.limits()
@@ -211,13 +222,16 @@ class LLM:
     @property
     def load(self) -> Load:
         """How much there is to do at this moment, and how much has been done; other threads change it all the while."""
-        scheduler = self._engine.scheduler
+        scheduler, stats = self._engine.scheduler, self._engine.stats
         return Load(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + self._loop.num_waiting,
             free_blocks=scheduler.blocks.free,
             num_blocks=scheduler.blocks.count,
             preemptions=scheduler.preemptions,
+            drafts=stats.num_drafts,
+            draft_tokens=stats.num_draft_tokens,
+            accepted_tokens=stats.num_accepted_tokens,
         )
 
     @property
@@ -512,8 +526,9 @@ class LLM:
     ) -> Call:
         """Have the engine's thread hand what it makes of a prompt to `client` (engine/ranks.py), as token ids.
 
-        For programs that make text themselves, such as a server. constraints: none, or one for each answer. cache_salt: as
-        in ParentRequest. Raises RequestError if the prompt cannot be served, EngineError if the engine has ended.
+        For programs that make text themselves, such as a server. constraints: none, or one for each answer.
+        cache_salt: as in ParentRequest. Raises RequestError if the prompt cannot be served, EngineError if the engine
+        has ended.
         """
         output = self._checked({"prompt_token_ids": prompt_token_ids}, params)
         parent = replace(self._parent_request(output, params), constraints=tuple(constraints), cache_salt=cache_salt)

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from glimmer.errors import RequestError, shown
 from glimmer.server.answer import Delta, Finished, Place
 from glimmer.server.exchange import EventStream, begun, chunks_of, convert, json_response, read_object, until_gone
-from glimmer.server.openai import LOWEST, Chunk, Head, sampling_params, usage_of, usage_wanted
+from glimmer.server.openai import LOWEST, Chunk, Head, sampling_params, structured_outputs, usage_of, usage_wanted
 from glimmer.server.openai_types import CompletionBody, DetokenizeBody, TokenizeBody, refuse_unsupported
 from glimmer.server.service import ChatRequest, CompletionRequest, Done, Events, Service, Started, Usage
 
@@ -61,8 +61,10 @@ def completion_requests(body: CompletionBody, service: Service) -> list[Completi
         prompt_logprobs=body.logprobs if body.echo else None,
     )
     salt, special = body.cache_salt or "", body.add_special_tokens is not False
+    form = structured_outputs(body)[1]
     return [
-        CompletionRequest(prompt=one, params=params, add_special_tokens=special, cache_salt=salt) for one in prompts
+        CompletionRequest(prompt=one, params=params, add_special_tokens=special, cache_salt=salt, form_field=form)
+        for one in prompts
     ]
 
 

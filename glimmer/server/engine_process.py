@@ -17,16 +17,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
 from typing import Any
 
 from glimmer.engine.ranks import Call
-from glimmer.engine.sequence import Logprob, Output
+from glimmer.engine.sequence import Constraint, Logprob, Output
 from glimmer.errors import EngineError, GlimmerError
 from glimmer.llm import LLM
 from glimmer.parallel import world
 from glimmer.server import wire
+from glimmer.text.answers import AnswerFormat
+from glimmer.text.budget import ThinkingBudget
 
 CONNECT = 60.0  # seconds that the HTTP process may take to listen
+COMPILERS = 2  # requests whose grammars are compiled at the same time
 LAST_WORDS = 2.0  # seconds that the last message may take
 
 
@@ -91,6 +96,7 @@ class Requester:
         self.id, self._left, self._connection, self._gone = id, answers, connection, gone
         self.call: Call | None = None
         self.unwanted: set[int] = set()  # answers that have had their last token
+        self.cancelled = False
         self._new: list[wire.Piece] = []
 
     def put(self, prompt: int, answer: int, output: Output) -> bool:
@@ -133,6 +139,10 @@ class EngineProcess:
         self._connection, self._llm = connection, llm
         self._open: dict[int, Requester] = {}
         self._leaving = False
+        self._compilers = ThreadPoolExecutor(COMPILERS, "glimmer-compilers")
+        assert llm.tokenizer is not None, "a server has one"
+        tags = [llm.tokenizer.token_to_id(tag) for tag in AnswerFormat().think or ()]
+        self._thoughts = tuple(-1 if id is None else id for id in tags)
 
     def run(self, incoming: "queue.SimpleQueue[wire.ToEngine | None]") -> bool:
         """Answer until the HTTP process says that it is enough (True), or is gone (False)."""
@@ -149,33 +159,55 @@ class EngineProcess:
         return False
 
     def _submit(self, message: wire.Submit) -> None:
+        """Begin a request. Grammars are compiled beside the reader, which others need meanwhile."""
+        answers = message.params.get("n", 1)
+        requester = Requester(message.id, answers, self._connection, lambda id: self._open.pop(id, None))
+        self._open[message.id] = requester
+        if message.constraint is None and message.thinking_budget is None:
+            self._begin(message, requester)
+        else:
+            self._compilers.submit(self._begin, message, requester)
+
+    def _begin(self, message: wire.Submit, requester: Requester) -> None:
         try:
             params = wire.params_from_wire(message.params)
-            requester = Requester(message.id, params.n, self._connection, lambda id: self._open.pop(id, None))
-            self._open[message.id] = requester
+            constraints = [one for _ in range(params.n) if (one := self._constraint(message)) is not None]
             requester.call = self._llm.submit(
-                message.prompt_token_ids, params, requester, cache_salt=message.cache_salt
+                message.prompt_token_ids, params, requester, constraints, message.cache_salt
             )
-        except GlimmerError as error:
+        except Exception as error:  # of this request only
             self._open.pop(message.id, None)
             self._connection.send(wire.Ended(message.id, wire.Problem.of(error)))
+        else:
+            if requester.cancelled:
+                self._llm.cancel(requester.call)
+
+    def _constraint(self, message: wire.Submit) -> Constraint | None:
+        """What one answer must look like."""
+        grammars = self._llm.grammars
+        asked = None if message.constraint is None else grammars.constraint(message.constraint)
+        if message.thinking_budget is None:
+            return asked
+        opens, closes = self._thoughts
+        only = grammars.vocabulary.only([closes])
+        return ThinkingBudget(message.thinking_budget, opens, closes, only, message.thinking, asked)
 
     def _cancel(self, message: wire.Cancel) -> None:
         requester = self._open.get(message.id)
-        if requester is None or requester.call is None:
+        if requester is None:
             return
         if message.answer is not None:
             requester.unwanted.add(message.answer)
-        else:
+            return
+        requester.cancelled = True
+        if requester.call is not None:
             self._llm.cancel(requester.call)
 
     def _report(self) -> None:
         """Signs of life; and the last word where the engine has ended, such as with another rank."""
         while (reason := self._llm.ended) is None:
             load = self._llm.load
-            self._connection.send(
-                wire.Alive(load.running, load.waiting, load.free_blocks, load.num_blocks, load.preemptions)
-            )
+            self._connection.send(wire.Alive(*astuple(load)))
             time.sleep(wire.HEARTBEAT)
         if not self._leaving:
             self._connection.send(wire.Failed(wire.Problem.of(reason), reason.exit_code))
@@ -214,6 +246,7 @@ def serve(path: str, settings: dict[str, Any]) -> int:
         wire.Ready(
             llm.max_model_len,
             llm.model_config.vocab_size,
+            list(llm.eos_token_ids),
             llm.load.num_blocks,
             llm.config.block_size,
             llm.config.max_num_seqs,

@@ -75,6 +75,9 @@ class Metrics:
             "Answers that gave their blocks back, since the engine began.",
             lambda sign: sign.preemptions,
         )
+        gauge("vllm:spec_decode_num_drafts", "Checks of an answer's drafts.", lambda sign: sign.drafts)
+        gauge("vllm:spec_decode_num_draft_tokens", "Drafts that were checked.", lambda sign: sign.draft_tokens)
+        gauge("vllm:spec_decode_num_accepted_tokens", "Drafts that were accepted.", lambda sign: sign.accepted_tokens)
         up = Gauge("glimmer:engine_up", "1 if the engine answers.", ["model_name"], registry=self._registry)
         up.labels(model).set_function(lambda: float(alive() is not None))
         died = Gauge("glimmer:engine_deaths", "How often the engine has died.", ["model_name"], registry=self._registry)

@@ -8,7 +8,7 @@ the fields may be (openai_types.py), the answers themselves (service.py).
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 from uuid import uuid4
 
@@ -17,7 +17,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from glimmer.config import SamplingParams
+from glimmer.config import SamplingParams, StructuredOutputs
 from glimmer.errors import RequestError, shown
 from glimmer.server.answer import Delta, Finished, Place
 from glimmer.server.exchange import EventStream, begun, chunks_of, convert, json_response, read_object, until_gone
@@ -34,6 +34,7 @@ router = APIRouter()
 Chunk = dict[str, Any]
 
 NO_EFFORT = ("none", "minimal")  # of reasoning_effort: the model answers without thinking
+IGNORED_FORMS = {"_backend", "backend", "disable_fallback"}  # vLLM's choice among its libraries
 LOWEST = -9999.0  # in place of minus infinity, which JSON has not
 
 
@@ -77,6 +78,7 @@ def chat_request(body: ChatBody, service: Service) -> ChatRequest:
         special_tokens_in_content=body.special_tokens_in_content or "control",
         thinking_token_budget=body.thinking_token_budget,
         cache_salt=body.cache_salt or "",
+        form_field=structured_outputs(body)[1],
     )
 
 
@@ -103,10 +105,47 @@ def sampling_params(
         "allowed_token_ids", "bad_words", "skip_special_tokens", "truncate_prompt_tokens",
     )  # fmt: skip
     given = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
+    given["structured_outputs"] = structured_outputs(body)[0]
     given["logit_bias"] = {_token_id(id): bias for id, bias in (body.logit_bias or {}).items()}
     _at_most(service.config.max_answers, "n", body.n or 1)
     given |= {"max_tokens": max_tokens, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
     return SamplingParams(**service.defaults | given)
+
+
+def structured_outputs(body: Sampling) -> tuple[StructuredOutputs | None, str]:
+    """The form that the answer shall have, and the field that asks for it. RequestError if several do, or none can."""
+    forms: dict[str, dict[str, Any]] = {}
+    wanted = body.response_format or {}
+    kind = wanted.get("type")
+    if kind == "json_schema":
+        described = wanted.get("json_schema")
+        schema = described.get("schema", described.get("schema_")) if isinstance(described, dict) else None
+        if not isinstance(schema, dict | bool):
+            found = f"response_format.json_schema={shown(described)}"
+            raise RequestError("response_format", found, '{"name": ..., "schema": {...}}', "add the schema")
+        forms["response_format"] = {"json": schema}
+    elif kind == "json_object":
+        forms["response_format"] = {"json_object": True}
+    elif body.response_format is not None and kind != "text":
+        found = f"response_format.type={shown(kind)}"
+        raise RequestError("response_format", found, "text, json_object or json_schema", "choose one of these")
+    if body.structured_outputs is not None:
+        given = {name: value for name, value in body.structured_outputs.items() if value not in (None, False)}
+        if unknown := sorted(given.keys() - {field.name for field in fields(StructuredOutputs)} - IGNORED_FORMS):
+            accepted = ", ".join(field.name for field in fields(StructuredOutputs))
+            raise RequestError("structured_outputs", f"structured_outputs.{unknown[0]}", accepted, "correct the name")
+        forms["structured_outputs"] = {name: value for name, value in given.items() if name not in IGNORED_FORMS}
+    for name in ("json", "regex", "choice", "grammar"):
+        if (value := getattr(body, f"guided_{name}")) is not None:
+            forms[f"guided_{name}"] = {name: value}
+    if len(forms) > 1:
+        raise RequestError([*forms][1], f"{' and '.join(forms)}", "one of them", "leave the others out")
+    for name, form in forms.items():
+        try:
+            return StructuredOutputs(**form), name
+        except RequestError as error:
+            raise RequestError(name, error.found, error.expected, error.todo) from None
+    return None, "structured_outputs"
 
 
 def _token_id(text: str) -> int:

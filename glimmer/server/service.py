@@ -15,17 +15,18 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from glimmer.config import SamplingParams, generation_defaults
+from glimmer.config import SamplingParams, StructuredOutputs, generation_defaults
 from glimmer.errors import GlimmerError, RequestError, shown
 from glimmer.server import wire
 from glimmer.server.answer import Answer, Delta, Finished, Thoughts
 from glimmer.server.client import EngineClient, Unavailable
 from glimmer.server.metrics import Metrics
 from glimmer.server.settings import ServerConfig
-from glimmer.text import parse, rendering
+from glimmer.text import grammar, parse, rendering
 from glimmer.text.chat import ChatTemplate
 from glimmer.text.tokenizer import Tokenizer
 
@@ -52,6 +53,7 @@ class ChatRequest:
     params                        as for LLM.generate; structured_outputs among them
     chat_template_kwargs          further variables of the template, such as enable_thinking
     thinking_token_budget         most tokens of thought
+    form_field                    what an error about params.structured_outputs calls it
     cache_salt                    prompts share their cached beginnings only with others of the same salt
     """
 
@@ -66,16 +68,18 @@ class ChatRequest:
     special_tokens_in_content: str = "control"
     thinking_token_budget: int | None = None
     cache_salt: str = ""
+    form_field: str = "structured_outputs"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionRequest:
-    """A text, or token ids, to be continued."""
+    """A text, or token ids, to be continued. form_field: as in ChatRequest."""
 
     prompt: str | Sequence[int]
     params: SamplingParams
     add_special_tokens: bool = True
     cache_salt: str = ""
+    form_field: str = "structured_outputs"
 
 
 # ---------------------------------------------------------------------- what comes out
@@ -123,6 +127,8 @@ class _Prompt:
     cache_salt: str
     parser: Callable[[], parse.AnswerParser] | None = None  # makes what reads an answer
     thinking: bool = False  # the prompt has opened the thoughts
+    constraint: grammar.ConstraintSpec | None = None
+    thinking_budget: int | None = None
 
 
 class Service:
@@ -158,9 +164,10 @@ class Service:
 
     @property
     def _ready(self) -> wire.Ready:
-        if self.client.ready is None:
+        ready = self.client.ready
+        if ready is None:
             raise self.client.absent()
-        return self.client.ready
+        return ready
 
     @property
     def num_waiting(self) -> int:
@@ -248,7 +255,58 @@ class Service:
             return parse.AnswerParser(self.format, tools, thinking, continues=request.continue_final_message)
 
         parser()  # RequestError for tools that are none
-        return _Prompt(prompt, ids, request.params, request.cache_salt, parser=parser, thinking=thinking)
+        asked = (request.tools, request.tool_choice, request.parallel_tool_calls)
+        return _Prompt(
+            prompt,
+            ids,
+            request.params,
+            request.cache_salt,
+            parser,
+            thinking,
+            self._constraint(request.params, request.form_field, ids, *asked),
+            self._budget(request.thinking_token_budget),
+        )
+
+    def _constraint(
+        self,
+        params: SamplingParams,
+        field: str,
+        ids: list[int],
+        tools: Sequence[dict[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
+    ) -> grammar.ConstraintSpec | None:
+        """What answers must look like. RequestError that names the field, and what cannot be enforced."""
+        asked = params.structured_outputs
+        assert asked is None or isinstance(asked, StructuredOutputs), "SamplingParams has made it one"
+        if asked is None and not tools and tool_choice is None:
+            return None
+        try:
+            spec = grammar.constraint_spec(asked, tools, tool_choice, parallel_tool_calls, self.format)
+            if spec is None:
+                return None
+            chat, thinking, may_think = grammar.answer_begins(ids, self.tokenizer)
+            spec = replace(spec, chat=chat, thinking=thinking, may_think=may_think)
+            self._grammars.check(spec)
+        except RequestError as error:
+            if error.field.startswith("structured_outputs") and field != "structured_outputs":
+                raise RequestError(field, error.found, error.expected, error.todo) from None
+            raise
+        return spec
+
+    @cached_property
+    def _grammars(self) -> grammar.Grammars:
+        return grammar.Grammars(self.tokenizer, self.tokenizer.size, self._ready.eos_token_ids)
+
+    def _budget(self, tokens: int | None) -> int | None:
+        """A budget of thoughts. RequestError if it is none, or the model has no thoughts."""
+        if tokens is None:
+            return None
+        if not 0 <= tokens < 2**31 or self.thoughts is None:
+            found = f"thinking_token_budget={shown(tokens)}"
+            accepted = "a whole number from 0 on" if self.thoughts else "no budget: this model has no <think>"
+            raise RequestError("thinking_token_budget", found, accepted, "correct it, or leave it out")
+        return tokens
 
     def _raw_prompt(self, request: CompletionRequest) -> _Prompt:
         prompt, params = request.prompt, request.params
@@ -266,7 +324,8 @@ class Service:
                 found = f"token id {shown(min(ids) if min(ids) < 0 else max(ids))} in prompt"
                 raise RequestError("prompt", found, f"ids from 0 to {most}", "remove that id")
             text = self.tokenizer.decode([id for id in ids if id < self.tokenizer.size], False)
-        return _Prompt(text, ids, params, request.cache_salt)
+        constraint = self._constraint(params, request.form_field, ids)
+        return _Prompt(text, ids, params, request.cache_salt, constraint=constraint)
 
     def _fitting(self, encode: Callable[[], list[int]], field: str, params: SamplingParams) -> list[int]:
         """The ids of a prompt, cut as the request says. ContextError if they are too many."""
@@ -322,7 +381,10 @@ class _Stream:
                 id,
                 prompt.token_ids,
                 wire.params_to_wire(replace(prompt.params, truncate_prompt_tokens=None)),
-                cache_salt=prompt.cache_salt,
+                prompt.cache_salt,
+                prompt.constraint,
+                prompt.thinking_budget,
+                prompt.thinking,
             ),
             self,
         )

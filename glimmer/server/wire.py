@@ -16,6 +16,7 @@ import msgspec
 
 from glimmer.config import SamplingParams
 from glimmer.errors import CheckpointError, ConfigError, EngineError, GlimmerError, NotEnoughMemory, RequestError
+from glimmer.text.grammar import ConstraintSpec
 
 MAX_FRAME = 1 << 27  # bytes of a message: the longest prompt has 1 MB, the log-probabilities of a step a few
 LENGTH = struct.Struct("!I")
@@ -60,14 +61,18 @@ class Problem(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Submit(Message, frozen=True, tag="submit"):
-    """A request begins. params: fields of SamplingParams that differ from the default; constraint: a ConstraintSpec."""
+    """A request begins. params: fields of SamplingParams that differ from the default.
+
+    thinking_budget: most tokens of reasoning; thinking: the prompt has opened it.
+    """
 
     id: int
     prompt_token_ids: list[int]
     params: dict[str, Any]
-    constraint: dict[str, Any] | None = None
     cache_salt: str = ""
-    thinking_budget: tuple[int, bool] | None = None  # most tokens of thought, and whether the prompt opens it
+    constraint: ConstraintSpec | None = None
+    thinking_budget: int | None = None
+    thinking: bool = False
 
 
 class Cancel(Message, frozen=True, tag="cancel"):
@@ -96,6 +101,7 @@ class Ready(Message, frozen=True, tag="ready"):
 
     max_model_len: int
     vocab_size: int
+    eos_token_ids: list[int]
     num_blocks: int
     block_size: int
     max_num_seqs: int
@@ -145,6 +151,9 @@ class Alive(Message, frozen=True, tag="alive"):
     free_blocks: int
     num_blocks: int
     preemptions: int
+    drafts: int
+    draft_tokens: int
+    accepted_tokens: int
 
 
 class Failed(Message, frozen=True, tag="failed"):
