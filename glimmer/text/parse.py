@@ -129,10 +129,7 @@ class AnswerParser:
         self._finished = False
         self._reasoning = thinking
         self._fresh = not continues  # nothing but white space has come since the beginning or the last tag
-        self._shown = {
-            thinking: continues,
-            not thinking: False,
-        }  # whether reasoning (True), text (False) has come
+        self._shown = {thinking: continues, not thinking: False}  # whether any reasoning, any text has come
         self._space: list[str] = []  # white space that does not count if a tag follows
         self._held: list[str] = []  # text whose meaning the next tag tells
         # the call that is being read:
@@ -263,7 +260,7 @@ class AnswerParser:
         if tag is None:
             return False
         name = header.strip(WHITE)
-        if not tag or not (name in self._parameters or (_NAME.fullmatch(name) and not self._reasoning)):
+        if not tag or not self._is_name(name):
             self._no_call()
             return True
         self._at += len(tag)
@@ -271,12 +268,16 @@ class AnswerParser:
         return True
 
     def _may_become_name(self, header: str) -> bool:
+        """Whether this may still be, or become, the name of a call."""
         if len(header) > MAX_HEADER:
             return False
         name = header.strip(WHITE)
-        if not name or (_NAME.fullmatch(name) and not self._reasoning):
+        if not name or self._is_name(name):
             return True
-        return name in self._parameters or any(known.startswith(header.lstrip(WHITE)) for known in self._parameters)
+        return any(known.startswith(header.lstrip(WHITE)) for known in self._parameters)
+
+    def _is_name(self, name: str) -> bool:
+        return name in self._parameters or (not self._reasoning and _NAME.fullmatch(name) is not None)
 
     def _no_call(self) -> None:
         """What looked like the beginning of a call is none."""
