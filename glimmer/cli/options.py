@@ -131,6 +131,14 @@ def speculation(value: Any) -> dict[str, Any]:
     return {"method": "mtp", "num_speculative_tokens": whole(value)} if words.isdecimal() else {"method": words}
 
 
+def form(value: Any) -> dict[str, Any]:
+    """a JSON object, e.g. {"json": SCHEMA}"""
+    found = parse_json(value) if isinstance(value, str) else value
+    if not isinstance(found, dict):
+        raise ValueError
+    return found
+
+
 # ---------------------------------------------------------------------- the table
 
 
@@ -232,6 +240,7 @@ WORDS = {
     "presence_penalty": Words("X", "subtract from the logits of tokens in the answer"),
     "frequency_penalty": Words("X", "the same, once for each occurrence"),
     "logit_bias": Words("JSON", "add to the logits of tokens, e.g. '{\"5\": -1.5}'"),
+    "structured_outputs": Words("JSON", 'the form of the answer, e.g. \'{"choice": ["yes", "no"]}\''),
     "allowed_token_ids": Words("ID", "tokens that may come, and no others; may be repeated"),
     "bad_words": Words("TEXT", "a text that must not come in the answer; may be repeated"),
     "stop": Words("TEXT", "end the answer before this text; may be repeated", None, ("-r", "--reverse-prompt")),
@@ -296,7 +305,7 @@ def _kind(name: str, hint: Any) -> tuple[Kind, tuple[str, ...], bool]:
     if Literal in origins:
         return text, tuple(str(choice) for member in members for choice in get_args(member)), False
     if Mapping in origins:
-        return speculation if str in members else biases, (), False
+        return {"speculative_config": speculation, "structured_outputs": form}.get(name, biases), (), False
     if Sequence in origins:
         return (ids if int in {a for member in members for a in get_args(member)} else texts), (), True
     if members == (str,):
@@ -309,7 +318,9 @@ def _kind(name: str, hint: Any) -> tuple[Kind, tuple[str, ...], bool]:
 
 ENGINE = options_of(EngineConfig)
 SAMPLING = options_of(SamplingParams)
-TABLES = {key for key, option in (ENGINE | SAMPLING).items() if option.kind in (biases, speculation)}  # no sections
+TABLES = {
+    key for key, option in (ENGINE | SAMPLING).items() if option.kind in (biases, speculation, form)
+}  # no sections
 SERVER = options_of(ServerConfig)
 MAX_YAML = 1 << 20  # bytes of a file of settings
 

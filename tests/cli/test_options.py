@@ -247,6 +247,7 @@ def test_every_field_has_a_variable(name, monkeypatch):
         options.whole: "3", options.number: "0.5", options.truth: "true", options.size: "2KB", options.ids: "1,2",
         options.texts: "end", options.biases: '{"1": 2}', options.path: "/a", options.text: "auto",
         options.speculation: "ngram",
+        options.form: '{"choice": ["a", "b"]}',
     }[option.kind]  # fmt: skip
     monkeypatch.setenv(f"GLIMMER_{name.upper()}", value)
     given = command.read([]).given
