@@ -1,17 +1,20 @@
-"""Hub ids and folders of the local Hugging Face cache, as model directories; and our own cache directory. Nothing is
-downloaded.
+"""Hub ids and folders of the local caches of Hugging Face and ModelScope, as model directories; and our own cache.
 
-The cache keeps each repository as models--OWNER--NAME, with refs/main naming a commit and snapshots/COMMIT holding its
-files. It lies in $HF_HUB_CACHE, else in $HF_HOME/hub, else in ~/.cache/huggingface/hub. Not here: what the files hold.
+Hugging Face's cache keeps each repository as models--OWNER--NAME, with refs/main naming a commit and snapshots/COMMIT
+holding its files. It lies in $HF_HUB_CACHE, else in $HF_HOME/hub, else in ~/.cache/huggingface/hub. ModelScope's keeps
+the files in OWNER/NAME, where its older versions write ___ for a dot, below $MODELSCOPE_CACHE, else below
+~/.cache/modelscope/hub. Nothing is downloaded, but by `download`. Not here: what the files hold.
 """
 
+import importlib
 import os
 import re
 from pathlib import Path
 
-from glimmer.errors import CheckpointError
+from glimmer.errors import CheckpointError, ConfigError
 from glimmer.foreign import read_text
 
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]  # of a repository: what is read of it, and no code
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -28,13 +31,48 @@ def model_directory(name: str | Path) -> Path:
     if path.exists() or not _ID.fullmatch(str(name)) or str(name).startswith("."):
         return path
     repository = cache() / f"models--{str(name).replace('/', '--')}"
-    if not repository.is_dir():
+    if repository.is_dir():
+        return _snapshot(repository)
+    for directory in modelscope_directories(str(name)):
+        if (directory / "config.json").is_file():
+            return directory
+    raise CheckpointError(
+        f"model directory {str(name)!r} does not exist, and there is no such repository in {cache()}",
+        "a Hugging Face model directory, or the id of a model in the local cache ($HF_HUB_CACHE, $HF_HOME, "
+        "$MODELSCOPE_CACHE)",
+        f"check the path, or download it first: hf download {name}",
+    )
+
+
+def download(name: str) -> Path:
+    """The directory of a Hub id, whose files are downloaded from Hugging Face unless they are here. Never any code.
+
+    Raises ConfigError without the library, CheckpointError if the download fails.
+    """
+    if not _ID.fullmatch(name) or Path(name).exists():
+        return model_directory(name)
+    try:
+        library = importlib.import_module("huggingface_hub")
+    except ImportError:
+        raise ConfigError(
+            "--download without huggingface_hub", "the library that downloads", "pip install huggingface_hub"
+        ) from None
+    try:
+        return Path(library.snapshot_download(name, allow_patterns=FILES))
+    except Exception as error:  # of the network, of the disk, of the repository: the library has many
         raise CheckpointError(
-            f"model directory {str(name)!r} does not exist, and there is no such repository in {cache()}",
-            "a Hugging Face model directory, or the id of a model in the local cache ($HF_HUB_CACHE, $HF_HOME)",
-            f"check the path, or download it first: hf download {name}",
-        )
-    return _snapshot(repository)
+            f"{name} cannot be downloaded: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            "a repository of Hugging Face that this machine reaches",
+            "check the name, the network, and HF_TOKEN if the repository is private",
+        ) from None
+
+
+def modelscope_directories(name: str) -> list[Path]:
+    """Where the versions of ModelScope's library keep a repository."""
+    owner, _, model = name.partition("/")
+    base = Path(os.environ.get("MODELSCOPE_CACHE") or Path("~/.cache/modelscope/hub").expanduser()).expanduser()
+    places = (base / "models", base, base / "hub" / "models", base / "hub")
+    return [place / owner / spelling for place in places for spelling in (model, model.replace(".", "___"))]
 
 
 def cache() -> Path:

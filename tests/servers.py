@@ -33,7 +33,7 @@ class Server:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.url = ""
-        if "--port" not in words:
+        if not {"--port", "--uds"} & set(words):
             self.url = self.wait_for(r"listening on (http\S+?);")[1]
         if ready:
             self.wait_until_ready()

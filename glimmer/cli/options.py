@@ -364,16 +364,19 @@ class Foreign:
 
     translated   names for settings that exist here        ignored   patterns of names that mean nothing here
     refused      {name: (the only value, what to do)}      page      where all of them are documented
+    switches     names that mean nothing here and have no value
     """
 
     translated: Mapping[str, Translation] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     refused: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     page: str = ""
+    switches: tuple[str, ...] = ()
 
     def is_ignored(self, key: str) -> bool:
         """Whether a key means nothing here."""
-        return key not in self.translated and any(fnmatch.fnmatchcase(key, pattern) for pattern in self.ignored)
+        names = (*self.ignored, *self.switches)
+        return key not in self.translated and any(fnmatch.fnmatchcase(key, pattern) for pattern in names)
 
     @cached_property
     def sections(self) -> set[str]:
@@ -562,7 +565,7 @@ class Command:
                     raise self._no_value(name, key)
                 self._add(given, key, values)
                 continue
-            elif not equals and option is not None and option.kind is truth:
+            elif not equals and (self.kind(key) is truth or key in self.foreign.switches):
                 value = words.pop(0) if words and words[0].lower() in ("true", "false") else "True"
             elif not equals:
                 if not words or words[0].startswith("--") or self.find(words[0]) is not None:

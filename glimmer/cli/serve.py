@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from glimmer.cli import demo, exits
 from glimmer.cli.lazy import lazy
-from glimmer.cli.options import ENGINE, SERVER, Command, without
+from glimmer.cli.options import ENGINE, SERVER, Command, Foreign, Option, truth, without
 from glimmer.config import EngineConfig
 from glimmer.errors import EngineError
-from glimmer.hub import model_directory
+from glimmer.hub import download, model_directory
 from glimmer.server.settings import ServerConfig
 
 if TYPE_CHECKING:
@@ -33,13 +33,33 @@ else:
 LAST_WORDS = 10.0  # seconds that the HTTP process may take to end after the engine
 
 ENGINE_OPTIONS = without(ENGINE, "skip_tokenizer_init")
+# Of vLLM, SGLang and llama-server: what is found out here, what is always so, and what changes nothing.
+NOT_NEEDED = Foreign(
+    ignored=(
+        "reasoning_parser", "tool_call_parser", "tool_parser_plugin", "reasoning_format", "tokenizer_mode",
+        "chat_template_content_format", "uvicorn_log_level", "log_level", "generation_config", "load_format",
+    ),
+    switches=(
+        "enable_auto_tool_choice", "enable_reasoning", "jinja", "no_jinja", "enable_prompt_tokens_details", "metrics",
+        "enable_metrics", "no_webui", "disable_log_requests", "no_enable_log_requests", "disable_log_stats",
+        "disable_uvicorn_access_log", "trust_remote_code", "enforce_eager", "enable_chunked_prefill",
+        "disable_cuda_graph", "cont_batching", "no_mmap", "mlock",
+    ),
+)  # fmt: skip
 COMMAND = Command(
     "serve",
-    "Serves a model of the GLM-4.5 family over HTTP: OpenAI's API and others, and a page to talk to.",
+    "Serves a model of the GLM-4.5 family over HTTP: OpenAI's API and others, and a page to talk to.\n"
+    "MODEL is a directory, or a Hub id in the local cache of Hugging Face or ModelScope.",
     "[MODEL] [options]",
-    {"server": SERVER, "engine": ENGINE_OPTIONS},
+    {
+        "server": SERVER | {"download": Option(truth, "", "download MODEL from Hugging Face if it is not here")},
+        "engine": ENGINE_OPTIONS,
+    },
     positional=("model",),
+    foreign=NOT_NEEDED,
     notes=(
+        "",
+        "Flags of vLLM, SGLang and llama-server that name a parser or a template are accepted and not needed.",
         "",
         "examples",
         "  glimmer serve DIR",
@@ -58,7 +78,8 @@ def main(argv: list[str]) -> int:
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # clients that leave are no news
     given = settings.fields(ENGINE_OPTIONS)
     named = given.get("model")
-    engine = given | {"model": str(model_directory(named or demo.default_model(COMMAND.name)))}
+    find = download if settings.take("download") else model_directory
+    engine = given | {"model": str(find(named) if named else demo.default_model(COMMAND.name))}
     settings.check(EngineConfig, engine)
     server = settings.fields(SERVER)
     server.setdefault("served_model_name", [named or "glimmer-demo"])

@@ -19,6 +19,7 @@ from glimmer.errors import GlimmerError
 from glimmer.server import completions, openai, page
 from glimmer.server.exchange import json_response
 from glimmer.server.failures import Failure, Refusal, failure_of, shape_for
+from glimmer.server.schema import describe
 from glimmer.server.service import Service
 from glimmer.server.settings import Keys
 
@@ -31,7 +32,15 @@ def make_app(service: Service) -> FastAPI:
     """The application. Raises ConfigError if a file of keys cannot be read."""
     config = service.config
     keys = Keys(config.api_key or ())
-    app = FastAPI(title="glimmer", version=__version__, root_path=config.root_path, redirect_slashes=False)
+    app = FastAPI(
+        title="glimmer",
+        version=__version__,
+        root_path=config.root_path,
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     app.state.service = service
     app.include_router(openai.router)
     app.include_router(completions.router)

@@ -27,6 +27,7 @@ T = TypeVar("T")
 log = logging.getLogger("glimmer.server")
 
 LARGE = 1 << 14  # bytes of a body that is parsed beside the event loop
+BODY_SECONDS = 60.0  # within which a body must have come
 FIRST = 1.0  # seconds for which a stream waits with its headers, so that a refusal has a status of its own
 COMMENT = b": keep-alive\n\n"
 
@@ -47,11 +48,15 @@ async def read_body(request: Request, limit: int) -> bytes:
     if said.isascii() and said.isdigit() and int(said[:20]) > limit:
         raise too_long
     pieces, size = [], 0
-    async for piece in request.stream():
-        size += len(piece)
-        if size > limit:
-            raise too_long
-        pieces.append(piece)
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for piece in request.stream():
+                size += len(piece)
+                if size > limit:
+                    raise too_long
+                pieces.append(piece)
+    except TimeoutError:
+        raise Refusal(Failure(408, f"the body took more than {BODY_SECONDS:g} s", code="request_timeout")) from None
     return b"".join(pieces)
 
 

@@ -24,12 +24,12 @@ import uvicorn
 from glimmer.errors import ConfigError, EngineError, GlimmerError
 from glimmer.server.app import make_app
 from glimmer.server.client import EngineClient
+from glimmer.server.protocol import Protocol
 from glimmer.server.service import Service
 from glimmer.server.settings import ServerConfig
 
 log = logging.getLogger("glimmer.server")
 
-MAX_HEADERS = 64 << 10  # bytes of the headers of a request
 IDLE = 75  # seconds for which a connection without requests is kept
 LAST_WORDS = 2.0  # seconds that streams have to say that the server ends
 
@@ -67,7 +67,7 @@ async def _run(config: ServerConfig, model: str, command: Sequence[str] | None, 
             timeout_keep_alive=IDLE,
             ssl_certfile=config.ssl_certfile,
             ssl_keyfile=config.ssl_keyfile,
-            h11_max_incomplete_event_size=MAX_HEADERS,
+            http=Protocol,
         )
     )
     told = _signals()

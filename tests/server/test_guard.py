@@ -1,0 +1,114 @@
+"""What the server does not let in: strangers, bodies and heads beyond its limits, more than it can hold."""
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from servers import Server
+
+pytestmark = pytest.mark.slow
+HELLO = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+LONG = {"prompt": "hello", "max_tokens": 900, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    """A server with keys, small limits and a second model's name."""
+    file = tmp_path_factory.mktemp("keys") / "keys.txt"
+    file.write_text("# of the team\nalpha\n\nbeta\n")
+    words = ["--api-key", f"@{file}", "--api-key", "gamma", "--max-body-bytes", "20000", "--max-queue-requests", "2"]
+    words += ["--max-num-seqs", "1", "--max-model-len", "1024", "--threads", "1", "--kv-cache-memory-bytes", "64MB"]
+    with Server(
+        *words, "--served-model-name", "glm", "--allowed-origins", "https://page.example", small=False
+    ) as server:
+        yield server
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/ready", "/version", "/openapi.json", "/v1/nothing"])
+def test_a_key_is_needed(guarded, path):
+    refused = guarded.get(path)
+    assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
+    assert guarded.get(path, headers={"Authorization": "Bearer alph"}).status_code == 401
+    assert guarded.get("/health").status_code == 200 and "alpha" not in refused.text
+
+
+@pytest.mark.parametrize("key", ["alpha", "beta", "gamma"])
+def test_each_key_opens(guarded, key):
+    assert guarded.post("/v1/chat/completions", HELLO, headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    assert guarded.get("/v1/models", headers={"x-api-key": key}).json()["data"][0]["id"] == "glm"
+
+
+def test_web_pages_of_others(guarded, server):
+    ask = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+    allowed = httpx.options(f"{guarded.url}/v1/chat/completions", headers=ask)
+    assert allowed.headers["access-control-allow-origin"] == "https://page.example"
+    assert "access-control-allow-origin" not in httpx.options(f"{server.url}/v1/models", headers=ask).headers
+
+
+def test_more_than_the_queue_holds(guarded):
+    key = {"Authorization": "Bearer beta"}
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(guarded.post, "/v1/completions", LONG, headers=key) for _ in range(8)]
+        answers = [one.result() for one in asked]
+    states = sorted(answer.status_code for answer in answers)
+    assert states[0] == 200 and states[-1] == 503 and set(states) == {200, 503}
+    full = next(answer for answer in answers if answer.status_code == 503)
+    assert int(full.headers["retry-after"]) > 0 and full.json()["error"]["type"] == "service_unavailable_error"
+
+
+@pytest.mark.parametrize(
+    "body, status",
+    [
+        (b'{"messages": "' + b"x" * 30000 + b'"}', 413),
+        (b"", 400),
+        (b"[]", 400),
+        (b'"text"', 400),
+        (b"[" * 10000, 400),
+        (b'{"messages": [{"role": "user", "content": ' + b'[' * 100 + b"]" * 100 + b"}]}", 400),
+        (b'{"messages": [], "seed": ' + b"9" * 5000 + b"}", 400),
+        (b'{"messages": [{"role": "user", "content": "hi"}], "temperature": 1e999}', 400),
+        (b'{"messages": [{"role": "user", "content": "hi"}], "temperature": NaN}', 400),
+        (b'{"messages": [{"role": "user", "content": "hi"}], "n": 1, "n": 2}', 400),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400),
+        (b'\xff\xfe{"messages"', 400),
+        (b'{"messages": [{"role": "king", "content": "hi"}]}', 400),
+        (b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]}', 400),
+    ],
+    ids=range(14),
+)  # fmt: skip
+def test_bodies_that_are_none(guarded, body, status):
+    refused = guarded.post("/v1/chat/completions", body, headers={"Authorization": "Bearer alpha"})
+    assert refused.status_code == status and refused.json()["error"]["message"], refused.text
+
+
+def test_a_prompt_beyond_the_context(server):
+    refused = server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 3000}]})
+    error = refused.json()["error"]
+    assert refused.status_code == 400 and (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+
+
+def test_a_head_without_end(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\n")
+        with pytest.raises(OSError):  # the server closes
+            for number in range(3000):
+                connection.sendall(b"X-%d: %s\r\n" % (number, b"y" * 100))
+    assert server.health() == 200
+
+
+def test_its_own_description(server):
+    described = server.get("/openapi.json").json()
+    body = described["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert "messages" in described["components"]["schemas"][body["$ref"].rpartition("/")[2]]["properties"]
+    assert server.post("/v1/models", {}).json()["error"]["code"] == "method_not_allowed"
+
+
+def test_a_unix_socket(tmp_path):
+    path = tmp_path / "http.sock"
+    with Server("--uds", str(path), ready=False) as server:
+        server.wait_for("ready on unix:")
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://x") as client:
+            assert client.get("/health").status_code == 200
+    assert not path.exists()
