@@ -6,7 +6,7 @@ import pytest
 
 from glimmer.cli.main import main
 from glimmer.errors import CheckpointError
-from glimmer.hub import model_directory
+from glimmer.hub import download, model_directory
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -55,3 +55,22 @@ def test_commands_take_an_id(checkpoint, tmp_path, repository, monkeypatch, caps
     assert main(["doctor", name, "--device", "cpu"]) == 0
     assert main(["predict", "--model", name, "--max-tokens", "2", "--max-model-len", "32", "hi"]) == 0
     assert main(["quantize", name, str(tmp_path / "out"), "--quantization", "int8"]) == 0
+
+
+@pytest.mark.parametrize(
+    "below", ["models/ZhipuAI/GLM-4___5-Air", "ZhipuAI/GLM-4.5-Air", "hub/models/ZhipuAI/GLM-4.5-Air"]
+)
+def test_an_id_is_found_in_the_cache_of_modelscope(below, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path))
+    (tmp_path / below).mkdir(parents=True)
+    (tmp_path / below / "config.json").write_text("{}")
+    assert model_directory("ZhipuAI/GLM-4.5-Air") == tmp_path / below
+
+
+def test_a_download_that_fails_is_an_error_of_ours(tmp_path, monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert download(str(tmp_path)) == tmp_path
+    with pytest.raises(CheckpointError, match="cannot be downloaded"):  # HF_HUB_OFFLINE is set
+        download("zai-org/no-such-model")

@@ -1,4 +1,4 @@
-"""Answers of a given form over HTTP: schemas, choices, tool_choice; budgets of thought. The demo model knows no schema."""
+"""Answers of a given form over HTTP: schemas, choices, tool_choice; budgets of thought."""
 
 import json
 
