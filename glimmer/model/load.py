@@ -42,6 +42,7 @@ SHOWN = 8  # names in an error message; the rest is counted
 MTP_ONLY = ("eh_proj.", "enorm.", "hnorm.", "embed_tokens.", "shared_head.")  # what an ordinary layer does not have
 CACHE_SCALES = (".self_attn.k_proj.k_scale", ".self_attn.v_proj.v_scale")
 
+Form = Callable[[ParamSpec, Shard], tuple[Kind, int | None]]  # what a matrix becomes: a kind and a group size
 Progress = Callable[[int], object]  # is called with the bytes that have been loaded since the last call
 
 
@@ -94,8 +95,9 @@ class WeightLoader:
     """What this rank will read into the layers of `model`.
 
     nbytes: bytes of this rank's weights once its backend has packed them, plain values in `dtype`. widened: how many
-    matrices are held as plain values because no kernel multiplies them as they are stored, and their bytes, by how they
-    are stored. quantization: None, "int8" or "int4", to quantise while loading, int4 in groups of group_size columns
+    matrices are held as plain values although their codes are smaller, and their bytes, by how they are stored: no
+    kernel multiplies them as they are, or dtype is float32, where the kernels of integer codes would round activations
+    to int8. quantization: None, "int8" or "int4", to quantise while loading, int4 in groups of group_size columns
     (None: 32). Raises CheckpointError with the names when the checkpoint is not exactly the model, and ConfigError when
     it is quantised already.
     """
@@ -134,7 +136,7 @@ class WeightLoader:
     def load_layer(self, spec: ParamSpec, progress: Progress = lambda nbytes: None) -> None:
         """Read our cuts into one layer."""
         layer = self._layers[spec.layer]
-        with _one_thread(), closing(self._units(spec, progress)) as units:
+        with _one_thread(), closing(self._units(spec, progress, self._held)) as units:
             layer.load(LayerWeights(self._vectors(spec), units, len(spec.units), self._dtype(layer)))
             assert next(units, None) is None, f"{spec.layer} has not taken all of its matrices"
 
@@ -142,7 +144,7 @@ class WeightLoader:
         """Names and tensors of a checkpoint that holds what `load` would make of this one, matrix by matrix."""
         with _one_thread():
             for spec in self.param_specs:
-                with closing(self._units(spec, progress)) as units:
+                with closing(self._units(spec, progress, self._target)) as units:
                     for weights, shards in zip(units, spec.units, strict=True):
                         for shard, weight in zip(shards, weights, strict=True):
                             for end, tensor in formats.encode(weight).items():
@@ -156,7 +158,7 @@ class WeightLoader:
                 stored = self._stored[shard.name]
                 dtype = self._dtype(self._layers[spec.layer])
                 dtype = stored.dtype or dtype
-                for end, tensor in formats.encode(self._outline(spec, shard, dtype)).items():
+                for end, tensor in formats.encode(self._outline(spec, shard, dtype, self._target)).items():
                     yield f"{shard.name}.{end}", tensor
             for name, _, cut in spec.vectors:
                 yield name, formats.vector(self.checkpoint, name, cut).to("meta")
@@ -265,7 +267,8 @@ class WeightLoader:
     def _nbytes(self, spec: ParamSpec, units: Sequence[Sequence[Shard]]) -> int:
         """Bytes of our cut of some units, once packed."""
         dtype = self._dtype(self._layers[spec.layer])
-        return sum(self._backend.packed_bytes(self._outline(spec, shard, dtype)) for unit in units for shard in unit)
+        shards = [shard for unit in units for shard in unit]
+        return sum(self._backend.packed_bytes(self._outline(spec, shard, dtype, self._held)) for shard in shards)
 
     def _vector_bytes(self, spec: ParamSpec) -> int:
         lengths = (length if cut is None else cut[1] - cut[0] for _, length, cut in spec.vectors)
@@ -277,10 +280,12 @@ class WeightLoader:
             dtype = self._dtype(self._layers[spec.layer])
             for shard in spec.shards:
                 stored = self._stored[shard.name]
-                if stored.widened and self._target(spec, shard)[0] is Kind.PLAIN:
-                    count, nbytes = found.get(stored.widened, (0, 0))
-                    nbytes += self._backend.packed_bytes(self._outline(spec, shard, dtype))
-                    found[stored.widened] = count + 1, nbytes
+                target = self._target(spec, shard)[0]
+                name = stored.widened if target is Kind.PLAIN else str(target)
+                if name and self._held(spec, shard)[0] is Kind.PLAIN:
+                    count, nbytes = found.get(name, (0, 0))
+                    nbytes += self._backend.packed_bytes(self._outline(spec, shard, dtype, self._held))
+                    found[name] = count + 1, nbytes
         return found
 
     # ---- what a matrix becomes -------------------------------------------------------------------------------------
@@ -306,15 +311,20 @@ class WeightLoader:
         whole = layout(asked.at_least(layer.min_bits), shard.shape[1], group_size)
         return layout(whole[0], shard.local_shape[1], whole[1])  # as the whole is laid out, where the cut allows it
 
+    def _held(self, spec: ParamSpec, shard: Shard) -> tuple[Kind, int | None]:
+        """The same, as a layer holds it: values in place of integer codes where everything is computed in float32."""
+        target = self._target(spec, shard)
+        return target if target[0].floating or self.dtype is not torch.float32 else (Kind.PLAIN, None)
+
     def _scales_dtype(self, spec: ParamSpec) -> torch.dtype:
         """A type that holds every stored scale of a layer, whose matrices share one layout."""
         matrices = [self._stored[shard.name] for shard in spec.shards]
         dtypes = {self.checkpoint.dtype(matrix.tensors[1]) for matrix in matrices if matrix.kind.scaled}
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
-    def _outline(self, spec: ParamSpec, shard: Shard, dtype: torch.dtype) -> Weight:
+    def _outline(self, spec: ParamSpec, shard: Shard, dtype: torch.dtype, form: Form) -> Weight:
         """The Weight that a shard becomes, without values; dtype: if they are plain."""
-        (kind, group_size), stored = self._target(spec, shard), self._stored[shard.name]
+        (kind, group_size), stored = form(spec, shard), self._stored[shard.name]
         if kind is not stored.kind and not kind.floating:
             return Weight.quantized(kind, shard.local_shape, group_size)
         scales_dtype = self._scales_dtypes[spec.layer]
@@ -333,7 +343,7 @@ class WeightLoader:
                 )
         return vectors
 
-    def _units(self, spec: ParamSpec, progress: Progress) -> Generator[Sequence[Weight]]:
+    def _units(self, spec: ParamSpec, progress: Progress, form: Form) -> Generator[Sequence[Weight]]:
         """Unit after unit: one at a time, or, where codes must be made or unpacked, one for each thread.
 
         A unit is taken to be done with, its pages are given back and its bytes reported, when the next is asked for.
@@ -343,7 +353,7 @@ class WeightLoader:
         first = spec.units[0][0]
         copied = self._target(spec, first)[0].floating and not self._stored[first.name].widened
         width = 1 if copied else self._backend.threads
-        read = partial(self._weights, spec)
+        read = partial(self._weights, spec, form=form)
         with ThreadPoolExecutor(width, initializer=torch.set_num_threads, initargs=(1,)) as workers:
             work = map if width == 1 or len(spec.units) == 1 else workers.map
             for i in range(0, len(spec.units), width):
@@ -357,8 +367,8 @@ class WeightLoader:
         here = self._backend.device.type == HOST.type
         return self._backend.quantize if here else host_quantizer(self._backend.threads)
 
-    def _weights(self, spec: ParamSpec, unit: Sequence[Shard]) -> list[Weight]:
-        """Our cuts of the matrices of a unit, as they will be held."""
+    def _weights(self, spec: ParamSpec, unit: Sequence[Shard], form: Form | None = None) -> list[Weight]:
+        """Our cuts of the matrices of a unit, in a form: `_target`, or as they will be held."""
         dtype, scales_dtype = self._dtype(self._layers[spec.layer]), self._scales_dtypes[spec.layer]
         weights = []
         for shard in unit:
@@ -369,6 +379,8 @@ class WeightLoader:
                 weight = Weight(kind, weight.dequantize(dtype))
             else:
                 weight = self._quantize(weight, kind, group_size)
+            if (form or self._held)(spec, shard)[0] is not kind:
+                weight = Weight(Kind.PLAIN, weight.dequantize(dtype))
             weights.append(weight)
         return weights
 
