@@ -19,9 +19,10 @@ from glimmer.errors import GlimmerError
 
 
 def params(i: int, **more: Any) -> SamplingParams:
-    """Greedy, or drawn with a seed; short and long; sometimes several answers."""
+    """Greedy, or drawn with a seed; short and long; sometimes several answers, or answers of a form."""
     drawn = {"temperature": 1.0, "seed": i} if i % 3 == 1 else {"temperature": 0}
-    return SamplingParams(max_tokens=2 + i % 7, ignore_eos=True, n=1 + (i % 5 == 0), **drawn | more)
+    form = {"structured_outputs": {"regex": "[a-z]{9}"}} if i % 4 == 2 else {}
+    return SamplingParams(max_tokens=2 + i % 7, ignore_eos=True, n=1 + (i % 5 == 0), **form | drawn | more)
 
 
 def prompt(i: int) -> str:

@@ -178,7 +178,7 @@ def _allowed(sequence: Sequence, constraint: Constraint, drafts: int) -> Tensor 
     bits = constraint.mask()
     if bits is None:
         return None
-    allowed = torch.from_numpy(np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little").view(np.bool_))
+    allowed = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little").view(np.bool_)
     if sequence.num_output_tokens + drafts < sequence.request.params.min_tokens:
         allowed[[i for i in sequence.request.stop_ids if i < len(allowed)]] = False
     if not allowed.any():
@@ -189,7 +189,7 @@ def _allowed(sequence: Sequence, constraint: Constraint, drafts: int) -> Tensor 
             "min_tokens that the constraint leaves room for",
             "lower min_tokens, or allow longer answers",
         )
-    return allowed
+    return torch.from_numpy(allowed)
 
 
 def _accepted(tokens: list[int], drafts: tuple[int, ...]) -> int:
@@ -211,6 +211,11 @@ def _finite(logits: Tensor) -> list[bool]:
 
 
 def _adjusts(place: Place) -> bool:
+    return place.allowed is not None or _shifts(place)
+
+
+def _shifts(place: Place) -> bool:
+    """Whether anything but its constraint adjusts the logits of this place."""
     p = place.params
     return (
         p.repetition_penalty != 1
@@ -220,7 +225,6 @@ def _adjusts(place: Place) -> bool:
         or p.allowed_token_ids is not None
         or bool(place.sequence.request.bad_words)
         or place.num_output_tokens < p.min_tokens
-        or place.allowed is not None
     )
 
 
@@ -229,6 +233,29 @@ def _adjust_(logits: Tensor, place: Place) -> None:
 
     RequestError if nothing may come here.
     """
+    if _shifts(place):
+        _shift_(logits, place)
+    if place.allowed is not None:
+        _forbid_(logits, ~place.allowed[: len(logits)])
+    if _shifts(place) and logits.amax() < -LARGEST:  # all of them are -inf
+        raise RequestError(
+            "allowed_token_ids",
+            f"no token may come after {place.num_output_tokens} tokens of the answer",
+            "allowed_token_ids that bad_words, min_tokens and a constraint leave some of",
+            "allow more tokens",
+        )
+
+
+def _forbid_(logits: Tensor, forbidden: Tensor) -> None:
+    """Tokens (V,) bool, on the host, become impossible. By numpy there, which takes a third of the time."""
+    if logits.is_cpu:
+        np.copyto(logits.numpy(), -np.inf, where=forbidden.numpy())
+    else:
+        logits.masked_fill_(forbidden.to(logits.device), float("-inf"))
+
+
+def _shift_(logits: Tensor, place: Place) -> None:
+    """`_adjust_` but for the constraint."""
     p, request = place.params, place.sequence.request
     if p.logit_bias:
         ids, biases = request.biases
@@ -251,15 +278,6 @@ def _adjust_(logits: Tensor, place: Place) -> None:
         logits[forbidden] = float("-inf")
     if place.num_output_tokens < p.min_tokens:
         logits[[i for i in request.stop_ids if i < len(logits)]] = float("-inf")
-    if place.allowed is not None:
-        logits.masked_fill_(~place.allowed[: len(logits)].to(logits.device), float("-inf"))
-    if logits.amax() < -LARGEST:  # all of them are -inf
-        raise RequestError(
-            "allowed_token_ids",
-            f"no token may come after {place.num_output_tokens} tokens of the answer",
-            "allowed_token_ids that bad_words, min_tokens and a constraint leave some of",
-            "allow more tokens",
-        )
 
 
 def _limits(place: Place) -> bool:

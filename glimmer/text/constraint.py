@@ -16,7 +16,6 @@ the token before is known, in a thread of its own, while the model computes; `ma
 does not depend on that. Not here: which phases there are (grammar.py), and what the grammars say (forms.py, tools.py).
 """
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -101,7 +100,7 @@ def compute(matcher: LLMatcher) -> Following:
 
 
 class Vocabulary:
-    """The tokens as sets of ids, and by the bytes that they stand for.
+    """The tokens as sets of ids, and by the bytes that they stand for. No two ordinary tokens stand for the same.
 
     tokens: the bytes of each id below `size`; none for ids that are no ordinary text (added tokens, gaps).
     """
@@ -115,8 +114,6 @@ class Vocabulary:
         self._all = bytearray(b"\xff" * self.num_bytes)
         _clear(self._all, beyond)
         self.ids = {token: id for id, token in enumerate(self.tokens) if token}
-        order = sorted((token, id) for id, token in enumerate(self.tokens) if token)
-        self._sorted, self._ids = [token for token, _ in order], [id for _, id in order]
 
     def all_but(self, ids: Iterable[int]) -> bytearray:
         """The set of all tokens without these."""
@@ -132,13 +129,11 @@ class Vocabulary:
 
     def beginning(self, text: bytes) -> list[int]:
         """The tokens that begin with this text."""
-        start = bisect_left(self._sorted, text)
-        end = bisect_left(self._sorted, text + b"\xff" * 8, start)
-        return self._ids[start:end]
+        return [id for token, id in self.ids.items() if token.startswith(text)]
 
     def containing(self, text: bytes) -> list[int]:
         """The tokens that hold this text."""
-        return [id for id, token in enumerate(self.tokens) if text in token]
+        return [id for token, id in self.ids.items() if text in token]
 
 
 class Spelling:

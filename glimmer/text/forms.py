@@ -24,6 +24,7 @@ from glimmer.text.constraint import contained
 WHITESPACE = r"[ \t]{1,2}|\r?\n[ \t]{0,64}"
 LIMITS = LLParserLimits(initial_lexer_fuel=400_000, max_items_in_row=4000, verbose_errors=False)
 MAX_GRAMMAR = 1 << 16  # characters of a grammar in Lark or EBNF
+MAX_PROPERTIES = 500  # of one object; the library follows some more
 MAX_CACHE = 1 << 24  # characters of the grammars whose results are kept
 
 if TYPE_CHECKING:  # it exists in the library's stub only
@@ -130,11 +131,24 @@ def read_schema(text: str, field: str) -> Any:
         schema = parse_json(text)
         if not isinstance(schema, (dict, bool)):
             raise ValueError(f"it is a JSON {type(schema).__name__}")
+        _check_width(schema)
         return schema if isinstance(schema, dict) else {} if schema else {"not": {}}
     except ValueError as error:
         raise RequestError(
             field, f"{field} cannot be read: {error}"[:400], "a JSON schema: an object", f"correct {field}"
         ) from None
+
+
+def _check_width(schema: Any) -> None:
+    """ValueError for an object with too many properties: the library's work grows with their square."""
+    if isinstance(schema, dict):
+        for key, part in schema.items():
+            if key == "properties" and isinstance(part, dict) and len(part) > MAX_PROPERTIES:
+                raise ValueError(f"properties of {len(part)} keys, where {MAX_PROPERTIES} are read")
+            _check_width(part)
+    elif isinstance(schema, list):
+        for part in schema:
+            _check_width(part)
 
 
 def json_form(schema: Any, strict: bool, whitespace: str | None = WHITESPACE) -> str:

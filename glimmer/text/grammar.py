@@ -173,6 +173,10 @@ class Grammars:
             for grammar in grammars:
                 self._matcher(grammar, f"tools[{i}].function.parameters")
 
+    def prepare(self) -> None:
+        """Make what the first constraint needs: a second or two, in which other threads wait now and then."""
+        self._matcher(ANY_KEY, "tools")
+
     def constraint(self, spec: ConstraintSpec) -> AnswerConstraint:
         """The constraint of one answer, at its beginning. RequestError as `check`."""
         return AnswerConstraint(self._start(spec))

@@ -15,6 +15,7 @@ Not here: tags, and the tokens of a model (grammar.py).
 
 import json
 import re
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,8 @@ from glimmer.text.forms import (
 )
 
 MAX_TOOLS = 1024
+MAX_SIZE = 1 << 23  # characters of the grammars of all tools of a request
+MAX_SECONDS = 10.0  # that they may take
 MAX_NAME = 256  # characters of a tool's name or of a key
 WHITE = " \t\r\n"
 # Keywords without a meaning for the value.
@@ -55,19 +58,33 @@ class ToolForm:
     values: tuple[tuple[str, str], ...]
     other: str | None = None
 
+    @property
+    def size(self) -> int:
+        """Characters of all grammars."""
+        return sum(len(grammar) for _, grammar in self.values) + len(self.other or "")
+
 
 def tool_forms(tools: Any) -> tuple[ToolForm, ...]:
     """The forms of the tools of a request, in OpenAI's form. RequestError that names the tool and what is wrong."""
     if not isinstance(tools, (list, tuple)) or len(tools) > MAX_TOOLS:
         raise RequestError("tools", f"tools={shown(tools)}", f"a list of at most {MAX_TOOLS} tools", "change tools")
-    forms = tuple(_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools))
+    forms: list[ToolForm] = []
+    left = MAX_SIZE
+    started = time.monotonic()
+    for i, tool in enumerate(tools):
+        forms.append(_tool(tool, f"tools[{i}]", left))
+        left -= forms[-1].size
+        if time.monotonic() - started > MAX_SECONDS:
+            found = f"{len(tools)} tools that take more than {MAX_SECONDS:g} s to compile"
+            raise RequestError("tools", found, "tools of simpler schemas", "pass fewer or simpler tools")
     names = [form.name for form in forms]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise RequestError("tools", f"two tools named {shown(twice)}", "a name for each tool", "rename one of them")
-    return forms
+    return tuple(forms)
 
 
-def _tool(tool: Any, place: str) -> ToolForm:
+def _tool(tool: Any, place: str, left: int) -> ToolForm:
+    """The form of one tool. left: characters that its grammars may have."""
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping):
         raise RequestError(place, f"{place}={shown(tool)}", '{"type": "function", "function": {...}}', "change it")
@@ -78,7 +95,7 @@ def _tool(tool: Any, place: str) -> ToolForm:
         root = read_schema(json.dumps(given if given is not None else {}, ensure_ascii=False), field)
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(field, f"{field} is no JSON: {error}"[:300], "a JSON schema", "correct it") from None
-    return _Parameters(root, field, bool(function.get("strict"))).form(str(name))
+    return _Parameters(root, field, bool(function.get("strict")), left).form(str(name))
 
 
 def _check_name(name: Any, field: str) -> None:
@@ -92,8 +109,8 @@ def _check_name(name: Any, field: str) -> None:
 class _Parameters:
     """The schema of a tool's arguments. strict: every keyword must be enforced."""
 
-    def __init__(self, root: dict[str, Any], field: str, strict: bool):
-        self.root, self.field, self.strict = root, field, strict
+    def __init__(self, root: dict[str, Any], field: str, strict: bool, left: int):
+        self.root, self.field, self.strict, self.left = root, field, strict, left
 
     def form(self, name: str) -> ToolForm:
         root = self._resolved(self.root)
@@ -113,7 +130,7 @@ class _Parameters:
                 found = f"{self.field}.required with {shown(missing)}"
                 raise RequestError(self.field, found, "keys that properties has", "add it to properties")
             properties[missing] = others if isinstance(others, dict) else {}
-            return _Parameters({**root, "properties": properties}, self.field, self.strict).form(name)
+            return _Parameters({**root, "properties": properties}, self.field, self.strict, self.left).form(name)
         return ToolForm(
             name,
             tuple(dict.fromkeys(required)),
@@ -168,6 +185,10 @@ class _Parameters:
 
     def _agreed(self, form: str, instead: str) -> str:
         """The form, or what stands in for it where the library refuses it and the tool is not strict."""
+        self.left -= len(form)
+        if self.left < 0:
+            found = f"tools whose grammars have more than {MAX_SIZE} characters"
+            raise RequestError(self.field, found, "tools of simpler schemas", "pass fewer or simpler tools")
         said = problem(form)
         if said and self.strict:
             raise refused(self.field, said)

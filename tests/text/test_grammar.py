@@ -7,6 +7,7 @@ and the parser of answers judge it.
 import json
 import random
 import re
+import time
 from dataclasses import replace
 
 import jsonschema
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glimmer.config import StructuredOutputs
-from glimmer.errors import RequestError
+from glimmer.errors import EngineError, RequestError
 from glimmer.text.grammar import Grammars, answer_begins, constraint_spec
 from glimmer.text.parse import AnswerFormat, AnswerParser, collect
 
@@ -146,6 +147,7 @@ def test_objects_may_be_closed(grammars, tokenizer):
         ({"json": {"minimum": 1e308, "maximum": 1.1e308}}, "minimum"),
         ({"json": '{"a": ' * 100 + "1" + "}" * 100}, "nested"),
         ({"json": {"enum": [f"{i:06}" for i in range(50_000)]}}, "too big|characters"),
+        ({"json": {"properties": {f"k{i}": {} for i in range(9000)}}}, "properties"),
         ({"regex": "("}, "unclosed"),
         ({"regex": r"(a)\1"}, "backreferences"),
         ({"regex": "a\\"}, "escapes nothing"),
@@ -250,7 +252,7 @@ def enforced(schema):
 def test_calls_are_well_formed(grammars, tokenizer, choice, parallel):
     spec = constraint_spec(None, TOOLS, choice, parallel, FORMAT, thinking=False, may_think=False)
     called, most = set(), 0
-    for seed in range(25):
+    for seed in range(14):
         text, end = walk(grammars, tokenizer, spec, seed, drafts=seed % 5 == 0)
         if not end:
             continue
@@ -393,3 +395,34 @@ def test_every_end_of_sequence_id_ends_an_answer(grammars, tokenizer):
     assert list(ids(constraint.mask(), tokenizer.size)) == eos(tokenizer)
     constraint.accept(eos(tokenizer)[1])  # a request may ask that it does not end the answer
     assert list(ids(constraint.mask(), tokenizer.size)) == eos(tokenizer)
+
+
+def test_a_token_that_is_not_allowed_fails_at_the_next_mask(grammars, tokenizer):
+    wrong, right = (grammars.constraint(asked(regex="[0-9]{3}")) for _ in range(2))
+    for constraint, token in ((wrong, ord("x")), (right, ord("5"))):
+        constraint.accept(token)
+    with pytest.raises(EngineError, match="could not be followed"):
+        wrong.mask()
+    assert ord("5") in ids(right.mask(), tokenizer.size), "a copy of the same grammar goes on"
+
+
+def test_costly_forms_end_within_limits(grammars, tokenizer):
+    """Either they are refused, or their masks come within seconds; and the process lives."""
+    for form in (
+        {"regex": "((a{1000}){1000}){1000}"},
+        {"regex": "(a|b)*a(a|b){200}(c|d)*c(c|d){200}"},
+        {"grammar": 'start: s\ns: s s | s s s | "a" | "b" |'},
+        {"grammar": "start: A\nA: /(.|\\n)*a.{50}/ & /(.|\\n)*b.{60}/ & ~/(.|\\n)*c.{40}d(.|\\n)*/"},
+        {"json": {"type": "array", "items": {"type": "integer"}, "minItems": 10**9}},
+        {"json": {"type": "string", "maxLength": 10**9}},
+        {"json": {"allOf": [{"anyOf": [{"properties": {f"k{i}{k}": {}}} for k in range(6)]} for i in range(8)]}},
+        {"json": {"enum": [f"x{i}" for i in range(20_000)]}},
+    ):
+        started = time.monotonic()
+        try:
+            constraint = grammars.constraint(asked(**form))
+            for _ in range(12):
+                constraint.accept(ids(constraint.mask(), tokenizer.size)[-1])
+        except (RequestError, EngineError) as error:
+            assert "structured_outputs" in error.found or "grammar" in error.found
+        assert time.monotonic() - started < 30, form
