@@ -294,7 +294,8 @@ def _logprobs(place: dict[int, Logprob], first: int | None = None) -> list[wire.
 
 def main(argv: list[str]) -> int:
     """As a program of its own: see the top."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the HTTP process, which then ends this one
+    for number in (signal.SIGINT, signal.SIGTERM):  # they are for the HTTP process, which ends this one at the end
+        signal.signal(number, signal.SIG_IGN)
     path, settings = argv[0], json.loads(argv[1])
     try:
         return serve(path, settings) if world()[0] == 0 else follow(settings)

@@ -174,7 +174,14 @@ class EventStream(Response):
             await self._chunks.aclose()
 
     async def _pump(self) -> None:
-        await self._say({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        first = asyncio.ensure_future(anext(self._chunks, b""))
+        try:
+            await asyncio.sleep(0)  # an iterator that has not begun could not be closed
+            await self._say({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await self._say({"type": "http.response.body", "body": await first, "more_body": True})
+        finally:
+            first.cancel()
+            await asyncio.wait({first})
         async for chunk in self._chunks:
             await self._say({"type": "http.response.body", "body": chunk, "more_body": True})
         await self._say({"type": "http.response.body", "body": b"", "more_body": False})
