@@ -17,6 +17,7 @@ from glimmer.errors import ConfigError
 
 log = logging.getLogger("glimmer")
 SYS = Path("/sys")
+FOR_THREADS = 256 << 20  # bytes of address space: stacks, and what the allocator sets aside for each thread
 TORCH_THREADS = torch.get_num_threads()  # as torch found it: by affinity, or OMP_NUM_THREADS
 COLLECTIVES = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
@@ -112,7 +113,8 @@ def residual_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 def free_memory(device: torch.device, processes: int = 1) -> int:
     """Bytes that this process can still take on the device. An accelerator is its own; a machine's RAM (within the
-    control group's limit) is divided by the `processes` that want it. Cached file pages count as free."""
+    control group's limit) is divided by the `processes` that want it, each within its own address space. Cached file
+    pages count as free."""
     if device.type != "cpu":
         return int(getattr(torch, device.type).mem_get_info(device)[0])
     free = _meminfo()["MemAvailable"]
@@ -125,7 +127,18 @@ def free_memory(device: torch.device, processes: int = 1) -> int:
             free = min(free, int((folder / limit).read_text()) - taken)
         except (OSError, ValueError):  # no control group, or "max"
             continue
-    return max(free, 0) // processes
+    free, space = max(free, 0) // processes, address_space()
+    return free if space is None else min(free, space)
+
+
+def address_space() -> int | None:
+    """Bytes that this process may still map (ulimit -v), without what threads want for themselves; None: no limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:  # not Linux
+        return None
+    return None if limit == resource.RLIM_INFINITY else max(limit - pages * resource.getpagesize() - FOR_THREADS, 0)
 
 
 def _cached(stat: Path) -> int:

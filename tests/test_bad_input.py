@@ -294,6 +294,24 @@ def test_not_enough_memory_for_the_weights(refused, tmp_path):
     assert "199.07 GiB for weights" in message and "GiB free" in message and "nothing has been loaded" in message
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems limit no address space")
+def test_a_limit_of_address_space_is_called_that(tmp_path):
+    """Too small for torch, for the tokenizer, for the weights: never a damaged download, never a traceback."""
+    directory = empty_checkpoint(
+        tmp_path / "part", AIR | {"num_hidden_layers": 2, "num_nextn_predict_layers": 0}, mtp=None
+    )
+    write_tokenizer(directory)
+    for kib in (300_000, 600_000, 900_000, 1_400_000):
+        command = f'ulimit -v {kib}; exec "$0" -m glimmer predict --model "$1" hi'
+        child = subprocess.run(
+            ["sh", "-c", command, sys.executable, directory], capture_output=True, text=True, timeout=120
+        )
+        assert child.returncode == 2, child.stderr
+        assert "ulimit -v" in child.stderr and "expected:" in child.stderr and "to do:" in child.stderr
+        assert "download" not in child.stderr and "Traceback" not in child.stderr
+
+
 def test_not_enough_memory_for_the_cache(refused, directory):
     message = refused("--model", directory, "--kv-cache-memory-bytes", "900TB")
     assert "GiB for the KV cache" in message and "GiB free" in message

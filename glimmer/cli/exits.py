@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from typing import TextIO
 
-from glimmer.errors import GlimmerError
+from glimmer.errors import GlimmerError, NotEnoughMemory
 
 INTERRUPTED = 130
 CLOSED_PIPE = 141
@@ -96,7 +96,8 @@ def discard(stream: TextIO) -> None:
 
 
 def run(command: str, work: Callable[[], int]) -> int:
-    """The exit code of `work`. A GlimmerError becomes its three lines, a closed pipe ends quietly; Ctrl-C is raised."""
+    """The exit code of `work`. A GlimmerError becomes its three lines, and so does a lack of memory; a closed pipe ends
+    quietly; Ctrl-C is raised."""
     prepare()
     handles = alone() and threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
@@ -110,6 +111,16 @@ def run(command: str, work: Callable[[], int]) -> int:
         to_stderr(f"glimmer {command}{place()}: {error}")
         keep_code(error.exit_code)
         return error.exit_code
+    except (MemoryError, ImportError) as error:
+        if isinstance(error, ImportError) and "failed to map segment" not in str(error):  # of a library, by the loader
+            raise
+        refusal = NotEnoughMemory(
+            "this process gets no more memory",
+            "memory, or address space, for the program and the model",
+            "raise the limit (ulimit -v unlimited, or the container's), or use a machine with more memory",
+        )
+        to_stderr(f"glimmer {command}{place()}: {refusal}")
+        return refusal.exit_code
     except BrokenPipeError:
         discard(sys.stdout)
         return CLOSED_PIPE

@@ -287,12 +287,16 @@ def make_kv_cache_config(
         )
     if not fits:
         gib: Callable[[int], str] = lambda nbytes: f"{nbytes / 2**30:.2f} GiB"
+        space = devices.address_space() if device.type == "cpu" else None
+        limited = space is not None and space <= free
         raise NotEnoughMemory(
             f"{gib(weights + activations + cache)} needed on {device} by this process: {gib(weights)} for weights,"
             f" {gib(activations)} for a step's activations, {gib(cache)} for the KV cache;"
-            f" {gib(free)} free for it, of which {gib(usable)} may be used ({limit})",
+            f" {gib(free)} free for it{' within its limit of memory (ulimit -v)' if limited else ''},"
+            f" of which {gib(usable)} may be used ({limit})",
             "enough memory for all three; nothing has been loaded",
-            "free some memory, share the model among more processes (tensor_parallel_size), quantise it (quantization),"
+            f"{'raise the limit (ulimit -v unlimited)' if limited else 'free some memory'}, share the model among more"
+            " processes (tensor_parallel_size), quantise it (quantization),"
             f" lower max_model_len or max_num_batched_tokens, or raise {limit.partition('=')[0]}",
         )
     if config.kv_cache_memory_bytes is not None:
