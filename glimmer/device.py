@@ -127,12 +127,15 @@ def free_memory(device: torch.device, processes: int = 1) -> int:
             free = min(free, int((folder / limit).read_text()) - taken)
         except (OSError, ValueError):  # no control group, or "max"
             continue
-    free, space = max(free, 0) // processes, address_space()
+    free, space = max(free, 0) // processes, address_space(device)
     return free if space is None else min(free, space)
 
 
-def address_space() -> int | None:
-    """Bytes that this process may still map (ulimit -v), without what threads want for themselves; None: no limit."""
+def address_space(device: torch.device) -> int | None:
+    """Bytes that this process may still map (ulimit -v), without what threads want for themselves; None: no limit, or
+    it is none of the device's memory."""
+    if device.type != "cpu":
+        return None
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])

@@ -287,7 +287,7 @@ def make_kv_cache_config(
         )
     if not fits:
         gib: Callable[[int], str] = lambda nbytes: f"{nbytes / 2**30:.2f} GiB"
-        space = devices.address_space() if device.type == "cpu" else None
+        space = devices.address_space(device)
         limited = space is not None and space <= free
         raise NotEnoughMemory(
             f"{gib(weights + activations + cache)} needed on {device} by this process: {gib(weights)} for weights,"
