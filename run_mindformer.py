@@ -6,9 +6,9 @@ if __name__ == "__main__":
     try:
         from pathlib import Path
 
-        from glimmer.cli.predict import main
+        from glimmer.__main__ import main
 
-        sys.exit(main(sys.argv[1:], home=Path(__file__).resolve().parent))
+        sys.exit(main("glimmer.cli.predict", sys.argv[1:], home=Path(__file__).resolve().parent))
     except ModuleNotFoundError as missing:
         sys.exit(
             f"run_mindformer.py: {missing} for {sys.executable}\n"

@@ -26,18 +26,19 @@ except KeyboardInterrupt:
     sys.exit(INTERRUPTED)
 
 
-def main(module: str = "glimmer.cli.main") -> int:
-    """The exit code of the main of cli/main.py, or of another module."""
+def main(module: str = "glimmer.cli.main", *args: object, **options: object) -> int:
+    """The exit code of main(*args, **options) of cli/main.py or another module. Ctrl-C ends the process here."""
     try:
         import importlib
 
         command_line = importlib.import_module(module)
         replace(end, signal.default_int_handler)
-        code: int = command_line.main()
+        code: int = command_line.main(*args, **options)
         replace(signal.default_int_handler, end)
     except KeyboardInterrupt:
-        replace(signal.default_int_handler, end)
-        return INTERRUPTED
+        code = INTERRUPTED
+    if code == INTERRUPTED:  # what is to be said has been said, and an interpreter with torch takes a while to end
+        os._exit(code)
     return code
 
 

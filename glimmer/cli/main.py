@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return exits.run(name, lambda: command(name, argv[1:]))
     except KeyboardInterrupt:
+        exits.write("")  # what has been printed so far, for the process ends without further ado
         exits.to_stderr(f"\nglimmer {name}: interrupted")
         return exits.INTERRUPTED
 
