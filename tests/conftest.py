@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from servers import Server
 
 # Before torch is imported: small matrices gain nothing from a second thread, and lose much where cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -55,3 +56,10 @@ def reference():
         return transformers.Glm4MoeForCausalLM.from_pretrained(str(directory), **options).eval()
 
     return load
+
+
+@pytest.fixture(scope="session")
+def server():
+    """`glimmer serve` with the demo model, for all tests that leave it as it is: nobody may stop or overload it."""
+    with Server() as started:
+        yield started

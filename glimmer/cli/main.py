@@ -1,11 +1,13 @@
 """The command line: `glimmer COMMAND`. Each command has a file of its own here; this one finds it and runs it.
 
-A command NAME is the file NAME.py with `COMMAND`, the options that it takes (options.py), and `main(argv)`, which
-returns the exit code; its line in COMMANDS below is all that it needs besides. Nothing here imports torch.
+A command NAME is the file NAME.py (its words joined by `_`) with `COMMAND`, the options that it takes (options.py), and
+`main(argv)`, which returns the exit code; its line in COMMANDS below is all that it needs besides. Nothing here imports
+torch.
 """
 
 import importlib
 import os
+import re
 import sys
 
 from glimmer import __version__
@@ -15,8 +17,10 @@ from glimmer.errors import ConfigError
 COMMANDS = {
     "predict": "answer one prompt, several, or a file of them",
     "serve": "answer over HTTP: OpenAI's API, and others",
+    "run-batch": "answer the requests of a file, in OpenAI's batch format",
     "demo": "a city, a sum and a tool call, with their speed",
     "bench": "measure loading, prefill and decode on this machine",
+    "bench serve": "measure a server, ours or another, under load",
     "quantize": "write a checkpoint with int8 or int4 matrices",
     "prepare": "write a model's packed file, from which it starts at once",
     "doctor": "what this machine has, and which operations will serve",
@@ -50,10 +54,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code, as exits.py lists them."""
     argv = sys.argv[1:] if argv is None else argv
     if "_ARGCOMPLETE" in os.environ:  # the shell asks what may come next
-        importlib.import_module("glimmer.cli.completion").complete()
-    name = argv[0] if argv else "--help"
+        importlib.import_module("glimmer.cli.completion").complete(os.environ.get("COMP_LINE", ""))
+    length = 2 if " ".join(argv[:2]) in COMMANDS else 1  # `bench serve` is a command, not `bench` of a directory
+    name = " ".join(argv[:length]) or "--help"
     try:
-        return exits.run(name, lambda: command(name, argv[1:]))
+        return exits.run(name, lambda: command(name, argv[length:]))
     except KeyboardInterrupt:
         exits.write("")  # what has been printed so far, for the process ends without further ado
         exits.to_stderr(f"\nglimmer {name}: interrupted")
@@ -63,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 def command(name: str, argv: list[str]) -> int:
     """Find the command and run it."""
     if name in ("-h", "--help", "help"):
-        print(HELP.format(commands="\n".join(f"  {name:10}{what}" for name, what in COMMANDS.items())), end="")
+        print(HELP.format(commands="\n".join(f"  {name:12}{what}" for name, what in COMMANDS.items())), end="")
         return 0
     if name in ("-V", "--version"):
         print(f"glimmer {__version__}")
@@ -72,5 +77,10 @@ def command(name: str, argv: list[str]) -> int:
         refusal = ConfigError(f"no command {name!r}", " or ".join(COMMANDS), "see glimmer --help")
         exits.to_stderr(f"glimmer: {refusal}")
         return refusal.exit_code
-    code: int = importlib.import_module(f"glimmer.cli.{name}").main(argv)
+    code: int = importlib.import_module(module(name)).main(argv)
     return code
+
+
+def module(name: str) -> str:
+    """The module of a command."""
+    return f"glimmer.cli.{re.sub('[ -]', '_', name)}"

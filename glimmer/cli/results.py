@@ -6,29 +6,25 @@ and from stdin; rows go to a .jsonl file, each safe on disk before the next is w
 off at any moment can be continued. Not here: how an answer comes about.
 """
 
-import fcntl
 import json
-import logging
 import os
 import re
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from glimmer.cli.options import locate
+from glimmer.cli.row_file import RowFile, encode
 from glimmer.errors import ConfigError, GlimmerError
 from glimmer.foreign import parse_json, read_text
 
 if TYPE_CHECKING:
     from glimmer.outputs import CompletionOutput, RequestOutput
 
-log = logging.getLogger("glimmer")
 Prompt = str | list[dict[str, Any]]  # a text, or the messages of a conversation
 
 STREAMS = re.compile(r"-|/dev/stdin|/dev/fd/[0-9]{1,4}")  # read to their end, as a .txt or a .jsonl file
 MOST = 1 << 30  # bytes of a file of prompts
-LINES_OF_ITS_OWN = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})  # for str.splitlines
 
 
 # ---------------------------------------------------------------------- prompts
@@ -203,24 +199,12 @@ class Results:
     def __init__(
         self, prompts: Sequence[Prompt], path: Path | None, resume: bool, made_by: Mapping[str, Any] | None = None
     ):
-        self.prompts, self.path, self.made_by = prompts, path, dict(made_by or {})
-        self.file: BinaryIO | None = None
+        self.prompts, self.made_by = prompts, dict(made_by or {})
         self.rows: dict[int, dict[str, Any]] = {}
-        if path is None:
-            return
-        if os.path.exists(path) and not (path.is_file() or path.is_dir()):
-            raise ConfigError(f"--output {path} is no regular file", "a file to write rows to", "choose another name")
-        try:
-            self.file = self._open(path)
-            if not resume and os.fstat(self.file.fileno()).st_size:
-                raise ConfigError(
-                    f"--output {path} is there already",
-                    "a new file",
-                    "add --resume to continue it, or choose another name",
-                )
+        self.path = path
+        self.file = None if path is None else RowFile(path, resume)
+        if self.file is not None:
             self._load(self.file)
-        except OSError as error:
-            raise ConfigError(f"--output {path}: {error.strerror}", "a file to write to", "check the path") from None
 
     def close(self) -> None:
         """Give the file free for others."""
@@ -239,41 +223,16 @@ class Results:
         if self.file is None:
             self.rows[row["index"]] = row
             return
-        line = json.dumps(row, ensure_ascii=False).translate(LINES_OF_ITS_OWN).encode() + b"\n"
-        size = os.fstat(self.file.fileno()).st_size
+        size = self.file.size + len(encode(row))
         try:
-            _write(self.file, line)
-        except OSError as error:
-            self.file.truncate(size)
-            raise ConfigError(
-                f"--output {self.path}: {error.strerror}",
-                "space on the disk for a row",
-                "free some space; the same command with --resume answers the rest",
-            ) from None
+            self.file.add(row)
         finally:  # Ctrl-C may come between the row and whoever counts it
-            if os.fstat(self.file.fileno()).st_size == size + len(line):
+            if self.file.size == size:
                 self.rows[row["index"]] = row
 
-    def _open(self, path: Path) -> BinaryIO:
-        """The file, locked, without a buffer."""
-        file = open(path, "a+b", buffering=0)  # noqa: SIM115  # Results.close closes it
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise ConfigError(
-                f"--output {path} is being written by another process",
-                "one job for each file",
-                "wait for it, or choose another name",
-            ) from None
-        except OSError as error:  # some network file systems have no locks
-            log.warning("--output %s cannot be locked here (%s): no other job may write to it", path, error.strerror)
-        return file
-
-    def _load(self, file: BinaryIO) -> None:
-        """Take what an interrupted run has left; a last line that it did not finish is cut off."""
-        file.seek(0)
-        *lines, last = file.read().split(b"\n")
+    def _load(self, file: RowFile) -> None:
+        """Take what an interrupted run has left; a last line that it did not finish is left out."""
+        lines, last = file.read()
         for n, line in enumerate(lines, 1):
             if not self._take(line, n):
                 raise ConfigError(
@@ -282,30 +241,11 @@ class Results:
                     "correct the line, or choose another file",
                 )
         if last and self._take(last, len(lines) + 1):
-            _write(file, b"\n")
             lines.append(last)
-        elif last:
-            file.truncate(file.tell() - len(last))
         answered = [line for line in lines if json.loads(line)["error"] is None]
-        if len(answered) < len(lines):
+        if last or len(answered) < len(lines):
             self.rows = {index: row for index, row in self.rows.items() if row["error"] is None}
-            self._replace(b"".join(line + b"\n" for line in answered))
-
-    def _replace(self, content: bytes) -> None:
-        """Another content for the file, wholly or not at all; it stays locked."""
-        assert self.path is not None and self.file is not None
-        target = Path(os.path.realpath(self.path))
-        part = target.with_name(f".{target.name}.{os.getpid()}")
-        new = self._open(part)
-        try:
-            _write(new, content)
-            os.chmod(part, stat.S_IMODE(os.fstat(self.file.fileno()).st_mode))
-            part.replace(target)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-        self.file.close()
-        self.file = new
+            file.replace(answered)
 
     def _take(self, line: bytes, n: int) -> bool:
         """Keep the row in line n; False if it is none. ConfigError if it belongs to another prompt or run."""
@@ -341,14 +281,6 @@ def _difference(then: Any, now: Mapping[str, Any]) -> str:
     names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     said = [f"{name} {then.get(name, none)!s:.60}, which is now {now.get(name, none)!s:.60}" for name in names]
     return "; ".join(said)
-
-
-def _write(file: BinaryIO, content: bytes) -> None:
-    """All of it, on disk when this returns. A file without a buffer may take a part of it at a time."""
-    left = memoryview(content)
-    while left:
-        left = left[file.write(left) :]
-    os.fsync(file.fileno())
 
 
 def save(file: Path, content: str) -> None:

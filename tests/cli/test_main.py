@@ -10,7 +10,7 @@ import pytest
 
 from glimmer import __version__
 from glimmer.cli import exits
-from glimmer.cli.main import COMMANDS, main
+from glimmer.cli.main import COMMANDS, main, module
 from glimmer.errors import ConfigError, EngineError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +35,9 @@ def closed_pipe() -> int:
     return writer
 
 
-@pytest.mark.parametrize("argv", [[], ["--help"], ["-V"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv", [[], ["--help"], ["-V"], *([*name.split(), "--help"] for name in COMMANDS)], ids=" ".join
+)
 def test_help_and_version_import_nothing_heavy(argv):
     done = process("-c", LIGHT, *argv)
     assert done.returncode == 0 and done.stdout and done.stderr == "", done.stderr
@@ -53,16 +55,16 @@ def test_version(capsys):
         assert capsys.readouterr().out == f"glimmer {__version__}\n"
     assert process("-m", "glimmer", "--version").stdout == f"glimmer {__version__}\n"
     for name in COMMANDS:
-        assert main([name, "--version"]) == 0 and capsys.readouterr().out == f"glimmer {__version__}\n", name
+        assert main([*name.split(), "--version"]) == 0 and capsys.readouterr().out == f"glimmer {__version__}\n", name
 
 
 def test_every_command_has_its_file_and_says_its_name(capsys):
     files = {path.stem for path in (ROOT / "glimmer/cli").glob("*.py")}
     for name in COMMANDS:
-        assert name in files and importlib.import_module(f"glimmer.cli.{name}").COMMAND.name == name
+        assert module(name).rpartition(".")[2] in files and importlib.import_module(module(name)).COMMAND.name == name
     main(["--help"])
     out = capsys.readouterr().out
-    assert all(f"  {name:10}{about}\n" in out for name, about in COMMANDS.items())
+    assert all(f"  {name:12}{about}\n" in out for name, about in COMMANDS.items())
     assert "register-python-argcomplete glimmer" in out
 
 
