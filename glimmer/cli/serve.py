@@ -8,10 +8,10 @@ Not here: what the processes do (server/).
 
 import json
 import logging
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,10 @@ from glimmer.server.settings import ServerConfig
 
 if TYPE_CHECKING:
     from glimmer import parallel
-    from glimmer.server import engine_process, http_process
+    from glimmer.server import client, engine_process, http_process
 else:
     parallel, http_process = lazy("glimmer.parallel"), lazy("glimmer.server.http_process")
-    engine_process = lazy("glimmer.server.engine_process")
+    client, engine_process = lazy("glimmer.server.client"), lazy("glimmer.server.engine_process")
 
 LAST_WORDS = 10.0  # seconds that the HTTP process may take to end after the engine
 
@@ -107,7 +107,8 @@ def rank(config: ServerConfig, engine: dict[str, Any]) -> int:
     if number > 0:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return engine_process.follow(engine)
-    with tempfile.TemporaryDirectory(prefix="glimmer-") as directory:  # for nobody but this user
+    directory = client.private_directory()
+    try:
         path = f"{directory}/engine.sock"
         words = [sys.executable, "-m", "glimmer.server.http_process", path]
         http = subprocess.Popen(words, stdin=subprocess.PIPE, text=True, start_new_session=True)
@@ -124,3 +125,5 @@ def rank(config: ServerConfig, engine: dict[str, Any]) -> int:
         finally:
             http.kill()
             http.wait()
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)

@@ -25,6 +25,7 @@ from glimmer.server import wire
 
 log = logging.getLogger("glimmer.server")
 
+MAX_PLACE = 70  # characters of a directory for sockets, whose paths have 107 at most
 SILENCE = 60.0  # seconds without a sign of life after which an engine that has loaded counts as dead
 RESTARTS = 3  # deaths within RECENT seconds after which the engine is not started again
 RECENT = 300.0
@@ -47,6 +48,12 @@ class Receiver(Protocol):
         """Nothing more will come, for this reason."""
 
 
+def private_directory() -> str:
+    """A new directory for a socket, which nobody but this user may enter."""
+    place = tempfile.gettempdir()
+    return tempfile.mkdtemp(prefix="glimmer-", dir=place if len(place) < MAX_PLACE else "/tmp")
+
+
 class EngineClient:
     """The engine process, as the HTTP process sees it.
 
@@ -57,7 +64,7 @@ class EngineClient:
 
     def __init__(self, command: Sequence[str] | None, path: str | None = None, restart: bool = False):
         self._command, self._restart = command, restart and command is not None
-        self._directory = None if path else tempfile.mkdtemp(prefix="glimmer-")  # for nobody but this user: 0700
+        self._directory = None if path else private_directory()
         self._path = path or os.path.join(str(self._directory), "engine.sock")
         self.state = "loading"
         self.ready: wire.Ready | None = None

@@ -9,6 +9,7 @@ process ends at once, even while it is loading. Not here: text, stop strings, HT
 """
 
 import json
+import logging
 import os
 import queue
 import signal
@@ -298,7 +299,10 @@ def main(argv: list[str]) -> int:
         signal.signal(number, signal.SIG_IGN)
     path, settings = argv[0], json.loads(argv[1])
     try:
-        return serve(path, settings) if world()[0] == 0 else follow(settings)
+        rank = world()[0]
+        level = logging.WARNING if rank == 0 else logging.ERROR
+        logging.basicConfig(format="glimmer serve: %(message)s", level=level)
+        return serve(path, settings) if rank == 0 else follow(settings)
     except GlimmerError as error:
         print(f"glimmer serve: {error}", file=sys.stderr, flush=True)
         return error.exit_code

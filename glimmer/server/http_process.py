@@ -30,6 +30,7 @@ from glimmer.server.settings import ServerConfig
 
 log = logging.getLogger("glimmer.server")
 
+PROGRESS = 10.0  # seconds between two lines about loading
 IDLE = 75  # seconds for which a connection without requests is kept
 LAST_WORDS = 2.0  # seconds that streams have to say that the server ends
 
@@ -131,9 +132,12 @@ async def _drain(
 
 
 async def _announce(client: EngineClient, config: ServerConfig, listener: socket.socket) -> None:
-    """Say each time when the model is ready."""
+    """Say each time when the model is ready, and now and then how far it has been loaded."""
     while True:
-        await client.loaded.wait()
+        while not client.loaded.is_set():
+            await _first(client.loaded.wait(), asyncio.sleep(PROGRESS))
+            if client.state == "loading" and (loading := client.loading) is not None:
+                _say(f"{loading.done / 2**30:.1f} of {loading.total / 2**30:.1f} GiB of weights have been loaded")
         ready = client.ready
         assert ready is not None
         tokens = ready.num_blocks * ready.block_size

@@ -103,12 +103,3 @@ def test_its_own_description(server):
     body = described["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert "messages" in described["components"]["schemas"][body["$ref"].rpartition("/")[2]]["properties"]
     assert server.post("/v1/models", {}).json()["error"]["code"] == "method_not_allowed"
-
-
-def test_a_unix_socket(tmp_path):
-    path = tmp_path / "http.sock"
-    with Server("--uds", str(path), ready=False) as server:
-        server.wait_for("ready on unix:")
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://x") as client:
-            assert client.get("/health").status_code == 200
-    assert not path.exists()

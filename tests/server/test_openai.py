@@ -97,3 +97,35 @@ def test_the_model_has_a_name(server, client):
     [model] = client.models.list().data
     assert model.id == "glimmer-demo" and model.max_model_len == 1024
     assert server.get("/version").json()["version"] and server.get("/ready").status_code == 200
+
+
+def test_a_beginning_that_has_been_there_is_cached(client):
+    long = [{"role": "user", "content": "cats and dogs " * 30}]
+    used = [client.chat.completions.create(model="any", messages=long, max_tokens=2).usage for _ in range(2)]
+    assert used[1].prompt_tokens_details.cached_tokens >= 16 > 0 == used[0].prompt_tokens_details.cached_tokens
+    salted = client.chat.completions.create(model="any", messages=long, max_tokens=2, extra_body={"cache_salt": "mine"})
+    assert salted.usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_several_answers_with_logprobs(client):
+    asked = {
+        "messages": SUM,
+        "n": 3,
+        "seed": 5,
+        "temperature": 1.0,
+        "max_tokens": 6,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
+    done = client.chat.completions.create(model="any", **asked)
+    again = client.chat.completions.create(model="any", **asked)
+    assert [choice.index for choice in done.choices] == [0, 1, 2]
+    for one, other in zip(done.choices, again.choices):
+        assert one.message.reasoning == other.message.reasoning and len(one.logprobs.content) == 6
+        assert all(bytes(p.bytes).decode(errors="replace") == p.token and p.logprob <= 0 for p in one.logprobs.content)
+        assert all(len(place.top_logprobs) == 2 for place in one.logprobs.content)
+    streamed = list(client.chat.completions.create(model="any", **asked, stream=True))
+    places = [
+        p for c in streamed if c.choices[0].index == 1 and c.choices[0].logprobs for p in c.choices[0].logprobs.content
+    ]
+    assert [place.token for place in places] == [place.token for place in done.choices[1].logprobs.content]

@@ -90,8 +90,8 @@ def test_a_life_of_a_server():
 
 
 def test_ends_without_order():
-    """Three servers: the second SIGTERM does not wait; no orphan of a killed HTTP process; death may be the end."""
-    with Server(ready=False) as hasty, Server(ready=False) as killed, Server("--on-engine-death", "exit") as mortal:
+    """The second SIGTERM does not wait; a killed HTTP process leaves no orphan."""
+    with Server(ready=False) as hasty, Server(ready=False) as killed:
         hasty.wait_until_ready()
         stream = Stream(hasty)
         hasty.process.send_signal(signal.SIGTERM)
@@ -102,8 +102,17 @@ def test_ends_without_order():
         assert len(killed.engine_processes()) == 1
         killed.process.kill()
         until(lambda: not killed.engine_processes(), 10)
-        os.kill(mortal.engine_processes()[0], signal.SIGKILL)
-        assert mortal.process.wait(20) == 1 and "the engine process has ended" in mortal.said
+
+
+def test_a_unix_socket_and_a_death_that_is_the_end(tmp_path):
+    path = tmp_path / "http.sock"
+    with Server("--uds", str(path), "--on-engine-death", "exit", ready=False) as server:
+        server.wait_for("ready on unix:")
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://x") as client:
+            assert client.get("/health").status_code == 200
+        os.kill(server.engine_processes()[0], signal.SIGKILL)
+        assert server.process.wait(20) == 1 and "the engine process has ended" in server.said
+    assert not path.exists()
 
 
 def test_several_ranks():
