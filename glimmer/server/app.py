@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from glimmer import __version__
 from glimmer.errors import GlimmerError
-from glimmer.server import completions, openai, page
+from glimmer.server import anthropic, completions, openai, page
 from glimmer.server.exchange import json_response
 from glimmer.server.failures import Failure, Refusal, failure_of, shape_for
 from glimmer.server.schema import describe
@@ -44,6 +44,7 @@ def make_app(service: Service) -> FastAPI:
     app.state.service = service
     app.include_router(openai.router)
     app.include_router(completions.router)
+    app.include_router(anthropic.router)
     _add_general(app, service)
     page.mount(app)
     for kind in (GlimmerError, Refusal, HTTPException, Exception):

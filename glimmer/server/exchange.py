@@ -9,7 +9,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -148,14 +148,17 @@ async def begun(events: Events) -> AsyncGenerator[Event, None]:
 
 
 class EventStream(Response):
-    """Server-sent events. chunks: bytes of one event or several; they are closed when the client is gone."""
+    """Server-sent events. chunks: bytes of one event or several; they are closed when the client is gone.
+
+    pulse: what stands in for silence.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None], service: Service):
+    def __init__(self, chunks: AsyncGenerator[bytes, None], service: Service, pulse: bytes = COMMENT):
         super().__init__(None, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._chunks, self._keep_alive = chunks, service.config.keep_alive
+        self._chunks, self._keep_alive, self._silence = chunks, service.config.keep_alive, pulse
         self._stalled = service.config.stalled_client
         self._last = time.monotonic()
 
@@ -191,7 +194,7 @@ class EventStream(Response):
         while True:
             await asyncio.sleep(max(self._last + self._keep_alive - time.monotonic(), 0.01))
             if time.monotonic() - self._last >= self._keep_alive:
-                await self._say({"type": "http.response.body", "body": COMMENT, "more_body": True})
+                await self._say({"type": "http.response.body", "body": self._silence, "more_body": True})
 
     async def _say(self, message: dict[str, Any]) -> None:
         """Send a part of the response. TimeoutError if the client reads nothing for too long."""
@@ -219,6 +222,24 @@ async def chunks_of(parts: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, N
             yield b"data: " + msgspec.json.encode(openai_shape(told(error))) + b"\n\n"
             return
     yield b"data: [DONE]\n\n"
+
+
+async def named_events(
+    parts: AsyncGenerator[dict[str, Any], None], failed: Callable[[Failure], Iterable[dict[str, Any]]]
+) -> AsyncGenerator[bytes, None]:
+    """Values as events that have the name of their type. After an error come those that `failed` makes of it."""
+    async with aclosing(parts):
+        try:
+            async for part in parts:
+                yield _named(part)
+        except Exception as error:
+            for part in failed(told(error)):
+                yield _named(part)
+
+
+def _named(part: dict[str, Any]) -> bytes:
+    name: str = part["type"]
+    return b"event: " + name.encode() + b"\ndata: " + msgspec.json.encode(part) + b"\n\n"
 
 
 def told(error: Exception) -> Failure:

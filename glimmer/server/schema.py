@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from glimmer import __version__
+from glimmer.server.anthropic_types import CountBody, MessagesBody
 from glimmer.server.openai_types import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
 BODIES: dict[str, type] = {
@@ -17,6 +18,8 @@ BODIES: dict[str, type] = {
     "/v1/completions": CompletionBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
+    "/v1/messages": MessagesBody,
+    "/v1/messages/count_tokens": CountBody,
 }
 ERRORS = {
     "400": "the request cannot be served; the error names the field",
