@@ -27,7 +27,8 @@ except KeyboardInterrupt:
 
 
 def main(module: str = "glimmer.cli.main", *args: object, **options: object) -> int:
-    """The exit code of main(*args, **options) of cli/main.py or another module. Ctrl-C ends the process here."""
+    """The exit code of main(*args, **options) of cli/main.py or another module. Ctrl-C ends the process here, and so
+    does a failure of one of several processes."""
     try:
         import importlib
 
@@ -37,7 +38,9 @@ def main(module: str = "glimmer.cli.main", *args: object, **options: object) -> 
         replace(signal.default_int_handler, end)
     except KeyboardInterrupt:
         code = INTERRUPTED
-    if code == INTERRUPTED:  # what is to be said has been said, and an interpreter with torch takes a while to end
+    # What is to be said has been said, and an interpreter with torch takes a while to end: half a second in which
+    # a launcher's SIGTERM would end a rank that has a code of its own.
+    if code == INTERRUPTED or (code != 0 and os.environ.get("WORLD_SIZE", "1") != "1"):
         os._exit(code)
     return code
 

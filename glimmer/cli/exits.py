@@ -136,7 +136,7 @@ def run(command: str, work: Callable[[], int]) -> int:
 
 
 def keep_code(code: int) -> None:
-    """In a job of several processes: end with this code even if SIGTERM comes before the interpreter has ended.
+    """In a job of several processes: end with this code even if SIGTERM comes before the process has ended.
 
     The launcher sends it to all processes as soon as one of them has ended; the job's end shall be blamed on what was
     found, not on that signal.

@@ -68,7 +68,7 @@ def test_every_command_has_its_file_and_says_its_name(capsys):
     assert "register-python-argcomplete glimmer" in out
 
 
-CTRL_C = "def ctrl_c():\n    os.kill(os.getpid(), signal.SIGINT)\n    sum(range(10**5))\n"
+CTRL_C = "def ctrl_c(number=2):\n    os.kill(os.getpid(), number)\n    sum(range(10**5))\n"
 MAIN = "from glimmer.__main__ import main\n"
 
 
@@ -85,6 +85,16 @@ MAIN = "from glimmer.__main__ import main\n"
 def test_ctrl_c_before_and_after_a_command_is_quiet(program, code):
     done = process("-c", f"import atexit, os, signal, sys\n{CTRL_C}sys.argv[1:] = ['--version']\n{program}\n")
     assert (done.returncode, done.stderr) == (code, "") and done.stdout in ("", f"glimmer {__version__}\n")
+
+
+@pytest.mark.parametrize("moment", ["atexit.register(ctrl_c, 15)\n", "sys.exit = lambda code: (ctrl_c(15), exit(0))\n"])
+def test_a_refused_rank_keeps_its_exit_code_when_the_launcher_ends_it(moment):
+    """SIGTERM comes when the refusal has been told, before the interpreter has ended."""
+    program = (
+        f"import atexit, os, signal, sys\n{CTRL_C}sys.argv[1:] = ['bench', '--fly']\n{moment}{MAIN}sys.exit(main())"
+    )
+    done = process("-c", program, env={"RANK": "1", "WORLD_SIZE": "2"})
+    assert done.returncode == 2 and "no key 'fly'" in done.stderr, done
 
 
 def test_how_commands_end(capsys):
