@@ -13,7 +13,9 @@ import logging
 import queue
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +34,7 @@ from glimmer.engine.ranks import Call, Client, ParentRequest
 from glimmer.engine.runner import Runner
 from glimmer.engine.sequence import Constraint
 from glimmer.engine.speculation import make_speculation
+from glimmer.engine.stats import Stats
 from glimmer.errors import CheckpointError, ConfigError, EngineError, RequestError, shown
 from glimmer.group import Group
 from glimmer.hub import model_directory
@@ -156,8 +159,8 @@ class LLM:
             None if self.tokenizer is None else Grammars(self.tokenizer, sampling_vocab_size, self.eos_token_ids)
         )
         self._runner = Runner(self.config, self.model_config, self.group, self.group.device, on_load)
-        drafter = make_speculation(self._runner, self.config.speculation, sampling_vocab_size)
-        self._engine = Engine(self.config, self._runner, self.group, vocab_size, sampling_vocab_size, drafter)
+        self._speculation = make_speculation(self._runner, self.config.speculation, sampling_vocab_size)
+        self._engine = Engine(self.config, self._runner, self.group, vocab_size, sampling_vocab_size, self._speculation)
         self._loop = Loop(self._engine)
         self._numbers = itertools.count()
         if ignored and self.rank == 0:
@@ -247,6 +250,28 @@ class LLM:
     def profile(self) -> Profile:
         """`with llm.profile() as profile:` where the time of the steps in between goes: see engine/profile.py."""
         return _Profile(self._engine, self._loop)
+
+    @property
+    def stats(self) -> Stats:
+        """What the engine has counted so far, on rank 0: steps, tokens, drafts (engine/stats.py)."""
+        return self._engine.stats
+
+    @property
+    def drafts(self) -> bool:
+        """Whether tokens are drafted (speculative_config), as far as it pays."""
+        return self._speculation is not None
+
+    @contextmanager
+    def without_drafts(self) -> Iterator[None]:
+        """`with llm.without_drafts():` nothing is drafted meanwhile, for comparisons. On rank 0."""
+        if self._speculation is None:
+            yield
+            return
+        self._loop.run(partial(setattr, self._speculation, "paused", True))
+        try:
+            yield
+        finally:
+            self._loop.run(partial(setattr, self._speculation, "paused", False))
 
     def follow(self) -> None:
         """On a rank other than 0: take part in what rank 0 computes, until it closes, without asking for anything.

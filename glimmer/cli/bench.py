@@ -6,6 +6,8 @@ tokens. Beside each figure the machine's limits are measured, and the work of su
 weights and cache that they must read, the operations of their products. Each is shown in percent of what the limits
 allow. Figures of different machines, or of different hours on a shared one, are not comparable: quote ratios within
 one run.
+
+All of this is measured without drafts. --speculative adds what these bring (gain.py).
 """
 
 import json
@@ -15,9 +17,10 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glimmer.cli import demo, exits
+from glimmer.cli import demo, exits, gain
 from glimmer.cli.lazy import lazy
 from glimmer.cli.options import ENGINE, Command, Option, count, counts, truth, without
 from glimmer.config import EngineConfig, SamplingParams
@@ -54,6 +57,7 @@ COMMAND = Command(
             "steps": Option(count, "N", "decode steps to time", str(STEPS)),
             "repeat": Option(count, "N", "prefills of each length; the best counts", str(REPEAT)),
             "profile": Option(truth, "", "show where the time of each figure's steps goes"),
+            "speculative": Option(truth, "", "show what drafts bring, for each batch size of --decode"),
         },
         "engine": ENGINE_OPTIONS,
     },
@@ -94,10 +98,11 @@ def main(argv: list[str]) -> int:
     prefill, decode = settings.take("prefill", list(PREFILL)), settings.take("decode", list(DECODE))
     context, steps = settings.take("context", CONTEXT), settings.take("steps", STEPS)
     repeat, watch = settings.take("repeat", REPEAT), settings.take("profile", False)
+    speculative = settings.take("speculative", False)
     lengths = [context + _answer(batch, context, steps) for batch in decode]
     engine: dict[str, Any] = {
         "tensor_parallel_size": parallel.world()[1],
-        "max_model_len": max([*prefill, *lengths, 16]) + 1,
+        "max_model_len": max([*prefill, *lengths, gain.CONTEXT if speculative else 16]) + 1,
         "max_num_batched_tokens": CHUNK,
         "max_num_seqs": max([*decode, 1]),
         "enable_prefix_caching": False,
@@ -106,6 +111,10 @@ def main(argv: list[str]) -> int:
     engine |= settings.fields(ENGINE_OPTIONS)
     if "model" not in engine:
         engine["model"] = str(demo.default_model(COMMAND.name))
+    if speculative:
+        engine["skip_tokenizer_init"] = not (Path(engine["model"]) / "tokenizer.json").is_file()
+    else:
+        engine["speculative_config"] = "off"
     settings.check(EngineConfig, engine)
     begin = time.perf_counter()
     model = llm.LLM(**engine)
@@ -118,14 +127,16 @@ def main(argv: list[str]) -> int:
     _prefill(model, prompts, 16)
     watched = watch or model.limits() is not None
     figures = []
-    for length in prefill:
-        figures.append(_best_prefill(model, prompts, length, repeat, watched))
-        figures[-1].limits = model.limits()
-    for batch in decode:
-        figures.append(_decode(model, prompts, batch, context, steps, watched))
-        figures[-1].limits = model.limits()
+    with model.without_drafts():
+        for length in prefill:
+            figures.append(_best_prefill(model, prompts, length, repeat, watched))
+            figures[-1].limits = model.limits()
+        for batch in decode:
+            figures.append(_decode(model, prompts, batch, context, steps, watched))
+            figures[-1].limits = model.limits()
+    gains = [gain.measure(model, prompts, batch) for batch in decode] if speculative and model.drafts else []
     memory = {"load_s": load, "load_peak_memory_gib": load_peak / 2**30, "peak_memory_gib": model.peak_memory() / 2**30}
-    _print(model, figures, memory, watch)
+    _print(model, figures, memory, watch, gains if speculative else None)
     model.close()
     return 0
 
@@ -186,7 +197,9 @@ def _decode(model: "LLM", source: random.Random, batch: int, context: int, steps
     return Figure(key, what, batch, (marks[WARM + steps] - marks[WARM]) / steps, COUNTED, profile)
 
 
-def _print(model: "LLM", figures: list[Figure], memory: dict[str, float], profile: bool) -> None:
+def _print(
+    model: "LLM", figures: list[Figure], memory: dict[str, float], profile: bool, gains: list[gain.Gain] | None
+) -> None:
     on = f"{model.group.device}, {model.size} process{'es' * (model.size > 1)}"
     on += f", {model.kernels}" if model.kernels else ""
     print(f"{model.config.model} on {on}")
@@ -203,6 +216,10 @@ def _print(model: "LLM", figures: list[Figure], memory: dict[str, float], profil
                 print(f"  {'limit beside them: ' + name:<34}{between}")
     else:
         print("  no percentages: this machine's limits are measured by the CPU kernels, which do not serve here")
+    for drafted in gains or ():
+        print(f"  {f'drafts, batch {drafted.batch}':<34}{drafted}")
+    if gains == []:
+        print("  no drafts: the model has no MTP layer, or speculation is off (--spec-method ngram needs no layer)")
     if profile:
         for figure in figures:
             if figure.profile is not None:
@@ -214,6 +231,8 @@ def _print(model: "LLM", figures: list[Figure], memory: dict[str, float], profil
     line |= {figure.key: round(figure.rate, 2) for figure in figures}
     line["percent"] = {figure.key: figure.percent for figure in figures if figure.percent}
     line["limits"] = {figure.key: figure.limits for figure in figures if figure.limits}
+    if gains is not None:
+        line["speculative"] = {f"b{drafted.batch}": drafted.as_json() for drafted in gains}
     if profile:
         line["profile_ms"] = {
             figure.key: {

@@ -55,6 +55,8 @@ class StepCapture:
         rows = len(batch.tokens) // batch.num_sequences
         if rows > self.max_query_len:
             return False
+        if rows == 1 or batch.num_sequences == 1:
+            return len(batch.tokens) == rows * batch.num_sequences
         starts = batch.query_start_loc_cpu.tolist()
         return starts == list(range(0, rows * batch.num_sequences + 1, rows)) and starts[-1] == len(batch.tokens)
 

@@ -11,6 +11,7 @@ from itertools import accumulate
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from glimmer.batch import Batch
@@ -22,7 +23,7 @@ class Source(Protocol):
 
     lookahead: int
 
-    def propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int) -> None:
+    def propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int | None) -> None:
         """See engine.Drafter."""
 
 
@@ -84,12 +85,20 @@ class MTPSource:
         self._rows_of = array("i", [0]) * num_blocks  # by block: how many rows are there, from its beginning on
         self._contexts: WeakKeyDictionary[Sequence, Context] = WeakKeyDictionary()
 
-    def propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int) -> None:
+    def propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int | None) -> None:
+        if count is not None:
+            return self._propose(hidden, outputs, step, count)
+        for chunk in step.chunks:
+            chunk.sequence.drafts = []
+            self._forget(chunk.sequence, chunk.start, chunk.start + chunk.n)
+
+    @torch.inference_mode()
+    def _propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int) -> None:
         parts: list[Rows] = []
         first = 0
         for chunk, output in zip(step.chunks, outputs, strict=True):
             chunk.sequence.drafts = []
-            if count and output.problem is None:
+            if output.problem is None:
                 part = self._rows(chunk, output, first, count)
                 parts += [part] if part is not None else []
             else:
@@ -98,19 +107,19 @@ class MTPSource:
         if not parts:
             return
         wanted = [part.first + i for part in parts for i in range(len(part.positions))]
-        computed = self.model.draft(hidden[wanted], self._batch(parts))
+        computed = self.model.draft(_take(hidden, wanted), self._batch(parts))
         ends = accumulate(len(part.positions) for part in parts)
         going = [(part, end - 1) for part, end in zip(parts, ends) if part.count]
         for place in range(1, count + 1):
             if not going:
                 return
-            last = computed[[row for _, row in going]]
+            last = _take(computed, [row for _, row in going])
             for (part, _), token in zip(going, self.model.likeliest(last, self.vocab_size), strict=True):
                 part.sequence.drafts.append(token)
             rows = [i for i, (part, _) in enumerate(going) if part.count > place]
             going = [(self._after(going[i][0]), row) for row, i in enumerate(rows)]
             if going:
-                computed = self.model.draft(last[rows], self._batch([part for part, _ in going]))
+                computed = self.model.draft(_take(last, rows), self._batch([part for part, _ in going]))
 
     def _rows(self, chunk: Chunk, output: SamplerOutput, first: int, count: int) -> Rows | None:
         """The rows of a chunk whose next tokens are known, or None if there is none that can be used."""
@@ -176,6 +185,12 @@ class MTPSource:
         )
 
 
+def _take(x: Tensor, rows: list[int]) -> Tensor:
+    """Some rows (R, H) of x (T, H), in their order; a view where they follow each other."""
+    first, last = rows[0], rows[-1]
+    return x[first : last + 1] if last - first == len(rows) - 1 else x[rows]
+
+
 class LookupSource:
     """Guesses that what followed the last tokens before, in prompt or answer, follows them again.
 
@@ -189,7 +204,7 @@ class LookupSource:
         self.longest, self.shortest = longest, shortest
         self._indexes: WeakKeyDictionary[Sequence, TokenIndex] = WeakKeyDictionary()
 
-    def propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int) -> None:
+    def propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int | None) -> None:
         for chunk, output in zip(step.chunks, outputs, strict=True):
             sequence = chunk.sequence
             sequence.drafts = []

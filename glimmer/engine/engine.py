@@ -55,13 +55,14 @@ class Drafter(Protocol):
     @property
     def lookahead(self) -> int: ...
 
-    def choose(self, outputs: list[SamplerOutput], step: Step, seconds: float) -> int:
+    def choose(self, outputs: list[SamplerOutput], step: Step, seconds: float) -> int | None:
         """How many tokens to guess for each sequence after a step; asked on rank 0, whose answer is every rank's.
 
-        seconds: from the step's beginning to its outputs.
+        0: none, but what later guesses need is computed; None: nothing is. seconds: from the step's beginning to its
+        outputs.
         """
 
-    def propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int) -> None:
+    def propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int | None) -> None:
         """Set `drafts` of the step's sequences: at most `count` guesses of what follows the tokens of their outputs.
 
         hidden: (T, H), the hidden states of the step's rows. Called after each step, before update() appends the
@@ -161,7 +162,7 @@ class Engine:
             hidden, logits = self.runner.forward(batch)  # the model
             clock.lap("model")
             sampled = self._sample(logits, step)  # a list of tokens for each sequence that is up to date
-            count = 0
+            count = None
             if self.drafter is not None and self.group.rank == 0:
                 count = self.drafter.choose(sampled, step, perf_counter() - begin)
             sampled, count = self._agree(sampled, count)
@@ -184,7 +185,7 @@ class Engine:
         """What rank 0 samples; nothing on other ranks."""
         return self.sampler.sample(logits, step) if self.group.rank == 0 else []
 
-    def _agree(self, outputs: list[SamplerOutput], count: int) -> tuple[list[SamplerOutput], int]:
+    def _agree(self, outputs: list[SamplerOutput], count: int | None) -> tuple[list[SamplerOutput], int | None]:
         """Rank 0's outputs, and its number of drafts, on every rank."""
         if self.group.size == 1:
             return outputs, count

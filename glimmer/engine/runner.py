@@ -28,7 +28,7 @@ from glimmer.engine.sampler import likeliest
 from glimmer.engine.sequence import Step
 from glimmer.errors import CheckpointError, ConfigError, NotEnoughMemory
 from glimmer.group import Group
-from glimmer.model.load import build_model
+from glimmer.model.load import build_model, has_mtp
 from glimmer.model.names import check_tensor_parallel
 from glimmer.model.packed import Loader, PackedLoader, loader_of, open_weights
 from glimmer.model_config import ModelConfig
@@ -90,7 +90,7 @@ class Runner:
                 return make_kv_cache_config(config, model_config, group, self.backend, spec, loader.nbytes)
 
             asked = config.speculation.method
-            self.drafts_by = asked if asked != "auto" else "off"
+            self.drafts_by = asked if asked != "auto" else "mtp" if has_mtp(model_config, checkpoint) else "off"
             perhaps = asked == "auto" and self.drafts_by == "mtp"  # all ranks have the layer then, or none
             try:
                 loader, own = _on_all_ranks(group, partial(plan, True)) if perhaps else plan(self.drafts_by == "mtp")
@@ -179,7 +179,6 @@ class Runner:
             self._mapped.check()
         return hidden, logits
 
-    @torch.inference_mode()
     def draft(self, hidden: Tensor, batch: Batch) -> Tensor:
         """MTP hidden states (T, H), valid until the next call; batch.tokens are the tokens that follow its rows.
 
@@ -188,7 +187,6 @@ class Runner:
         batch = self.backend.prepare(batch)
         return self.draft_capture.run(self.model.embed_draft(hidden, batch.tokens, batch), batch)
 
-    @torch.inference_mode()
     def likeliest(self, hidden: Tensor, vocab_size: int) -> list[int]:
         """The likeliest token below vocab_size for each row (R, H) of `draft`."""
         return likeliest(self.model.draft_logits(hidden)[:, :vocab_size])

@@ -1,4 +1,9 @@
-"""Speculation: joins a source of drafts (draft.py) with the choice of how many."""
+"""Speculation: joins a source of drafts (draft.py) with the choice of how many (switch.py). The engine's Drafter.
+
+Not here: which drafts are accepted (sampler.py), and what has come of them in all (stats.py).
+"""
+
+from time import perf_counter
 
 from torch import Tensor
 
@@ -6,30 +11,56 @@ from glimmer.config import SpeculativeConfig
 from glimmer.engine.draft import LookupSource, MTPSource, Source
 from glimmer.engine.runner import Runner
 from glimmer.engine.sequence import SamplerOutput, Step
+from glimmer.engine.switch import Switch
 
 
 class Speculation:
-    """The engine's Drafter: `source` guesses, a fixed number of tokens each step."""
+    """As many drafts as pay, at most `most`; with `fixed`, always `most`, and nothing depends on a clock.
 
-    def __init__(self, source: Source, config: SpeculativeConfig):
-        self.source, self.config = source, config
+    paused: no drafts are made; rank 0 may change it between two steps.
+    """
+
+    def __init__(self, source: Source, most: int, fixed: bool):
+        self.source, self.most = source, most
+        self.switch = None if fixed else Switch(most)
+        self.paused = False
 
     @property
     def lookahead(self) -> int:
         return self.source.lookahead
 
-    def choose(self, outputs: list[SamplerOutput], step: Step, seconds: float) -> int:
-        return self.config.max_drafts
+    def choose(self, outputs: list[SamplerOutput], step: Step, seconds: float) -> int | None:
+        switch = self.switch
+        if self.paused:
+            return None
+        if switch is None:
+            return self.most
+        if switch.rests(len(step.chunks)):
+            return None
+        drafts = [
+            (len(chunk.drafts), len(output.tokens) - 1) for chunk, output in zip(step.chunks, outputs) if output.tokens
+        ]
+        for checked, accepted in drafts:
+            if checked:
+                switch.checked(checked, accepted)
+        if len(drafts) == len(step.chunks) and all(chunk.num_known == 1 for chunk in step.chunks):
+            switch.stepped(len(drafts), drafts, seconds)
+        return switch.choose(len(step.chunks))
 
-    def propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int) -> None:
+    def propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int | None) -> None:
+        begin = perf_counter()
         self.source.propose(hidden, outputs, step, count)
+        if self.switch is not None and count is not None and all(chunk.num_known == 1 for chunk in step.chunks):
+            made = min(len(chunk.sequence.drafts) for chunk in step.chunks)
+            self.switch.drafted(made, perf_counter() - begin)
 
 
 def make_speculation(runner: Runner, config: SpeculativeConfig, vocab_size: int) -> Speculation | None:
     """What drafts for an engine with this runner; None if nothing does. vocab_size: ids below it may be sampled."""
     if runner.drafts_by == "off":
         return None
-    if runner.drafts_by == "ngram":
-        return Speculation(LookupSource(config.prompt_lookup_max, config.prompt_lookup_min), config)
-    num_blocks = runner.kv_cache_config.num_blocks
-    return Speculation(MTPSource(runner, num_blocks, runner.block_size, vocab_size, config.max_drafts), config)
+    source: Source = LookupSource(config.prompt_lookup_max, config.prompt_lookup_min)
+    if runner.drafts_by == "mtp":
+        num_blocks = runner.kv_cache_config.num_blocks
+        source = MTPSource(runner, num_blocks, runner.block_size, vocab_size, config.max_drafts)
+    return Speculation(source, config.max_drafts, fixed=config.num_speculative_tokens is not None)

@@ -176,6 +176,7 @@ class Glm4Moe(nn.Module):
         self.lm_head = Linear(backend, min_bits=8)
         self.mtp_parts = mtp
         self.mtp = MTP(config, group, backend, *mtp) if mtp is not None else None
+        self._frequencies: Tensor | None = None  # of the rotary angles, made where the first positions are
 
     def use(self, backend: Backend, group: Group) -> None:
         """Compute from now on with another backend that shares the first one's layouts (a wrapper), and its group."""
@@ -235,16 +236,22 @@ class Glm4Moe(nn.Module):
 
     def _rotary(self, positions: Tensor) -> Rotary:
         """cos and sin of the rotary angles, (T, R/2) float32 each; computed once for all layers."""
-        config, yarn = self.config, self.config.yarn
-        i = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=torch.float32)
-        wavelengths = config.rope_theta ** (i / config.rotary_dim)                   # (R/2,)
+        if self._frequencies is None:
+            self._frequencies = rotary_frequencies(self.config, positions.device)
+        angles, yarn = positions[:, None] * self._frequencies, self.config.yarn      # (T, R/2) float32
         if yarn is None:
-            angles = positions[:, None].float() * (1.0 / wavelengths)
             return angles.cos(), angles.sin()
-        kept = _yarn_kept(yarn, config.rotary_dim, config.rope_theta).to(positions.device)
-        frequencies = 1.0 / (yarn.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
-        angles = positions[:, None].float() * frequencies
         return angles.cos() * yarn.attention_factor, angles.sin() * yarn.attention_factor
+
+
+def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """The angles of position 1, (R/2,) float32."""
+    i = torch.arange(0, config.rotary_dim, 2, device=device, dtype=torch.float32)
+    wavelengths = config.rope_theta ** (i / config.rotary_dim)                       # (R/2,)
+    if config.yarn is None:
+        return 1.0 / wavelengths
+    kept = _yarn_kept(config.yarn, config.rotary_dim, config.rope_theta).to(device)
+    return 1.0 / (config.yarn.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
 
 
 def _yarn_kept(yarn: Yarn, dim: int, theta: float) -> Tensor:

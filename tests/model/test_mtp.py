@@ -152,7 +152,7 @@ def test_never_loaded_unless_asked(stored, fp8, checkpoint, engine):
     assert [s.layer for s in unasked.param_specs] == [s.layer for s in without.param_specs]
     assert asked.model.mtp_parts == ((False, False) if stored == "without_copies" else (True, True))
     assert asked.nbytes > unasked.nbytes
-    llm = engine(directory)
+    llm = engine(directory, speculative_config="off")
     assert llm._runner.model.mtp is None
     unread = Checkpoint(directory).names() - Checkpoint(checkpoint(fp8=fp8)).names()
     assert unread and all(name.startswith("model.layers.4.") for name in unread)
