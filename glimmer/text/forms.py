@@ -7,6 +7,8 @@ Sizes, depths and the library's own work are limited. Not here: tools (tools.py)
 
 import json
 import re
+import subprocess
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from threading import Lock
@@ -16,7 +18,7 @@ from llguidance import LLMatcher, LLParserLimits
 from llguidance.gbnf_to_lark import any_to_lark
 
 from glimmer.config import MAX_FORM, StructuredOutputs
-from glimmer.errors import RequestError
+from glimmer.errors import EngineError, RequestError
 from glimmer.foreign import parse_json
 from glimmer.text.constraint import contained
 
@@ -64,8 +66,11 @@ def problem(grammar: str) -> str:
     """What the library says against a grammar without special tokens, on a line; nothing if it can enforce it."""
     known = _problems.get(grammar)
     if known is None:
-        with contained():
-            said = LLMatcher.validate_grammar(grammar, limits=LIMITS)
+        try:
+            with contained():
+                said = LLMatcher.validate_grammar(grammar, limits=LIMITS)
+        except EngineError as error:
+            said = error.found
         known = " ".join(said.split())[:400]
         _problems.keep(grammar, known)
     return known
@@ -202,10 +207,45 @@ def grammar_form(text: str) -> str:
     try:
         if len(text) > MAX_GRAMMAR:
             raise ValueError(f"it has {len(text)} characters, where {MAX_GRAMMAR} are read")
-        found: str = LLMatcher.grammar_from_lark(any_to_lark(text))
-        return found
+        with contained():
+            found: str = LLMatcher.grammar_from_lark(any_to_lark(text))
     except Exception as error:  # of the translation from EBNF, in many ways
         raise refused("structured_outputs.grammar", f"{type(error).__name__}: {error}"[:300]) from None
+    if not _bearable(found):
+        said = f"it takes more than {TRIAL_SECONDS} s, or {TRIAL_BYTES >> 20} MB, to compile"
+        raise refused("structured_outputs.grammar", said)
+    return found
+
+
+TRIAL_SECONDS = 2  # of computing, and bytes of address space, that a grammar may take
+TRIAL_BYTES = 2 << 30
+_TRIAL = f"""
+import resource, sys
+from llguidance import LLMatcher
+resource.setrlimit(resource.RLIMIT_CPU, ({TRIAL_SECONDS}, {TRIAL_SECONDS}))
+resource.setrlimit(resource.RLIMIT_AS, ({TRIAL_BYTES}, {TRIAL_BYTES}))
+LLMatcher.validate_grammar(sys.stdin.read())
+"""
+_trials: Cache[bool] = Cache()
+
+
+def _bearable(grammar: str) -> bool:
+    """Whether the library can compile a grammar, or refuse it, with little time and memory: a process of its own tries.
+
+    Terminals that name others are expanded before any limit of the library counts: forty short lines may stand for more
+    than a machine holds. Schemas and expressions have nothing of this kind.
+    """
+    known = _trials.get(grammar)
+    if known is None:
+        try:
+            command = [sys.executable, "-I", "-c", _TRIAL]
+            known = not subprocess.run(
+                command, input=grammar.encode(), capture_output=True, timeout=5 * TRIAL_SECONDS
+            ).returncode
+        except subprocess.TimeoutExpired:
+            known = False
+        _trials.keep(grammar, known)
+    return known
 
 
 def _closed(schema: Any) -> Any:

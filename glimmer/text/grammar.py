@@ -179,6 +179,7 @@ class Grammars:
 
     def constraint(self, spec: ConstraintSpec) -> AnswerConstraint:
         """The constraint of one answer, at its beginning. RequestError as `check`."""
+        self.check(spec)  # while the answer is written, nothing has to be compiled
         return AnswerConstraint(self._start(spec))
 
     def _start(self, spec: ConstraintSpec) -> Phase:

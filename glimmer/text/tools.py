@@ -146,10 +146,10 @@ class _Parameters:
             yield from map(self._resolved, parts if isinstance(parts, list) else ())
 
     def _resolved(self, schema: Any) -> dict[str, Any]:
-        """The schema that a chain of references leads to; {} if it leads nowhere."""
+        """The schema that a chain of references leads to; {} if it leads nowhere, which `strict` does not accept."""
         for _ in range(16):
             if not isinstance(schema, dict):
-                return {}
+                break
             if not isinstance(schema.get("$ref"), str):
                 return schema
             target: Any = self.root
@@ -158,6 +158,8 @@ class _Parameters:
                 step = step.replace("~1", "/").replace("~0", "~")
                 target = target.get(step) if isinstance(target, dict) else None
             schema = target
+        if self.strict and not isinstance(schema, bool):
+            raise refused(self.field, "$ref, where it leads to no schema of its own")
         return {}
 
     def _demand(self, schema: dict[str, Any], known: Iterable[str]) -> None:

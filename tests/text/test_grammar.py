@@ -157,6 +157,11 @@ def test_objects_may_be_closed(grammars, tokenizer):
         ({"grammar": "start: <no_such_token>"}, "no_such_token"),
         ({"grammar": "start: " + "(" * 5000 + '"a"' + ")" * 5000}, "nested|recursion"),
         ({"grammar": "\0"}, "grammar"),
+        pytest.param(
+            {"grammar": 'root ::= r0\nr3000 ::= "x"\n' + "".join(f"r{i} ::= r{i + 1} r{i + 1}\n" for i in range(3000))},
+            "to compile",
+            marks=pytest.mark.slow,
+        ),
         ({"choice": []}, "choice"),
         ({"structural_tag": "{}"}, "structural_tag"),
         ({"json": {}, "regex": "a"}, "json and regex"),
@@ -353,6 +358,8 @@ def test_names_and_keys_are_data(grammars, tokenizer, text):
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
         ({"type": "string", "pattern": "^a|b$"}, "pattern"),
         ({"allOf": [{"type": "string"}, {"maxLength": 3}]}, "allOf"),
+        ({"$ref": "#/properties/a"}, "ref"),
+        ({"$ref": "#/$defs/missing"}, "ref"),
     ],
     ids=str,
 )
