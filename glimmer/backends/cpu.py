@@ -84,10 +84,9 @@ class Cpu(Reference):
     def make(cls, device: torch.device, threads: int, cache: KVCacheSpec | None) -> "Cpu":
         if cache is None or fits_strips(cache):
             return Cpu(device, threads)
-        log.warning(
-            "slow: plain torch computes attention, because block_size=%d is no multiple of %d or head_dim=%d is odd",
-            cache.block_size, STRIP, cache.head_dim,
-        )  # fmt: skip
+        blocks = f"block_size={cache.block_size} is no multiple of {STRIP}" if cache.block_size % STRIP else ""
+        heads = f"head_dim={cache.head_dim} is odd" if cache.head_dim % 2 else ""
+        log.warning("slow: plain torch computes attention, because %s", " and ".join(filter(None, (blocks, heads))))
         return CpuAnyBlock(device, threads)
 
     @property

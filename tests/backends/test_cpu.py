@@ -444,3 +444,17 @@ def test_more_threads_than_cpus_give_the_same_bits_and_do_not_wait_for_each_othe
 def test_pools_of_impossible_size_are_refused(n):
     with pytest.raises(ValueError, match="thread"):
         _native.Pool(n)
+
+
+@pytest.mark.parametrize(
+    "size, width, words",
+    [
+        (12, 64, "block_size=12 is no multiple"),
+        (16, 63, "head_dim=63 is odd"),
+        (12, 63, "multiple of 16 and head_dim=63"),
+    ],
+)
+def test_slow_attention_is_named_with_its_own_reason(size, width, words, caplog):
+    assert isinstance(cpu.Cpu.make(CPU, 1, KVCacheSpec(1, size, 2, width, torch.float32)), cpu.CpuAnyBlock)
+    [said] = [record.getMessage() for record in caplog.records]
+    assert words in said and ("block_size" in said) == (size == 12) and ("head_dim" in said) == (width == 63)
