@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
+from threading import Lock, Thread
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ MTP_ONLY = ("eh_proj.", "enorm.", "hnorm.", "embed_tokens.", "shared_head.")  # 
 CACHE_SCALES = (".self_attn.k_proj.k_scale", ".self_attn.v_proj.v_scale")
 
 Form = Callable[[ParamSpec, Shard], tuple[Kind, int | None]]  # what a matrix becomes: a kind and a group size
+_counting = Lock()  # of the threads that compute alone
 Progress = Callable[[int], object]  # is called with the bytes that have been loaded since the last call
 
 
@@ -354,7 +356,7 @@ class WeightLoader:
         copied = self._target(spec, first)[0].floating and not self._stored[first.name].widened
         width = 1 if copied else self._backend.threads
         read = partial(self._weights, spec, form=form)
-        with ThreadPoolExecutor(width, initializer=torch.set_num_threads, initargs=(1,)) as workers:
+        with ThreadPoolExecutor(width, initializer=_compute_alone) as workers:
             work = map if width == 1 or len(spec.units) == 1 else workers.map
             for i in range(0, len(spec.units), width):
                 units = spec.units[i : i + width]
@@ -402,14 +404,28 @@ def _some(found: Sequence[str]) -> str:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """torch computes with one thread here, and afterwards with as many as before.
+    """In this thread torch computes with one thread here, and afterwards with as many as before.
 
     Loading is thousands of small copies: a second thread gains a fifth on an idle machine, and on a busy one it waits
     at every one of them. Quantising an expert is work enough for a thread of its own.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    threads = _compute_alone()
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _compute_alone() -> int:
+    """From now on torch computes with one thread in the calling thread, and in new ones with as many as before: these.
+
+    torch counts for each thread apart, but the first count of a thread is what was set last, by whomever: a thread of
+    another engine may begin at any time.
+    """
+    with _counting:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        other = Thread(target=torch.set_num_threads, args=(threads,))
+        other.start()
+        other.join()
+    return threads

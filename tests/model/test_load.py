@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -424,6 +425,28 @@ before = kib("VmHWM")
 loader.load()
 print(before, kib("VmHWM"), loader.nbytes)
 """
+
+
+def test_other_threads_compute_with_as_many_threads_as_before(checkpoint):
+    """torch's count is that of each thread; what a new one begins with is common to all."""
+    before, seen = torch.get_num_threads(), []
+
+    def look(nbytes: int) -> None:
+        other = Thread(target=lambda: seen.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+
+    torch.set_num_threads(3)
+    try:
+        directory = checkpoint()
+        model = build_model(
+            ModelConfig.load(directory), Checkpoint(directory), ALONE, selection.choose(CPU, 2), torch.float32
+        )
+        WeightLoader(model, Checkpoint(directory), torch.bfloat16).load(look)
+        assert set(seen) == {3}, seen
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.slow
