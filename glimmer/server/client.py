@@ -98,12 +98,7 @@ class EngineClient:
         if self._writer is not None:
             with contextlib.suppress(OSError):
                 self._writer.write(wire.frame(wire.Close()))
-        if self._process is not None:
-            try:
-                await asyncio.wait_for(self._process.wait(), LAST_STEP)
-            except TimeoutError:
-                self._kill()
-                await self._process.wait()
+        await self._end_process()
         for task in list(self._tasks):
             task.cancel()
         if self._writer is not None:
@@ -225,7 +220,6 @@ class EngineClient:
         self.problem = self.problem or problem
         self.state = "dead"
         self._end_all(Unavailable(problem.found, problem.expected, "ask again in a few seconds"))
-        self._kill()
         self.deaths, self.alive = self.deaths + 1, None
         now = time.monotonic()
         self._deaths = [*(death for death in self._deaths if now - death < RECENT), now]
@@ -233,8 +227,7 @@ class EngineClient:
             self.died.set()
             return
         log.error("%s; it is started again", problem.found)
-        if self._process is not None:
-            await self._process.wait()
+        await self._end_process()
         if not self._closing:
             self.problem = None
             await self._launch()
@@ -245,7 +238,6 @@ class EngineClient:
             await asyncio.sleep(SILENCE / 10)
             if self.state == "ready" and time.monotonic() - self._heard > SILENCE and self._writer is not None:
                 log.error("the engine process has been silent for %g s", SILENCE)
-                self._kill()
                 self._writer.close()
 
     def _end_all(self, problem: GlimmerError) -> None:
@@ -253,11 +245,17 @@ class EngineClient:
         for receiver in receivers.values():
             receiver.end(problem)
 
-    def _kill(self) -> None:
-        """End the engine process and all that it has started."""
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+    async def _end_process(self) -> None:
+        """Wait until the engine process, and all that it has started, have ended; with force if need be."""
+        process = self._process
+        for number in (None, signal.SIGTERM, signal.SIGKILL):
+            if process is None or process.returncode is not None:
+                return
+            if number is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), LAST_STEP)
 
     def _task(self, work: "asyncio.Future[None] | object") -> None:
         task = asyncio.ensure_future(work)  # type: ignore[type-var]

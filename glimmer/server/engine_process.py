@@ -295,11 +295,12 @@ def _logprobs(place: dict[int, Logprob], first: int | None = None) -> list[wire.
 
 def main(argv: list[str]) -> int:
     """As a program of its own: see the top."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # they are for the HTTP process, which ends this one at the end
-        signal.signal(number, signal.SIG_IGN)
     path, settings = argv[0], json.loads(argv[1])
     try:
-        rank = world()[0]
+        rank, size = world()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the HTTP process, which ends this one at the end
+        if size == 1:  # so is SIGTERM; but a launcher uses it where another rank has failed
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         level = logging.WARNING if rank == 0 else logging.ERROR
         logging.basicConfig(format="glimmer serve: %(message)s", level=level)
         return serve(path, settings) if rank == 0 else follow(settings)
