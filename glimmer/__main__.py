@@ -40,7 +40,7 @@ def main(module: str = "glimmer.cli.main", *args: object, **options: object) -> 
         code = INTERRUPTED
     # What is to be said has been said, and an interpreter with torch takes a while to end: half a second in which
     # a launcher's SIGTERM would end a rank that has a code of its own.
-    if code == INTERRUPTED or (code != 0 and os.environ.get("WORLD_SIZE", "1") != "1"):
+    if code == INTERRUPTED or (code != 0 and not importlib.import_module("glimmer.cli.exits").alone()):
         os._exit(code)
     return code
 

@@ -141,7 +141,7 @@ def keep_code(code: int) -> None:
     The launcher sends it to all processes as soon as one of them has ended; the job's end shall be blamed on what was
     found, not on that signal.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1" and threading.current_thread() is threading.main_thread():
+    if not alone() and threading.current_thread() is threading.main_thread():
         write("")
         signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
 
