@@ -1,22 +1,21 @@
-"""The FastAPI application: who may ask, what there is to ask, and the shape of every refusal.
+"""The FastAPI application: what there is to ask, and the shape of every refusal.
 
 Each API has a file with its routes; this one joins them, and adds what all servers have: health, version, the page.
-Not here: sockets and processes (http_process.py).
+Not here: sockets and processes (http_process.py), who may ask (door.py).
 """
 
 import logging
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from glimmer import __version__
 from glimmer.errors import GlimmerError
 from glimmer.server import anthropic, completions, openai, page
+from glimmer.server.door import Door
 from glimmer.server.exchange import json_response
 from glimmer.server.failures import Failure, Refusal, failure_of, shape_for
 from glimmer.server.schema import describe
@@ -24,8 +23,6 @@ from glimmer.server.service import Service
 from glimmer.server.settings import Keys
 
 log = logging.getLogger("glimmer.server")
-
-OPEN = ("/health",)  # paths that need no key
 
 
 def make_app(service: Service) -> FastAPI:
@@ -50,8 +47,7 @@ def make_app(service: Service) -> FastAPI:
     for kind in (GlimmerError, Refusal, HTTPException, Exception):
         app.add_exception_handler(kind, _failed)
     app.add_exception_handler(ClientDisconnect, _left)
-    if keys:
-        app.add_middleware(Door, keys=keys)
+    app.add_middleware(Door, config=config, keys=keys)
     if config.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(config.allowed_origins), allow_methods=["*"], allow_headers=["*"]
@@ -83,6 +79,9 @@ def _add_general(app: FastAPI, service: Service) -> None:
         content, media_type = service.metrics.text()
         return Response(content, media_type=media_type)
 
+    for path, answer in (("/health", health), ("/ready", ready)):
+        app.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
+
     @app.get("/version")
     async def version() -> Response:
         """The version of glimmer."""
@@ -108,35 +107,3 @@ async def _failed(request: Request, error: Exception) -> Response:
 async def _left(request: Request, error: Exception) -> Response:
     """The client has left: nobody reads this."""
     return Response(status_code=499)
-
-
-class Door:
-    """Lets in who has a key: as `Authorization: Bearer KEY`, or `x-api-key: KEY`."""
-
-    def __init__(self, app: ASGIApp, keys: Keys):
-        self._app, self._keys = app, keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI wants it."""
-        if scope["type"] == "http" and not self._is_open(scope) and not self._keys.open_with(_key(scope)):
-            failure = Failure(401, "no key, or a wrong one", "authentication_error", code="invalid_api_key")
-            content = shape_for(scope["path"])(failure)
-            await JSONResponse(content, failure.status, failure.headers)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _is_open(self, scope: Scope) -> bool:
-        """The state of health; and the page, which is the same for everybody, and asks for a key itself."""
-        path = scope["path"]
-        if path in OPEN or (scope["method"] == "OPTIONS" and _header(scope, b"origin")):
-            return True
-        return scope["method"] in ("GET", "HEAD") and page.is_page(path)
-
-
-def _key(scope: Scope) -> str:
-    kind, _, key = _header(scope, b"authorization").partition(" ")
-    return key.strip() if kind.lower() == "bearer" else _header(scope, b"x-api-key")
-
-
-def _header(scope: Scope, name: bytes) -> str:
-    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")

@@ -46,6 +46,36 @@ def test_web_pages_of_others(guarded, server):
     assert "access-control-allow-origin" not in httpx.options(f"{server.url}/v1/models", headers=ask).headers
 
 
+@pytest.mark.parametrize(
+    "origin, host, status",
+    [
+        ("https://page.example", None, 200),
+        ("https://evil.example", None, 403),
+        ("http://evil.example", "evil.example", 200),  # a key protects it
+        ("app://desktop", None, 200),
+        ("http://[::1", None, 403),
+    ],
+)
+def test_which_pages_may_ask_for_what_needs_a_key(guarded, origin, host, status):
+    headers = {"Origin": origin, "Authorization": "Bearer alpha"} | ({"Host": host} if host else {})
+    assert guarded.post("/v1/chat/completions", HELLO, headers=headers).status_code == status
+
+
+@pytest.mark.parametrize(
+    "origin, host, status",
+    [
+        ("http://localhost:8000", "localhost:8000", 200),
+        ("http://127.0.0.1", "127.0.0.1", 200),
+        ("http://evil.example:8000", "evil.example:8000", 403),  # its name points to this machine
+        ("http://localhost:8000", "evil.example:8000", 403),
+    ],
+)
+def test_which_pages_may_ask_without_a_key(server, origin, host, status):
+    headers = {"Origin": origin, "Host": host}
+    assert server.post("/v1/chat/completions", HELLO, headers=headers).status_code == status
+    assert server.get("/health", headers=headers).status_code == 200 == httpx.head(f"{server.url}/ready").status_code
+
+
 def test_more_than_the_queue_holds(guarded):
     key = {"Authorization": "Bearer beta"}
     with ThreadPoolExecutor(8) as pool:

@@ -1,0 +1,63 @@
+"""The settings of `glimmer serve`: names of other servers, refusals before anything is loaded."""
+
+import pytest
+
+from glimmer.cli import serve
+from glimmer.cli.main import main
+from glimmer.cli.options import SERVER
+from glimmer.errors import ConfigError
+from glimmer.server.settings import Keys, ServerConfig
+
+
+@pytest.mark.parametrize(
+    "words, setting, value",
+    [
+        ("--api-key a --api-key b", "api_key", ["a", "b"]),
+        ("--served-model-name x --alias y", "served_model_name", ["x", "y"]),
+        ("--max-body-bytes 1MB", "max_body_bytes", 1 << 20),
+        ("--max-queued-requests 7", "max_queue_requests", 7),
+        ("--shutdown-timeout 2.5", "shutdown_timeout", 2.5),
+        ("-np 4 --ctx-size 512 -tp 2", "max_model_len", 512),
+    ],
+)
+def test_names_and_kinds(words, setting, value):
+    assert serve.COMMAND.read(["DIR", *words.split()]).take(setting) == value
+
+
+def test_the_environment_and_flags_that_are_not_needed(monkeypatch, capsys):
+    monkeypatch.setenv("GLIMMER_API_KEY", "secret")
+    monkeypatch.setenv("GLIMMER_PORT", "9000")
+    words = "--jinja --reasoning-parser glm45 --enable-auto-tool-choice --tool-call-parser glm47 --trust-remote-code"
+    settings = serve.COMMAND.read(["DIR", *words.split()])
+    assert settings.fields(SERVER) == {"api_key": ["secret"], "port": 9000} and settings.take("model") == "DIR"
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "reasoning_parser" in said and "secret" not in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--port 70000", "--on-engine-death hope", "--ssl-certfile x", "--root-path x", "--api-key @/no/such/file",
+     "--max-queue-requests 0", "--fly", "--keep-alive nan", "--api-key ''", "a b", "/no/such/model"],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_anything_is_loaded(words, capsys):
+    assert main(["serve", *words.replace("''", "").split(" ")]) == 2
+    said = capsys.readouterr().err
+    assert "expected:" in said and "listening" not in said
+
+
+def test_keys(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# comment\n one \n\n")
+    keys = Keys(["two", f"@{file}"])
+    assert [keys.open_with(key) for key in ("one", "two", "# comment", "", "on")] == [True, True, False, False, False]
+    assert not Keys([]) and keys
+    file.write_text("\n")
+    with pytest.raises(ConfigError, match="no key in"):
+        Keys([f"@{file}"])
+
+
+def test_several_ranks_are_started_by_torchrun():
+    alone = serve.command_for({"model": "DIR"})
+    several = serve.command_for({"model": "DIR", "tensor_parallel_size": 2})
+    assert "torch.distributed.run" not in alone and "--nproc-per-node=2" in several
+    assert alone[-2:] == ["{socket}", '{"model": "DIR"}'] and ServerConfig().host == "127.0.0.1"
