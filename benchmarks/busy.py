@@ -73,7 +73,7 @@ def main() -> None:
     engines = {
         threads: LLM(
             args.model, threads=threads, quantization=args.quantization, max_model_len=PROMPT + MOST, max_num_seqs=1,
-            enable_prefix_caching=False, skip_tokenizer_init=True,
+            enable_prefix_caching=False, skip_tokenizer_init=True, speculative_config="off",
         )
         for threads in args.threads
     }  # fmt: skip

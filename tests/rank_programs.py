@@ -193,9 +193,25 @@ def differs(llm: LLM) -> dict[str, Any]:
     return answers(llm, [1, 2])
 
 
+def drafts(llm: LLM) -> dict[str, Any]:
+    """The same answers without drafts and with them; the model has an MTP layer."""
+    with llm.without_drafts():
+        plain = answers(llm, list(range(12)))
+    return {"plain": plain, "drafted": answers(llm, list(range(12))), "accepted": llm.stats.num_accepted_tokens}
+
+
+def paying(llm: LLM) -> dict[str, Any]:
+    """The same where rank 0 finds out how many drafts pay."""
+    return drafts(llm)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "drafts": {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}},
+    "paying": {"speculative_config": "mtp"},
+}
 PROGRAMS: dict[str, Callable[[LLM], dict[str, Any]]] = {
     program.__name__: program
-    for program in (everywhere, serve, others, more, slow, hotter, raises, dies, stopped, ends, differs)
+    for program in (everywhere, serve, others, more, slow, hotter, raises, dies, stopped, ends, differs, drafts, paying)
 }
 
 if __name__ == "__main__":
@@ -204,7 +220,14 @@ if __name__ == "__main__":
     try:
         if name == "differs" and os.environ["RANK"] == "1":
             model = f"{model}.differs"
-        llm = LLM(model, dtype="float32", tensor_parallel_size=size, max_model_len=256, max_num_seqs=16)
+        llm = LLM(
+            model,
+            dtype="float32",
+            tensor_parallel_size=size,
+            max_model_len=256,
+            max_num_seqs=16,
+            **SETTINGS.get(name, {}),
+        )
         result = PROGRAMS[name](llm)
     except GlimmerError as error:
         print(error, file=sys.stderr)

@@ -122,3 +122,13 @@ def test_a_rank_that_is_stopped_is_named_though_nobody_asks_for_anything(model, 
     (code, said), _ = run("stopped", model, tmp_path / "out", GLIMMER_HEARTBEAT_TIMEOUT="1")
     before, _, after = said.partition("rank 0 asks")
     assert code == 1 and "lost rank 1 on" in before and "lost rank 1 on" in after and "Traceback" not in said
+
+
+@pytest.mark.parametrize("program", ["drafts", "paying"])
+def test_drafts_on_several_ranks(program, tmp_path):
+    """All ranks propose the same, as many as rank 0 says; the answers are those without drafts."""
+    demo = Path(__file__).resolve().parents[1] / "glimmer/demo"
+    ranks = run(program, str(demo), tmp_path / "out")
+    assert [code for code, _ in ranks] == [0, 0], ranks
+    mine, theirs = found(tmp_path / "out", 0), found(tmp_path / "out", 1)
+    assert mine == theirs and mine["drafted"] == mine["plain"] and mine["accepted"] > 0

@@ -90,3 +90,17 @@ def test_the_number_of_processes_is_that_of_torchrun(checkpoint):
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.strip().splitlines()[-1])
     assert figures["processes"] == 2 and figures["prefill_20"] > 0 and figures["decode_b2"] > 0
+
+
+def test_what_drafts_bring(run, checkpoint, capsys):
+    assert (
+        bench.main(["--device", "cpu", "--steps", "2", "--prefill", "--decode", "1", "--speculative", "--mtp", "2"])
+        == 0
+    )
+    table, _, line = capsys.readouterr().out.strip().rpartition("\n")
+    found = json.loads(line)["speculative"]["b1"]
+    assert found["gain"] > 0 and 1.5 < found["tokens_per_step"] <= 3
+    assert len(found["accepted"]) == 2 and found["accepted"][0] > 0.9
+    assert "drafts, batch 1" in table and "tokens a step" in table
+    table, figures = run("--prefill", "--decode", "1", "--speculative")
+    assert "no drafts" in table and figures["speculative"] == {}

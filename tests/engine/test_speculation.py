@@ -9,11 +9,14 @@ import torch
 from glimmer import LLM, SamplingParams
 from glimmer.backends.base import KVCacheSpec
 from glimmer.batch import Batch
+from glimmer.engine import runner
 from glimmer.engine.draft import TokenIndex
+from glimmer.errors import CheckpointError, NotEnoughMemory
 
 DEMO = Path(__file__).resolve().parents[2] / "glimmer/demo"
 SMALL = {"max_model_len": 160, "max_num_seqs": 8, "dtype": "float32", "device": "cpu"}
-HOW = {
+HOW: dict[str, dict[str, str | int]] = {
+    "auto": {},
     "off": {"method": "off"},
     "mtp 1": {"method": "mtp", "num_speculative_tokens": 1},
     "mtp 3": {"method": "mtp", "num_speculative_tokens": 3},
@@ -46,7 +49,7 @@ def asked(llm: LLM) -> tuple[list, list[SamplingParams]]:
     source = random.Random(3)
     user = lambda text: llm.render([{"role": "user", "content": text}])
     prompts = [user("What is 12 + 30?"), user("What is the capital of Japan?"), user("Say it again: one two one two")]
-    prompts += [{"prompt_token_ids": [source.randrange(250) for _ in range(n)]} for n in (1, 40, 90)]
+    prompts += [{"prompt_token_ids": [source.randrange(250) for _ in range(n)]} for n in (1, 40, 90, 20)]
     params = [
         SamplingParams(temperature=0, max_tokens=40),
         SamplingParams(temperature=1, seed=5, max_tokens=40, logprobs=2, n=2),
@@ -54,29 +57,35 @@ def asked(llm: LLM) -> tuple[list, list[SamplingParams]]:
         SamplingParams(temperature=1.5, seed=1, max_tokens=30, ignore_eos=True, top_p=0.9, presence_penalty=0.5),
         SamplingParams(temperature=0, max_tokens=50, min_tokens=10, logit_bias={65: 3.0}, stop_token_ids=[32]),
         SamplingParams(temperature=0, max_tokens=None, ignore_eos=True),
+        SamplingParams(temperature=1, seed=2, max_tokens=30, structured_outputs={"regex": "[0-9]{3}-(ab)*[a-z]{12}"}),
     ]
     return prompts, params
 
 
+PLACES = {
+    "alone": {},
+    "chunks": {"max_num_batched_tokens": 24, "enable_prefix_caching": False},
+    "preempted": {"kv_cache_memory_bytes": 1_000_000},  # too small for all
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["mtp 1", "mtp 3", "ngram"])
 @pytest.mark.parametrize(
-    "settings",
+    "how, place",
     [
-        {},
-        {"max_num_batched_tokens": 24, "enable_prefix_caching": False},
-        {"kv_cache_memory_bytes": 1_000_000},  # too small for all: some are preempted
+        ("mtp 1", "alone"), ("mtp 3", "alone"), ("ngram", "alone"), ("auto", "alone"), ("mtp 3", "chunks"),
+        ("mtp 3", "preempted"), ("ngram", "preempted"),
     ],
-    ids=["plain", "chunks", "preempted"],
-)
-def test_the_same_answers(how, settings, demo):
+)  # fmt: skip
+def test_the_same_answers(how, place, demo):
+    settings = PLACES[place]
     plain, drafting = demo("off", **settings), demo(how, **settings)
     prompts, params = asked(plain)
     for _ in range(2):  # the second time with prefixes from the first
         assert shown(drafting.generate(prompts, params)) == shown(plain.generate(prompts, params))
     stats = drafting._engine.stats
     assert stats.num_accepted_tokens > 0 and stats.num_tokens == stats.num_steps + stats.num_accepted_tokens
-    if "kv_cache_memory_bytes" in settings:
+    if place == "preempted":
         assert drafting._engine.scheduler.preemptions > 0
     drafting._engine.scheduler.blocks.check([])
 
@@ -114,13 +123,13 @@ class Watched:
 def test_each_row_pairs_a_hidden_state_with_the_next_token(demo):
     """What the cache of the layer holds at the end is what the whole answer at once would give it."""
     llm = demo("mtp 3", max_num_batched_tokens=11, enable_prefix_caching=False)
-    source, runner = llm._engine.drafter.source, llm._runner
-    source.model = watched = Watched(runner)
+    source, computing = llm._engine.drafter.source, llm._runner
+    source.model = watched = Watched(computing)
     try:
         params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
         [output] = llm.generate(llm.render([{"role": "user", "content": "What is 31 + 15?"}]), params)
     finally:
-        source.model = runner
+        source.model = computing
     tokens = [*output.prompt_token_ids, *output.outputs[0].token_ids]
     pairs: dict[int, tuple] = {}
     for hidden, batch in watched.seen:
@@ -130,10 +139,10 @@ def test_each_row_pairs_a_hidden_state_with_the_next_token(demo):
     assert [pairs[p][0] for p in range(last)] == tokens[1 : last + 1]
     c, blocks = llm.model_config, len(tokens) // 16 + 1
     spec = KVCacheSpec(c.num_hidden_layers + 1, 16, c.num_key_value_heads, c.head_dim, torch.float32)
-    kv = runner.backend.allocate_kv(spec, blocks)
+    kv = computing.backend.allocate_kv(spec, blocks)
     batch = Batch.of(tokens[:last], range(last), range(last), [range(blocks)], [0], [last], [last])
-    with torch.inference_mode(), runner.running():
-        whole = runner.model(batch, kv)
+    with torch.inference_mode(), computing.running():
+        whole = computing.model(batch, kv)
     assert all(torch.equal(pairs[p][1], whole[p]) for p in range(last))
 
 
@@ -177,3 +186,50 @@ def test_a_look_up_saves_steps(demo):
     [output] = llm.generate(prompt, params)
     assert output.outputs[0].token_ids == [65] * 60
     assert llm._engine.stats.num_steps - before <= 20
+
+
+@pytest.mark.slow
+def test_a_random_model_with_its_layer(checkpoint):
+    """Drafts that are nearly always wrong, and a layer with an embedding and a head of its own, quantised too."""
+    for stored, settings in (("full", {}), ("without_copies", {"quantization": "int4", "dtype": "bfloat16"})):
+        directory = str(checkpoint(mtp=stored))
+        prompts = [{"prompt_token_ids": list(range(3, 3 + n))} for n in (1, 17, 60)]
+        params = [SamplingParams(temperature=t, seed=4, max_tokens=30, ignore_eos=True, logprobs=1) for t in (0, 1, 2)]
+        found = {}
+        for how in ("off", "mtp 3"):
+            with LLM(directory, speculative_config=HOW[how], **SMALL | settings) as llm:
+                found[how] = [(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in llm.generate(prompts, params)]
+                drafted = llm.stats.num_draft_tokens
+        assert found["off"] == found["mtp 3"] and drafted > 60
+
+
+@pytest.mark.slow
+def test_the_layer_is_left_out_where_memory_is_short(checkpoint, caplog):
+    """By itself, with a word; where drafts are asked for, it is an error. The plan counts the layer and its cache."""
+    directory, small = str(checkpoint(mtp="full")), {**SMALL, "max_num_batched_tokens": 64}
+    with LLM(directory, **small) as whole, LLM(directory, speculative_config="off", **small) as plain:
+        assert whole.drafts and len(whole._runner.kv) == len(plain._runner.kv) + 1
+    caplog.clear()
+    needed = {}
+    for how in ("off", "mtp 1"):
+        told: list[tuple[int, int]] = []
+        with LLM(
+            directory, speculative_config=HOW[how], on_load=lambda *now, told=told: told.append(now), **small
+        ) as llm:
+            spec = KVCacheSpec(len(llm._runner.kv), 16, llm.model_config.num_key_value_heads, 16, torch.float32)
+            cache = runner.least_cache(llm.config, llm._runner.backend, spec)
+            needed[how] = told[-1][1] + runner._activation_bytes(llm.config, llm.model_config) + cache
+    between = (needed["off"] + needed["mtp 1"]) // 2
+    assert needed["off"] < between
+    with LLM(directory, max_memory_bytes=between, **small) as llm:
+        assert not llm.drafts and llm._runner.model.mtp is None
+    assert "MTP layer is left out" in caplog.text and "GiB needed" in caplog.text
+    with pytest.raises(NotEnoughMemory):
+        LLM(directory, speculative_config=HOW["mtp 1"], max_memory_bytes=between, **small)
+
+
+def test_drafts_by_a_layer_that_is_not_there(checkpoint):
+    with pytest.raises(CheckpointError, match="no MTP layer"):
+        LLM(str(checkpoint()), speculative_config="mtp", **SMALL)
+    with LLM(str(checkpoint()), **SMALL) as llm:
+        assert not llm.drafts
