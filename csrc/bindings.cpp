@@ -4,6 +4,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
@@ -20,6 +21,7 @@
 #include "memory.h"
 #include "pool.h"
 #include "small.h"
+#include "store.h"
 
 namespace nb = nanobind;
 using namespace glimmer;
@@ -126,6 +128,7 @@ double arithmetic(Pool& pool, const std::string& kind) {
 NB_MODULE(_native, m) {
     m.doc() = "CPU kernels of glimmer. Pointers are passed as integers, sizes are in elements unless documented as bytes.";
     nb::set_leak_warnings(false);  // an engine that a thread or a traceback still holds at exit is no leak
+    nb::exception<UnreadError>(m, "UnreadError", PyExc_OSError);
     using ReleaseGil = nb::call_guard<nb::gil_scoped_release>;
     nb::class_<Pool>(m, "Pool", "Threads that compute together; operations that are given the same pool run one at a time.")
         .def(nb::init<int>(), "threads"_a, "A pool of so many threads, the caller included. Raises ValueError below 1.")
@@ -245,6 +248,37 @@ NB_MODULE(_native, m) {
             "pool"_a, "e"_a, "first"_a, "rows"_a, "codes"_a, "stride"_a, "scales"_a, "zero_points"_a, ReleaseGil(),
             "Pack rows first..first+rows of matrix e. stride: bytes from one row of codes to the next.");
 
+    nb::class_<ExpertStore>(m, "ExpertStore",
+                            "Slots in memory for some of the experts of a packed file; the others are read when chosen.")
+        .def(nb::init<int, long, size_t, int, double>(), "descriptor"_a, "slots"_a, "slot_bytes"_a, "readers"_a, "half_life"_a,
+             "Slots of slot_bytes each, and threads that read. half_life: tokens after which a choice counts half.")
+        .def(
+            "add_layer",
+            [](ExpertStore& store, std::shared_ptr<Packed> gate_up, std::shared_ptr<Packed> down, size_t begin,
+               const std::vector<size_t>& layout, const std::vector<std::string>& checksums) {
+                if (layout.size() != 5) throw std::invalid_argument("five numbers describe a record");
+                return store.add_layer(std::move(gate_up), std::move(down), begin,
+                                       {layout[0], layout[1], layout[2], layout[3], layout[4]}, checksums);
+            },
+            "gate_up"_a, "down"_a, "begin"_a, "layout"_a, "checksums"_a,
+            "One more layer; returns its number. layout: where in a record the panels and scales of gate_up and of down are,\n"
+            "and the bytes of a record.")
+        .def("resize", &ExpertStore::resize, "slots"_a, ReleaseGil(), "Use so many slots; memory of the others is given back.")
+        .def("warm", &ExpertStore::warm, ReleaseGil(), "Begin to read the most frequent experts into empty slots.")
+        .def("frequencies", &ExpertStore::frequencies, "layer"_a, "How often each expert was chosen lately, 0 to 1.")
+        .def("set_frequencies", &ExpertStore::set_frequencies, "layer"_a, "values"_a, "What an earlier run has counted.")
+        .def_ro("slots", &ExpertStore::slots, "Slots that there were at first.")
+        .def_ro("slot_bytes", &ExpertStore::slot_bytes, "Bytes of a slot.")
+        .def_prop_ro("slots_in_use", &ExpertStore::slots_in_use, "Slots that there are now.")
+        .def_prop_ro("num_layers", &ExpertStore::num_layers, "Layers that were added.")
+        .def_prop_ro("direct", &ExpertStore::direct, "Whether the file system reads without the page cache.")
+        .def_prop_ro(
+            "counts",
+            [](const ExpertStore& store) {
+                return std::make_tuple(store.chosen.load(), store.missed.load(), store.bytes_read.load());
+            },
+            "Experts that steps have wanted, those of them that had to be read, and bytes that were read.");
+
     nb::class_<CallList>(m, "CallList", "A list of calls of ops, which runs any number of times without Python.")
         .def(nb::init<>(), "An empty list.")
         .def(
@@ -268,6 +302,17 @@ NB_MODULE(_native, m) {
             experts({at<void>(x), x_bf16}, rows, at<int64_t>(ids), at<float>(scores), top_k, gate_up, down, at<float>(y));
         },
         "x", "x_bf16", "rows", "ids", "scores", "top_k", "gate_up", "down", "y");
+    op(
+        m, "stored_experts", "The same as experts for a layer of a store. Raises UnreadError, an OSError.",
+        [](uintptr_t x, bool x_bf16, long rows, uintptr_t ids, uintptr_t scores, int top_k, ExpertStore& store, int layer,
+           uintptr_t y) {
+            stored_experts({at<void>(x), x_bf16}, rows, at<int64_t>(ids), at<float>(scores), top_k, store, layer, at<float>(y));
+        },
+        "x", "x_bf16", "rows", "ids", "scores", "top_k", "store", "layer", "y");
+    op(
+        m, "fetch_experts", "Begin to read what stored_experts will want.",
+        [](uintptr_t ids, long count, ExpertStore& store, int layer) { fetch_experts(at<int64_t>(ids), count, store, layer); },
+        "ids", "count", "store", "layer");
 
     op(
         m, "embed", "y = rows of the embedding table; zeros for tokens outside first..first+rows.",

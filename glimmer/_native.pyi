@@ -7,6 +7,9 @@ from typing import Annotated
 
 import torch
 
+class UnreadError(OSError):
+    pass
+
 class Pool:
     """
     Threads that compute together; operations that are given the same pool run one at a time.
@@ -169,6 +172,62 @@ class Packed:
         Pack rows first..first+rows of matrix e. stride: bytes from one row of codes to the next.
         """
 
+class ExpertStore:
+    """
+    Slots in memory for some of the experts of a packed file; the others are read when chosen.
+    """
+
+    def __init__(self, descriptor: int, slots: int, slot_bytes: int, readers: int, half_life: float) -> None:
+        """
+        Slots of slot_bytes each, and threads that read. half_life: tokens after which a choice counts half.
+        """
+
+    def add_layer(
+        self, gate_up: Packed, down: Packed, begin: int, layout: Sequence[int], checksums: Sequence[str]
+    ) -> int:
+        """
+        One more layer; returns its number. layout: where in a record the panels and scales of gate_up and of down are,
+        and the bytes of a record.
+        """
+
+    def resize(self, slots: int) -> None:
+        """Use so many slots; memory of the others is given back."""
+
+    def warm(self) -> None:
+        """Begin to read the most frequent experts into empty slots."""
+
+    def frequencies(self, layer: int) -> list[float]:
+        """How often each expert was chosen lately, 0 to 1."""
+
+    def set_frequencies(self, layer: int, values: Sequence[float]) -> None:
+        """What an earlier run has counted."""
+
+    @property
+    def slots(self) -> int:
+        """Slots that there were at first."""
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot."""
+
+    @property
+    def slots_in_use(self) -> int:
+        """Slots that there are now."""
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that were added."""
+
+    @property
+    def direct(self) -> bool:
+        """Whether the file system reads without the page cache."""
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """
+        Experts that steps have wanted, those of them that had to be read, and bytes that were read.
+        """
+
 class CallList:
     """A list of calls of ops, which runs any number of times without Python."""
 
@@ -213,6 +272,46 @@ def queue_experts(
     y: int,
 ) -> None:
     """Append a call of `experts` to call_list; nothing is computed yet."""
+
+def stored_experts(
+    pool: Pool,
+    x: int,
+    x_bf16: bool,
+    rows: int,
+    ids: int,
+    scores: int,
+    top_k: int,
+    store: ExpertStore,
+    layer: int,
+    y: int,
+) -> None:
+    """
+    The same as experts for a layer of a store. Raises UnreadError, an OSError.
+    """
+
+def queue_stored_experts(
+    call_list: CallList,
+    x: int,
+    x_bf16: bool,
+    rows: int,
+    ids: int,
+    scores: int,
+    top_k: int,
+    store: ExpertStore,
+    layer: int,
+    y: int,
+) -> None:
+    """
+    Append a call of `stored_experts` to call_list; nothing is computed yet.
+    """
+
+def fetch_experts(pool: Pool, ids: int, count: int, store: ExpertStore, layer: int) -> None:
+    """Begin to read what stored_experts will want."""
+
+def queue_fetch_experts(call_list: CallList, ids: int, count: int, store: ExpertStore, layer: int) -> None:
+    """
+    Append a call of `fetch_experts` to call_list; nothing is computed yet.
+    """
 
 def embed(
     pool: Pool, tokens: int, count: int, table: int, is_bf16: bool, rows: int, n: int, first: int, y: int

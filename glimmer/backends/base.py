@@ -106,6 +106,38 @@ class MappedFile(Protocol):
         ...
 
 
+class ExpertStore(Protocol):
+    """Slots in memory for some of the experts of all layers; `Backend.experts` fills them from the packed file."""
+
+    @property
+    def slots_in_use(self) -> int: ...
+    @property
+    def direct(self) -> bool:
+        """Whether its file is read without the page cache."""
+        ...
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Experts that steps have wanted so far, those of them that had to be read, and bytes that were read."""
+        ...
+
+    def resize(self, slots: int) -> None:
+        """Use so many slots; the memory of others is given back to the system."""
+        ...
+
+    def warm(self) -> None:
+        """Begin to read the experts that are chosen most into empty slots."""
+        ...
+
+    def frequencies(self, layer: int) -> list[float]:
+        """How often each expert of a layer was chosen lately, from 0 to 1. Layers are counted as they were added."""
+        ...
+
+    def set_frequencies(self, layer: int, values: Sequence[float]) -> None:
+        """What an earlier run has counted."""
+        ...
+
+
 @dataclass(frozen=True)
 class KVCacheSpec:
     """What one block of the KV cache holds, over all layers. dtype: the model's, or int8 for codes with scales."""
@@ -260,6 +292,22 @@ class Backend(ABC):
     def map_packed(self, description: dict[str, Any], file: MappedFile, begin: int) -> Packed | ExpertSet:
         """Packed weights whose records lie in a file from `begin` on; nothing is copied. ValueError if they cannot."""
         raise NotImplementedError(f"{self.name} maps no files")
+
+    def expert_store(self, descriptor: int, slots: int, slot_bytes: int) -> ExpertStore:
+        """Slots for experts that are read from a packed file when a token has chosen them. Raises OSError."""
+        raise NotImplementedError(f"{self.name} keeps all experts in memory")
+
+    def page_packed(
+        self, description: dict[str, Any], store: ExpertStore, begin: int, checksums: Sequence[str]
+    ) -> ExpertSet:
+        """The experts of a layer, whose records lie in the store's file from `begin` on; nothing is read yet.
+
+        `experts` raises OSError for them, with the reason, when one cannot be read or is not what was written.
+        """
+        raise NotImplementedError(f"{self.name} keeps all experts in memory")
+
+    def fetch_experts(self, ids: Tensor, experts: ExpertSet) -> None:  # noqa: B027  # most backends have nothing to do
+        """ids (T, K) will be asked for: where experts are not in memory, begin to read them."""
 
     def checksums(self, pieces: Sequence[Tensor]) -> list[str]:
         """A checksum of the bytes of each piece: 32 hexadecimal digits, the same for every backend that has any."""

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +21,16 @@ import torch
 from torch import Tensor
 
 from glimmer import _native
-from glimmer.backends.base import ExpertSet, KVCache, KVCacheSpec, MappedFile, Packed, Records, RouteRule
+from glimmer.backends.base import (
+    ExpertSet,
+    ExpertStore,
+    KVCache,
+    KVCacheSpec,
+    MappedFile,
+    Packed,
+    Records,
+    RouteRule,
+)
 from glimmer.backends.reference import Reference
 from glimmer.batch import Batch
 from glimmer.weight import ExpertWeights, Kind, Weight, layout
@@ -32,8 +42,18 @@ CONVERTED_AT_ONCE = 4 << 20  # bytes of a plain matrix whose values change their
 POOLED = 1 << 20  # bytes of a result from which on its memory comes from a pool: the system would clear new pages
 MAX_UNUSED = 512 << 20  # bytes that the pool keeps between steps
 FLOATS = (torch.float32, torch.bfloat16)
+READERS = 8  # threads that read experts, a quarter of one each
+HALF_LIFE = 2048.0  # tokens after which the choice of an expert counts half; docs/memory.md has the measurement
 PAGE = 4096  # bytes: what direct reads are aligned to, and so records of packed weights
 KINDS = ("float32", "float32 as bfloat16", "bfloat16", "fp8", "int8", "int4")  # of packed matrices
+
+
+@dataclass(frozen=True)
+class PagedExperts(ExpertSet):
+    """The experts of a layer, of which `store` has some in memory. gate_up and down have no memory of their own."""
+
+    store: _native.ExpertStore
+    layer: int
 
 
 class CapturedStep:
@@ -297,11 +317,17 @@ class Cpu(Reference):
             raise ValueError(f"{found} for {len(x)} rows, where int64 and float32 (rows, K) are wanted")
         ids, scores = self._contiguous(ids), self._contiguous(scores)
         y, x_bf16 = self._new(len(x), down.n, dtype=torch.float32), x.dtype == torch.bfloat16
-        self._run(
-            "experts",
-            x.data_ptr(), x_bf16, len(x), ids.data_ptr(), scores.data_ptr(), ids.shape[1], gate_up, down, y.data_ptr(),
-        )  # fmt: skip
+        chosen = (x.data_ptr(), x_bf16, len(x), ids.data_ptr(), scores.data_ptr(), ids.shape[1])
+        if isinstance(experts, PagedExperts):
+            self._run("stored_experts", *chosen, experts.store, experts.layer, y.data_ptr())
+        else:
+            self._run("experts", *chosen, gate_up, down, y.data_ptr())
         return y
+
+    def fetch_experts(self, ids: Tensor, experts: ExpertSet) -> None:
+        if isinstance(experts, PagedExperts):
+            ids = self._contiguous(ids)
+            self._run("fetch_experts", ids.data_ptr(), ids.numel(), experts.store, experts.layer)
 
     def quantize(self, weight: Weight, kind: str, group: int | None) -> Weight:
         """As the reference does, except that an int4 group's sums are added up in another order."""
@@ -381,6 +407,21 @@ class Cpu(Reference):
             for e in range(matrix.count):
                 matrix.place(e, file, begin + e * nbytes + panels, begin + e * nbytes + scales)
         return ExpertSet(*matrices) if len(matrices) == 2 else matrices[0]
+
+    def expert_store(self, descriptor: int, slots: int, slot_bytes: int) -> _native.ExpertStore:
+        try:
+            return _native.ExpertStore(descriptor, slots, slot_bytes, READERS, HALF_LIFE)
+        except RuntimeError as error:
+            raise OSError(str(error)) from None
+
+    def page_packed(
+        self, description: dict[str, Any], store: ExpertStore, begin: int, checksums: Sequence[str]
+    ) -> ExpertSet:
+        assert isinstance(store, _native.ExpertStore)
+        gate_up, down = (self._described(matrix) for matrix in _listed(description.get("matrices")))
+        ((up, up_scales), (low, low_scales)), nbytes = _places([gate_up, down])
+        layout = [up, up_scales, low, low_scales, nbytes]
+        return PagedExperts(gate_up, down, store, store.add_layer(gate_up, down, begin, layout, list(checksums)))
 
     def checksums(self, pieces: Sequence[Tensor]) -> list[str]:
         assert all(piece.dtype == torch.uint8 and piece.is_contiguous() for piece in pieces)

@@ -119,6 +119,9 @@ class Timed(Backend):
         self._chosen.append((ids.clone(), experts))
         return y
 
+    def fetch_experts(self, ids: Tensor, experts: ExpertSet) -> None:
+        self.inner.fetch_experts(ids, experts)
+
     def store_kv_(self, k: Tensor, v: Tensor, kv: KVCache, slot_mapping: Tensor) -> None:
         with self.measure("store_kv_"):
             self.inner.store_kv_(k, v, kv, slot_mapping)

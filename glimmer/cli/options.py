@@ -202,7 +202,7 @@ WORDS = {
         "N", "most tokens computed in one step", None, ("-b", "--batch-size", "--chunked-prefill-size")
     ),
     "gpu_memory_utilization": Words("X", "share of the device's free memory to take", None, ("--mem-fraction-static",)),
-    "max_memory_bytes": Words("SIZE", "the most to take on each device, e.g. 59GB", "only that share"),
+    "max_memory_bytes": Words("SIZE", "the most to take on each device, e.g. 59GB", "only that share", ("--memory",)),
     "kv_cache_memory_bytes": Words("SIZE", "memory for the KV cache, e.g. 4GB", "what is left"),
     "kv_cache_dtype": Words(
         "NAME",

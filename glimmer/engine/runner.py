@@ -87,6 +87,8 @@ class Runner:
                 return loader_of(model, checkpoint, dtype, form), own
 
             def divide(loader: Loader, spec: KVCacheSpec) -> KVCacheConfig:
+                if isinstance(loader, PackedLoader):
+                    loader.page(expert_slots(config, model_config, group, self.backend, spec, loader))
                 return make_kv_cache_config(config, model_config, group, self.backend, spec, loader.nbytes)
 
             asked = config.speculation.method
@@ -175,6 +177,8 @@ class Runner:
                 "enough memory for a step's activations beside weights and cache",
                 "lower max_num_batched_tokens, max_num_seqs or gpu_memory_utilization",
             ) from None
+        except OSError as error:
+            raise self._mapped.unread(error) if self._mapped is not None else error from error
         if self._mapped is not None:
             self._mapped.check()
         return hidden, logits
@@ -265,11 +269,7 @@ def make_kv_cache_config(
             f"set max_model_len to {longest} or less, or leave it out",
         )
     device = backend.device
-    free = group.all_reduce_min(devices.free_memory(device, group.local_size))  # all look before any of them takes some
-    share, cap = int(free * config.gpu_memory_utilization), config.max_memory_bytes
-    usable, limit = share, f"gpu_memory_utilization={config.gpu_memory_utilization}"
-    if cap is not None and cap < share:
-        usable, limit = cap, f"max_memory_bytes={cap}"
+    free, usable, limit = _usable(config, group, device)
     activations = _activation_bytes(config, model)
     block = backend.kv_block_bytes(spec)
     blocks_for: Callable[[int], int] = lambda tokens: -(-tokens // config.block_size)
@@ -293,8 +293,8 @@ def make_kv_cache_config(
             f" {gib(free)} free for it{' within its limit of memory (ulimit -v)' if limited else ''},"
             f" of which {gib(usable)} may be used ({limit})",
             "enough memory for all three; nothing has been loaded",
-            f"{'raise the limit (ulimit -v unlimited)' if limited else 'free some memory'}, share the model among more"
-            " processes (tensor_parallel_size), quantise it (quantization),"
+            f"{'raise the limit (ulimit -v unlimited)' if limited else 'free some memory'}, on a CPU read experts from disk"
+            " (prepare), share the model among more processes (tensor_parallel_size), quantise it (quantization),"
             f" lower max_model_len or max_num_batched_tokens, or raise {limit.partition('=')[0]}",
         )
     if config.kv_cache_memory_bytes is not None:
@@ -308,6 +308,43 @@ def make_kv_cache_config(
     if config.max_model_len is None and max_model_len < longest:
         log.warning("context limited to %d of the model's %d tokens by its cache's memory", max_model_len, longest)
     return KVCacheConfig(num_blocks, max_model_len)
+
+
+def _usable(config: EngineConfig, group: Group, device: torch.device) -> tuple[int, int, str]:
+    """Bytes that are free for this process, those of them that may be used, and the setting that says so."""
+    free = group.all_reduce_min(devices.free_memory(device, group.local_size))  # all look before any of them takes some
+    share, cap = int(free * config.gpu_memory_utilization), config.max_memory_bytes
+    if cap is not None and cap < share:
+        return free, cap, f"max_memory_bytes={cap}"
+    return free, share, f"gpu_memory_utilization={config.gpu_memory_utilization}"
+
+
+def expert_slots(
+    config: EngineConfig, model: ModelConfig, group: Group, backend: Backend, spec: KVCacheSpec, loader: PackedLoader
+) -> int | None:
+    """Slots for routed experts beside everything else, or None where all experts fit into memory.
+
+    Unless a size is asked for, the KV cache gets an eighth of what experts and cache share. Raises NotEnoughMemory
+    where there are fewer slots than two tokens need.
+    """
+    free, usable, limit = _usable(config, group, backend.device)
+    least = least_cache(config, backend, spec)
+    shared = usable - loader.dense_bytes - _activation_bytes(config, model)
+    if shared - (config.kv_cache_memory_bytes or least) >= loader.expert_bytes:
+        return None
+    cache = config.kv_cache_memory_bytes or max(
+        least, min(shared // 8, devices.default_cache(backend.device) or shared)
+    )
+    slots = (shared - cache - shared // 64) // loader.slot_bytes  # what is free changes while one looks
+    if slots < 2 * model.num_experts_per_tok:
+        needed = usable - shared + cache + 2 * model.num_experts_per_tok * loader.slot_bytes
+        raise NotEnoughMemory(
+            f"{usable / 2**30:.2f} GiB of memory ({limit}; {free / 2**30:.2f} GiB are free), of which"
+            f" {max(shared, 0) / 2**30:.2f} are left for KV cache and experts",
+            f"{needed * 65 / 64 / 2**30:.2f} GiB or more, with which experts are read from disk",
+            f"raise {limit.partition('=')[0]}, free some memory, or lower max_model_len or max_num_batched_tokens",
+        )
+    return slots
 
 
 def least_cache(config: EngineConfig, backend: Backend, spec: KVCacheSpec) -> int:

@@ -108,8 +108,10 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         ids, scores = self.gate(x)                                                   # (T, K) (T, K)
-        y = self.experts(x, ids, scores)                                             # (T, H) float32, a partial sum
-        self.backend.add_(y, self.shared_experts(x))                                 # (T, H) also partial
+        self.experts.fetch(ids)                                                      # from disk, where they are there
+        shared = self.shared_experts(x)                                              # (T, H) a partial sum
+        y = self.experts(x, ids, scores)                                             # (T, H) float32, also partial
+        self.backend.add_(y, shared)                                                 # (T, H)
         return self.group.all_reduce(y)                                              # one sum serves both
 
 

@@ -114,6 +114,10 @@ class Experts(Layer):
     def packed_together(self, unit: Sequence[T]) -> tuple[Sequence[T], ...]:
         return unit[:2], unit[2:]
 
+    def fetch(self, ids: Tensor) -> None:
+        """These will be asked for: reads of what is not in memory may begin."""
+        self.backend.fetch_experts(ids, self.packed)
+
     def forward(self, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
         return self.backend.experts(x, ids, scores, self.packed)
 

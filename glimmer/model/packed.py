@@ -22,8 +22,9 @@ from glimmer.checkpoint.packed_file import Form, PackedFile, PackedWriter, Piece
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.group import Group
 from glimmer.model import names
+from glimmer.model.experts import Pager
 from glimmer.model.glm4_moe import Glm4Moe
-from glimmer.model.layers import Layer
+from glimmer.model.layers import Experts, Layer
 from glimmer.model.load import Progress, WeightLoader, build_model, has_mtp
 from glimmer.model.names import ParamSpec
 from glimmer.model_config import ModelConfig
@@ -69,7 +70,8 @@ def open_weights(
 class PackedLoader:
     """What a packed file has for the layers of `model`; in place of a WeightLoader.
 
-    nbytes: of the weights. Raises CheckpointError when the file is not exactly the model.
+    expert_bytes, slot_bytes: of all routed experts, and of the largest of them; dense_bytes: of all other weights.
+    Raises CheckpointError when the file is not exactly the model.
     """
 
     def __init__(self, model: Glm4Moe, packed: PackedFile, dtype: torch.dtype):
@@ -80,8 +82,23 @@ class PackedLoader:
         lacking = [spec.layer for spec in self._specs if spec.layer not in packed.layers]
         if lacking:
             raise damaged(packed.manifest, f"lacks {lacking[0]}{' and others' * (len(lacking) > 1)}")
-        pieces = (piece for spec in self._specs for piece in packed.layers[spec.layer].values())
-        self.nbytes = sum(piece.num_records * piece.nbytes for piece in pieces)
+        pieces = [(spec.layer, piece) for spec in self._specs for piece in packed.layers[spec.layer].values()]
+        is_expert = {spec.layer: isinstance(model.get_submodule(spec.layer), Experts) for spec in self._specs}
+        experts = [piece for layer, piece in pieces if is_expert[layer]]
+        self.expert_bytes = sum(piece.num_records * piece.nbytes for piece in experts)
+        self.slot_bytes = max((piece.nbytes for piece in experts), default=0)
+        self.dense_bytes = sum(p.num_records * p.nbytes for layer, p in pieces if not is_expert[layer])
+        self._slots: int | None = None
+        self.pager: Pager | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the weights take: all of them, or those that are no experts, and the slots."""
+        return self.dense_bytes + (self.expert_bytes if self._slots is None else self._slots * self.slot_bytes)
+
+    def page(self, slots: int | None) -> None:
+        """Before `load`: keep routed experts in so many slots, and read the others when chosen. None: keep all."""
+        self._slots = slots
 
     def stores(self, dtype: torch.dtype) -> bool:
         """Whether a matrix lies on disk as plain values of `dtype` that another dtype holds: no, in a packed file."""
@@ -94,16 +111,38 @@ class PackedLoader:
             self._file = file = backend.map_file(packed.descriptor, packed.nbytes)
         except OSError as error:
             raise damaged(packed.file, f"cannot be mapped: {error}") from error
+        if self._slots is not None:
+            try:
+                self.pager = Pager(backend, packed, self._slots, self.slot_bytes, self.dense_bytes)
+            except OSError as error:
+                raise damaged(packed.file, f"cannot be read: {error}") from error
         for spec in self._specs:
             layer, pieces = self.model.get_submodule(spec.layer), packed.layers[spec.layer]
             assert isinstance(layer, Layer)
-            self._verify(spec.layer, pieces, file, progress)
+            pager = self.pager if isinstance(layer, Experts) else None
+            if pager is None:
+                self._verify(spec.layer, pieces, file, progress)
             try:
-                held = {name: _placed(backend, file, pieces[name]) for name in layer.HELD if name in pieces}
+                held = {
+                    name: _placed(backend, file, pieces[name]) if pager is None else pager.add(spec.layer, pieces[name])
+                    for name in layer.HELD
+                    if name in pieces
+                }
                 _check_shapes(spec, layer, held, torch.float32 if layer.keep_float32 else self._dtype)
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise damaged(packed.manifest, f"describes {spec.layer} as something else: {error}") from None
             layer.hold(held)
+        if self.pager is not None:
+            self.pager.start()
+            stats, per = self.pager.stats(), self.slot_bytes / 1e9
+            log.info(
+                "experts: slots for %d of %d (%.2f of %.2f GB), the others are read from %s when they are chosen",
+                stats.slots, stats.experts, stats.slots * per, stats.experts * per, packed.file,
+            )  # fmt: skip
+            if not stats.direct:
+                log.warning(
+                    "slow: the file system of %s refuses direct reads, so they go through the page cache", packed.file
+                )
 
     def _verify(self, layer: str, pieces: dict[str, Piece], file: MappedFile, progress: Progress) -> None:
         for piece in pieces.values():
@@ -115,6 +154,10 @@ class PackedLoader:
                     self.check()
                     raise damaged(self._packed.file, f"has other bytes in {layer} than were written")
                 progress(len(some) * piece.nbytes)
+
+    def unread(self, error: OSError) -> CheckpointError:
+        """What a step failed with that wanted an expert which cannot be read."""
+        return damaged(self._packed.file, str(error))
 
     def check(self) -> None:
         """CheckpointError if the mapped file has shrunk, or could not be read, so far."""
