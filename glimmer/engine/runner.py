@@ -293,8 +293,8 @@ def make_kv_cache_config(
             f" {gib(free)} free for it{' within its limit of memory (ulimit -v)' if limited else ''},"
             f" of which {gib(usable)} may be used ({limit})",
             "enough memory for all three; nothing has been loaded",
-            f"{'raise the limit (ulimit -v unlimited)' if limited else 'free some memory'}, on a CPU read experts from disk"
-            " (prepare), share the model among more processes (tensor_parallel_size), quantise it (quantization),"
+            f"{'raise the limit (ulimit -v unlimited)' if limited else 'free some memory'}, on a CPU read experts from"
+            " disk (prepare), share the model among more processes (tensor_parallel_size), quantise it (quantization),"
             f" lower max_model_len or max_num_batched_tokens, or raise {limit.partition('=')[0]}",
         )
     if config.kv_cache_memory_bytes is not None:
