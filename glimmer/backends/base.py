@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -78,64 +78,6 @@ class ExpertSet:
     def nbytes(self) -> int:
         """Bytes of all experts."""
         return self.gate_up.nbytes + self.down.nbytes
-
-
-@dataclass(frozen=True)
-class Records:
-    """Packed weights as they go into a file: `count` records of nbytes each, one for a Linear, one for each expert.
-
-    description: JSON that `map_packed` understands. copy(e, buffer) writes record e to nbytes of uint8.
-    """
-
-    description: dict[str, Any]
-    count: int
-    nbytes: int
-    copy: Callable[[int, Tensor], None]
-
-
-class MappedFile(Protocol):
-    """A file that is mapped read-only."""
-
-    @property
-    def damaged(self) -> bool:
-        """Whether it has shrunk or could not be read since: what is computed with it is worth nothing then."""
-        ...
-
-    def tensor(self, begin: int, nbytes: int) -> Tensor:
-        """Some of its bytes, uint8, not to be written; it stays mapped as long as they are held."""
-        ...
-
-
-class ExpertStore(Protocol):
-    """Slots in memory for some of the experts of all layers; `Backend.experts` fills them from the packed file."""
-
-    @property
-    def slots_in_use(self) -> int: ...
-    @property
-    def direct(self) -> bool:
-        """Whether its file is read without the page cache."""
-        ...
-
-    @property
-    def counts(self) -> tuple[int, int, int]:
-        """Experts that steps have wanted so far, those of them that had to be read, and bytes that were read."""
-        ...
-
-    def resize(self, slots: int) -> None:
-        """Use so many slots; the memory of others is given back to the system."""
-        ...
-
-    def warm(self) -> None:
-        """Begin to read the experts that are chosen most into empty slots."""
-        ...
-
-    def frequencies(self, layer: int) -> list[float]:
-        """How often each expert of a layer was chosen lately, from 0 to 1. Layers are counted as they were added."""
-        ...
-
-    def set_frequencies(self, layer: int, values: Sequence[float]) -> None:
-        """What an earlier run has counted."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -204,7 +146,6 @@ class Backend(ABC):
 
     name: ClassVar[str]
     captures: ClassVar[bool] = False  # whether `capture` is there
-    packed_layout: ClassVar[str | None] = None  # the layout of packed weights in a file; None: they go into none
 
     def __init__(self, device: torch.device, threads: int = 1):
         """threads: CPU threads that compute, where the CPU does."""
@@ -255,6 +196,9 @@ class Backend(ABC):
     def experts(self, x: Tensor, ids: Tensor, scores: Tensor, experts: ExpertSet) -> Tensor:
         """(T, H) -> (T, H) float32: the sum over K of scores[:, k] * down(swiglu(gate_up(x))) of expert ids[:, k]."""
 
+    def fetch_experts(self, ids: Tensor, experts: ExpertSet) -> None:  # noqa: B027  # most backends have nothing to do
+        """ids (T, K) will be asked for: where experts are not in memory, begin to read them."""
+
     @abstractmethod
     def quantize(self, weight: Weight, kind: str, group: int | None) -> Weight:
         """A plain or fp8 Weight as int8, or as int4 in groups of `group` columns; see `Weight.quantize`."""
@@ -278,40 +222,6 @@ class Backend(ABC):
         """Read bytes of an open file, from `offset` on, into memory (n,) uint8 of the host, with as many threads as
         pay: how many there are before its end. OSError."""
         return pread(descriptor, memory.numpy().data, offset)
-
-    # ------------------------------------------------------------------ packed weights in a file (packed_layout)
-
-    def records(self, packed: Packed | ExpertSet) -> Records:
-        """Packed weights, to be written to a file. A record has a multiple of 4096 bytes."""
-        raise NotImplementedError(f"{self.name} writes no packed weights")
-
-    def map_file(self, descriptor: int, nbytes: int) -> MappedFile:
-        """The first nbytes of a file, for `map_packed`. Raises OSError. The descriptor may be closed afterwards."""
-        raise NotImplementedError(f"{self.name} maps no files")
-
-    def map_packed(self, description: dict[str, Any], file: MappedFile, begin: int) -> Packed | ExpertSet:
-        """Packed weights whose records lie in a file from `begin` on; nothing is copied. ValueError if they cannot."""
-        raise NotImplementedError(f"{self.name} maps no files")
-
-    def expert_store(self, descriptor: int, slots: int, slot_bytes: int) -> ExpertStore:
-        """Slots for experts that are read from a packed file when a token has chosen them. Raises OSError."""
-        raise NotImplementedError(f"{self.name} keeps all experts in memory")
-
-    def page_packed(
-        self, description: dict[str, Any], store: ExpertStore, begin: int, checksums: Sequence[str]
-    ) -> ExpertSet:
-        """The experts of a layer, whose records lie in the store's file from `begin` on; nothing is read yet.
-
-        `experts` raises OSError for them, with the reason, when one cannot be read or is not what was written.
-        """
-        raise NotImplementedError(f"{self.name} keeps all experts in memory")
-
-    def fetch_experts(self, ids: Tensor, experts: ExpertSet) -> None:  # noqa: B027  # most backends have nothing to do
-        """ids (T, K) will be asked for: where experts are not in memory, begin to read them."""
-
-    def checksums(self, pieces: Sequence[Tensor]) -> list[str]:
-        """A checksum of the bytes of each piece: 32 hexadecimal digits, the same for every backend that has any."""
-        raise NotImplementedError(f"{self.name} has no checksums")
 
     # ------------------------------------------------------------------ cache
 

@@ -21,16 +21,8 @@ import torch
 from torch import Tensor
 
 from glimmer import _native
-from glimmer.backends.base import (
-    ExpertSet,
-    ExpertStore,
-    KVCache,
-    KVCacheSpec,
-    MappedFile,
-    Packed,
-    Records,
-    RouteRule,
-)
+from glimmer.backends.base import ExpertSet, KVCache, KVCacheSpec, Packed, RouteRule
+from glimmer.backends.files import ExpertStore, MappedFile, PackedFiles, Records
 from glimmer.backends.reference import Reference
 from glimmer.batch import Batch
 from glimmer.weight import ExpertWeights, Kind, Weight, layout
@@ -86,7 +78,7 @@ class CapturedStep:
             part(self.pool)
 
 
-class Cpu(Reference):
+class Cpu(Reference, PackedFiles):
     """Our own kernels for AVX2, AVX-512, AMX and plain C++, chosen by what the processor has."""
 
     name = "cpu"

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glimmer.backends.base import Backend, ExpertSet, ExpertStore
+from glimmer.backends.base import ExpertSet
+from glimmer.backends.files import ExpertStore, PackedFiles
+from glimmer.backends.selection import HOST
 from glimmer.checkpoint.packed_file import PackedFile, Piece
 from glimmer.device import free_memory
 from glimmer.errors import CheckpointError
@@ -48,10 +50,9 @@ class Pager:
     Raises OSError when the store cannot be made.
     """
 
-    def __init__(self, backend: Backend, packed: PackedFile, slots: int, slot_bytes: int, mapped: int):
+    def __init__(self, backend: PackedFiles, packed: PackedFile, slots: int, slot_bytes: int, mapped: int):
         self._packed, self._slots, self._slot_bytes = packed, slots, slot_bytes
-        self._device, self._mapped = backend.device, mapped
-        self._backend = backend
+        self._backend, self._mapped = backend, mapped
         self._layers: list[tuple[str, int]] = []  # (path in the model, experts), in the order of the store
         self.store: ExpertStore = backend.expert_store(packed.descriptor, slots, slot_bytes)
 
@@ -95,7 +96,7 @@ class Pager:
 
     def fit(self) -> None:
         """Give slots back if the system runs short of memory, and take them again when it does not any more."""
-        spare = free_memory(self._device) - self._mapped - RESERVE
+        spare = free_memory(HOST) - self._mapped - RESERVE
         used = self.store.slots_in_use
         if spare < 0:
             wanted = used + spare // self._slot_bytes

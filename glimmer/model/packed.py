@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from glimmer.backends.base import Backend, ExpertSet, MappedFile, Packed
+from glimmer.backends.base import Backend, ExpertSet, Packed
+from glimmer.backends.files import MappedFile, PackedFiles
 from glimmer.checkpoint import packed_file
 from glimmer.checkpoint.files import INDEX, Checkpoint
 from glimmer.checkpoint.packed_file import Form, PackedFile, PackedWriter, Piece, damaged, head, places, source_of
@@ -52,8 +53,9 @@ def open_weights(
                 "one process, or the checkpoint of which it was made",
                 "leave tensor_parallel_size out, or name the checkpoint",
             )
-        return packed_file.open_standalone(model, form, backend.packed_layout)
-    if size == 1 and backend.packed_layout is not None:
+        layout = backend.packed_layout if isinstance(backend, PackedFiles) else None
+        return packed_file.open_standalone(model, form, layout)
+    if size == 1 and isinstance(backend, PackedFiles):
         found = packed_file.find(model, form, backend.packed_layout, config.quantization_config)
         if found is None and make:
             prepare(model, config, form, backend)
@@ -75,7 +77,8 @@ class PackedLoader:
     """
 
     def __init__(self, model: Glm4Moe, packed: PackedFile, dtype: torch.dtype):
-        self.model, self._packed, self._dtype = model, packed, dtype
+        assert isinstance(model.backend, PackedFiles), "open_weights has seen to it"
+        self.model, self._packed, self._dtype, self._backend = model, packed, dtype, model.backend
         self.widened: dict[str, tuple[int, int]] = {}  # `prepare` has said it
         self._file: MappedFile | None = None
         self._specs = list(names.param_specs(model.config, Group(), model.mtp_parts, lambda module, width: 1))
@@ -106,7 +109,7 @@ class PackedLoader:
 
     def load(self, progress: Progress = lambda nbytes: None) -> None:
         """Map the file, compare its checksums and place its pieces in the layers. progress: see WeightLoader.load."""
-        backend, packed = self.model.backend, self._packed
+        backend, packed = self._backend, self._packed
         try:
             self._file = file = backend.map_file(packed.descriptor, packed.nbytes)
         except OSError as error:
@@ -149,7 +152,7 @@ class PackedLoader:
             for first in range(0, piece.num_records, AT_ONCE):
                 some = range(first, min(first + AT_ONCE, piece.num_records))
                 records = [file.tensor(piece.begin + i * piece.nbytes, piece.nbytes) for i in some]
-                found = self.model.backend.checksums(records)
+                found = self._backend.checksums(records)
                 if found != piece.checksums[first : some.stop]:
                     self.check()
                     raise damaged(self._packed.file, f"has other bytes in {layer} than were written")
@@ -175,7 +178,7 @@ def loader_of(model: Glm4Moe, weights: Checkpoint | PackedFile, dtype: torch.dty
     return WeightLoader(model, weights, dtype, form.quantization, form.group_size)
 
 
-def _placed(backend: Backend, file: MappedFile, piece: Piece) -> Packed | ExpertSet | Tensor:
+def _placed(backend: PackedFiles, file: MappedFile, piece: Piece) -> Packed | ExpertSet | Tensor:
     """The weights of a piece, where they lie in the file."""
     if "matrices" in piece.description:
         return backend.map_packed(piece.description, file, piece.begin)
@@ -222,7 +225,7 @@ def prepare(
     out: a directory that becomes a model of its own; None: one of `places`. report(done, total) gets bytes of weights.
     Peak memory is that of one layer. An interrupted one is gone on with. Raises ConfigError and CheckpointError.
     """
-    if backend.packed_layout is None:
+    if not isinstance(backend, PackedFiles):
         raise ConfigError(
             f"backend {backend.name!r} on {backend.device.type}",
             "a backend whose weights can be packed into a file: the CPU's kernels",
@@ -274,7 +277,7 @@ def _place(model: Path, form: Form) -> Path:
     return beside if beside.is_dir() or os.access(model, os.W_OK) else cached
 
 
-def _add(writer: PackedWriter, backend: Backend, layer: str, name: str, value: Packed | ExpertSet | Tensor) -> None:
+def _add(writer: PackedWriter, backend: PackedFiles, layer: str, name: str, value: Packed | ExpertSet | Tensor) -> None:
     if isinstance(value, Tensor):
         description = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
         flat = value.contiguous().view(-1).view(torch.uint8)

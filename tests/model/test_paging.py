@@ -11,6 +11,7 @@ import pytest
 
 from glimmer import LLM, SamplingParams
 from glimmer.backends import selection
+from glimmer.backends.files import PackedFiles
 from glimmer.checkpoint.packed_file import Form, PackedFile
 from glimmer.config import EngineConfig
 from glimmer.engine.runner import _activation_bytes
@@ -25,7 +26,7 @@ CACHE = 1 << 20
 SETTINGS = {"dtype": "bfloat16", "max_model_len": 96, "max_num_seqs": 4, "kv_cache_memory_bytes": CACHE}
 
 pytestmark = pytest.mark.skipif(
-    selection.choose(selection.HOST).packed_layout is None, reason="packed files are the kernels'"
+    not isinstance(selection.choose(selection.HOST), PackedFiles), reason="packed files are the kernels'"
 )
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from glimmer import LLM, SamplingParams
 from glimmer.backends import selection
+from glimmer.backends.files import PackedFiles
 from glimmer.checkpoint import packed_file
 from glimmer.checkpoint.packed_file import Form, PackedFile
 from glimmer.cli.main import main
@@ -27,7 +28,7 @@ TOKENS = [5, 60, 200, 7, 31, 90, 250, 3, 64, 128, 17, 99, 250, 251, 40, 8]
 PARAMS = SamplingParams(temperature=0, max_tokens=6, prompt_logprobs=5, ignore_eos=True)
 
 pytestmark = pytest.mark.skipif(
-    selection.choose(selection.HOST).packed_layout is None, reason="packed files are the kernels'"
+    not isinstance(selection.choose(selection.HOST), PackedFiles), reason="packed files are the kernels'"
 )
 
 
@@ -178,6 +179,7 @@ INTERRUPTED = """
 import os, signal, sys
 from pathlib import Path
 from glimmer.backends import selection
+from glimmer.backends.files import PackedFiles
 from glimmer.checkpoint import packed_file
 from glimmer.model.packed import prepare
 from glimmer.model_config import ModelConfig
