@@ -252,22 +252,59 @@ def test_thinking_is_switched_off(tab):
 
 
 @slow
+def test_settings_are_sent_and_nothing_else(tab):
+    one = tab()
+    one.page.wait_for_selector("#model:not(:empty)")
+    typed = {
+        "system": "Be brief.",
+        "temperature": "0.5",
+        "top_k": "40",
+        "seed": "7",
+        "max_tokens": "5",
+        "stop": "one,\n\ntwo,",
+    }
+    for name, value in typed.items():
+        one.set(name, value)
+    with one.page.expect_request("**/v1/chat/completions") as sent:
+        one.ask("<|user|>")
+    one.answered()
+    assert "cut at the token limit" in one.page.inner_text(".note")
+    body = sent.value.post_data_json
+    assert body.pop("messages") == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<|user|>"}]
+    assert body.pop("model") and body.pop("stream") is True and body.pop("stream_options")["include_usage"]
+    assert body == {
+        "chat_template_kwargs": {"enable_thinking": True},
+        "special_tokens_in_content": "text",
+        "stop": ["one,", "two,"],
+        **{"temperature": 0.5, "top_k": 40, "seed": 7, "max_tokens": 5},
+    }
+    one.page.click("#new-conversation")  # begins with the same settings
+    one.page.click("#open-settings")
+    assert {name: one.page.input_value(f"[name={name}]") for name in typed} == typed
+
+
+@slow
 def test_stop_and_reload_keep_what_was_there(tab):
     one = tab()
+    at_first_text = """action => new MutationObserver((_, watch) => {
+        if (!document.querySelector(".running > .markdown:not(:empty)")) return;
+        watch.disconnect();
+        if (action === "reload") location.reload();
+        else document.body.dispatchEvent(new KeyboardEvent("keydown", { key: action, bubbles: true }));
+    }).observe(document.querySelector("#thread"), { childList: true, subtree: true })"""
     one.set("min_tokens", "900")
+    one.page.evaluate(at_first_text, "Escape")
     one.ask("Tell me about Paris.")
-    one.page.wait_for_selector(".turn.assistant.running .markdown :text-matches('.')", state="attached")
-    one.page.keyboard.press("Escape")
     one.answered()
     assert one.page.inner_text(".note") == "Stopped." and one.page.is_visible("#send")
     shown = one.page.text_content(".turn.assistant")
     one.page.reload()
     one.answered()
     assert one.page.text_content(".turn.assistant") == shown
-    one.page.click("[title='Answer again']")
-    one.page.wait_for_selector(".turn.assistant.running .markdown :text-matches('.')", state="attached")
-    one.page.reload()
-    one.answered()
+    one.page.evaluate(at_first_text, "reload")
+    with one.page.expect_navigation():
+        one.page.click("[title='Answer again']")
+    assert one.answered()
     assert "incomplete" in one.page.inner_text(".note[role=alert]") and one.page.inner_text(".version") == "2 / 2"
 
 
@@ -308,6 +345,20 @@ def test_a_tool_call_and_its_result(tab):
     assert "21" in one.answered()
     one.page.reload()
     assert "21" in one.answered() and "晴" in one.page.inner_text(".call-result")
+
+
+@slow
+def test_an_answer_follows_the_schema(tab):
+    one = tab()
+    city = {"properties": {"city": {"enum": ["Rome"]}}, "required": ["city"]}
+    schema = {"type": "object", "additionalProperties": False} | city
+    one.set("format", json.dumps(schema))
+    one.ask("Tell me about Paris.")
+    assert json.loads(one.answered()) == {"city": "Rome"}
+    one.set("format", json.dumps({"not": {}}))
+    one.expected = "400"
+    one.ask("Tell me about Paris.")
+    one.page.wait_for_selector(".note[role=alert] >> text=not")
 
 
 @slow

@@ -339,8 +339,7 @@ function drawStarters() {
     );
   const withTool = () => {
     if (current.settings.tools.trim()) return;
-    current.settings.tools = JSON.stringify([EXAMPLE_TOOL], null, 2);
-    changed();
+    current.settings.tools = JSON.stringify([EXAMPLE_TOOL], null, 2); // for this conversation alone
   };
   $("starters").replaceChildren(
     starter(t("starterMath")),

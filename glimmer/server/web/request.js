@@ -17,7 +17,7 @@ export class SettingError extends Error {
 export const NUMBERS = {
   temperature: { min: 0, max: 2, step: 0.05 },
   top_p: { min: 0, max: 1, step: 0.05 },
-  top_k: { min: 0, step: 1 },
+  top_k: { min: -1, step: 1 },
   min_p: { min: 0, max: 1, step: 0.01 },
   max_tokens: { min: 1, step: 1 },
   min_tokens: { min: 0, step: 1 },
@@ -63,6 +63,7 @@ export function requestBody(conversation, turn, model) {
     model,
     messages: messages(conversation, turn),
     chat_template_kwargs: { enable_thinking: settings.thinking },
+    special_tokens_in_content: "text", // a pasted result that writes <|user|> begins no turn
   };
   for (const name of Object.keys(NUMBERS)) {
     if (settings[name].trim()) body[name] = readNumber(name, settings[name]);

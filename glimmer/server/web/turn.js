@@ -60,6 +60,7 @@ class UserTurn {
 
   edit() {
     const area = h("textarea", {
+      rows: "1",
       class: "edit-area",
       "aria-label": t("edit"),
       value: this.turn.content,
@@ -148,7 +149,7 @@ class AnswerTurn {
     this.#thinking.classList.toggle("now", now);
     this.#summary.replaceChildren(
       icon("right"),
-      now ? t("thinkingNow") : seconds ? t("thoughtFor", n(seconds, 1)) : t("thought"),
+      now ? t("thinkingNow") : seconds >= 0.1 ? t("thoughtFor", n(seconds, 1)) : t("thought"),
     );
     this.#showThoughts();
   }
