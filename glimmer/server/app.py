@@ -1,7 +1,7 @@
 """The FastAPI application: what there is to ask, and the shape of every refusal.
 
 Each API has a file with its routes; this one joins them, and adds what all servers have: health, version, the page.
-Not here: sockets and processes (http_process.py), who may ask (door.py).
+Not here: sockets and processes (http_process.py), who may ask (access.py).
 """
 
 import logging
@@ -15,7 +15,7 @@ from starlette.responses import Response
 from glimmer import __version__
 from glimmer.errors import GlimmerError
 from glimmer.server import anthropic, completions, openai, page
-from glimmer.server.door import Door
+from glimmer.server.access import AccessCheck
 from glimmer.server.exchange import json_response
 from glimmer.server.failures import Failure, Refusal, failure_of, shape_for
 from glimmer.server.schema import describe
@@ -47,7 +47,7 @@ def make_app(service: Service) -> FastAPI:
     for kind in (GlimmerError, Refusal, HTTPException, Exception):
         app.add_exception_handler(kind, _failed)
     app.add_exception_handler(ClientDisconnect, _left)
-    app.add_middleware(Door, config=config, keys=keys)
+    app.add_middleware(AccessCheck, config=config, keys=keys)
     if config.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(config.allowed_origins), allow_methods=["*"], allow_headers=["*"]

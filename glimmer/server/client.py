@@ -216,6 +216,7 @@ class EngineClient:
         """There is no engine any more: tell everybody, and start it again if that may help."""
         if self._closing or self.state == "dead":
             return
+        never = self.ready is None  # what ends the first start would end the next
         refused = self.state == "loading" and self.problem is not None  # it has said why it cannot begin
         self.problem = self.problem or problem
         self.state = "dead"
@@ -223,7 +224,7 @@ class EngineClient:
         self.deaths, self.alive = self.deaths + 1, None
         now = time.monotonic()
         self._deaths = [*(death for death in self._deaths if now - death < RECENT), now]
-        if not self._restart or refused or len(self._deaths) > RESTARTS:
+        if not self._restart or never or refused or len(self._deaths) > RESTARTS:
             self.died.set()
             return
         log.error("%s; it is started again", problem.found)

@@ -19,7 +19,7 @@ from glimmer.server.settings import Keys, ServerConfig
 OPEN = ("/health",)  # paths that need no key
 
 
-class Door:
+class AccessCheck:
     """Lets in who may ask. A key comes as `Authorization: Bearer KEY`, or as `x-api-key: KEY`."""
 
     def __init__(self, app: ASGIApp, config: ServerConfig, keys: Keys):
