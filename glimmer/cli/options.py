@@ -275,6 +275,7 @@ WORDS = {
     "max_answers": Words("N", "the largest n of a request"),
     "max_logprobs": Words("N", "the most log-probabilities for a token"),
     "keep_alive": Words("SECONDS", "of silence, after which a stream gets a comment"),
+    "max_stored_bytes": Words("SIZE", "responses that are kept for previous_response_id, together; 0 keeps none"),
     "stalled_client": Words("SECONDS", "after which a client that reads nothing is given up"),
     "shutdown_timeout": Words("SECONDS", "that SIGTERM leaves to what is being answered"),
     "on_engine_death": Words("NAME", "restart the engine when its process dies, or exit", choices=("restart", "exit")),

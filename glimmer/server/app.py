@@ -14,10 +14,11 @@ from starlette.responses import Response
 
 from glimmer import __version__
 from glimmer.errors import GlimmerError
-from glimmer.server import anthropic, completions, openai, page
+from glimmer.server import anthropic, completions, openai, page, responses
 from glimmer.server.access import AccessCheck
 from glimmer.server.exchange import json_response
 from glimmer.server.failures import Failure, Refusal, failure_of, shape_for
+from glimmer.server.responses_store import ResponseStore
 from glimmer.server.schema import describe
 from glimmer.server.service import Service
 from glimmer.server.settings import Keys
@@ -42,6 +43,8 @@ def make_app(service: Service) -> FastAPI:
     app.include_router(openai.router)
     app.include_router(completions.router)
     app.include_router(anthropic.router)
+    app.include_router(responses.router)
+    app.state.responses = ResponseStore(config.max_stored_bytes)
     _add_general(app, service)
     page.mount(app)
     for kind in (GlimmerError, Refusal, HTTPException, Exception):

@@ -12,6 +12,7 @@ from fastapi.openapi.utils import get_openapi
 from glimmer import __version__
 from glimmer.server.anthropic_types import CountBody, MessagesBody
 from glimmer.server.openai_types import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from glimmer.server.responses_types import ResponsesBody
 
 BODIES: dict[str, type] = {
     "/v1/chat/completions": ChatBody,
@@ -19,6 +20,8 @@ BODIES: dict[str, type] = {
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
     "/v1/messages": MessagesBody,
+    "/v1/responses": ResponsesBody,
+    "/v1/responses/input_tokens": ResponsesBody,
     "/v1/messages/count_tokens": CountBody,
 }
 ERRORS = {

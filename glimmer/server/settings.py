@@ -28,6 +28,7 @@ class ServerConfig:
     max_body_bytes        the longest body of a request
     max_answers           the largest n of a request
     max_logprobs          the largest number of log-probabilities for a token
+    max_stored_bytes      responses that are kept for previous_response_id, together; 0 keeps none
     keep_alive            seconds of silence after which a stream gets a comment
     stalled_client        seconds after which a client that reads nothing is given up
     shutdown_timeout      seconds that SIGTERM leaves to what is being answered
@@ -48,6 +49,7 @@ class ServerConfig:
     max_body_bytes: int = 32 << 20
     max_answers: int = 128
     max_logprobs: int = 20
+    max_stored_bytes: int = 64 << 20
     keep_alive: float = 10.0
     stalled_client: float = 120.0
     shutdown_timeout: float = 30.0
@@ -61,6 +63,7 @@ class ServerConfig:
             ("max_body_bytes", 1024, 2**31 - 1),
             ("max_answers", 1, 4096),
             ("max_logprobs", 0, 1000),
+            ("max_stored_bytes", 0, 2**63 - 1),
             ("keep_alive", 0.1, 1e6),
             ("stalled_client", 0.1, 1e6),
             ("shutdown_timeout", 0, 1e6),

@@ -114,7 +114,7 @@ def unknown(part: Json, at: str, kinds: Sequence[str]) -> RequestError:
 Words = Callable[[str], str]
 
 
-def words(names: Mapping[str, str]) -> Words:
+def words(names: Mapping[str, str | Callable[[re.Match[str]], str]]) -> Words:
     """A translation of names: expressions and what stands in their place."""
     expressions = [(re.compile(expression), name) for expression, name in names.items()]
 
