@@ -16,12 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from glimmer.cli import exits
 from glimmer.errors import ConfigError, EngineError, GlimmerError
 from glimmer.foreign import parse_json
 
@@ -179,22 +180,27 @@ if os.getppid() == int(sys.argv[1]):
 
 
 @contextmanager
-def own_server(words: Sequence[str]) -> Iterator[Api]:
+def own_server(words: Sequence[str], quiet: bool = False) -> Iterator[Api]:
     """`glimmer serve WORDS` as a child on a socket in a private directory, until the end of the block.
 
-    Its messages go to this process's stderr. Raises EngineError, or ConfigError, with the child's exit code, if it ends
-    before it is ready.
+    Its messages go to this process's stderr; where it shall be quiet, only if it fails. Raises EngineError, or
+    ConfigError, as the child's exit code says, if it ends before it is ready.
     """
-    with tempfile.TemporaryDirectory(prefix="glimmer-") as folder:
-        place = str(Path(folder) / "socket")
+    with tempfile.TemporaryDirectory(prefix="glimmer-") as folder, ExitStack() as stack:
+        place, said = str(Path(folder) / "socket"), Path(folder) / "stderr"
         serve = [sys.executable, "-m", "glimmer", "serve", *words, "--uds", place]
         command = [sys.executable, "-c", BEGIN, str(os.getpid()), *serve]
+        stderr = stack.enter_context(said.open("wb")) if quiet else None
         # A session of its own: Ctrl-C is for this process, which then ends the server.
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=True)
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=stderr or sys.stderr, stderr=stderr, start_new_session=True
+        )
         try:
             api = Api(f"unix:{place}")
             while not api.is_ready():
                 if child.poll() is not None:
+                    if quiet:
+                        exits.to_stderr(said.read_text(errors="replace").rstrip())
                     kind = ConfigError if child.returncode == ConfigError.exit_code else EngineError
                     raise kind("the server has ended before it was ready", "a server", "see its message above")
                 time.sleep(POLL)
@@ -207,3 +213,12 @@ def own_server(words: Sequence[str]) -> Iterator[Api]:
                         child.wait(END)
                     except subprocess.TimeoutExpired:
                         continue
+
+
+def serve_words(engine: Mapping[str, Any]) -> list[str]:
+    """Settings of an engine as the words of `glimmer serve`."""
+    words = [f"--model={engine['model']}"] if "model" in engine else []
+    for name, value in engine.items():
+        if name != "model":
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words

@@ -16,6 +16,7 @@ from glimmer.errors import ConfigError
 
 COMMANDS = {
     "predict": "answer one prompt, several, or a file of them",
+    "chat": "talk to a model in the terminal",
     "serve": "answer over HTTP: OpenAI's API, and others",
     "run-batch": "answer the requests of a file, in OpenAI's batch format",
     "demo": "a city, a sum and a tool call, with their speed",

@@ -9,7 +9,6 @@ one counts; rows come in the order in which they are done. The whole input is ch
 with its error, and disturbs no other.
 """
 
-import json
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 from uuid import uuid4
 
 from glimmer.cli import exits
-from glimmer.cli.api import Api, ServerRefusal, own_server
+from glimmer.cli.api import Api, ServerRefusal, own_server, serve_words
 from glimmer.cli.options import ENGINE, Command, Option, count, path, text, truth, without
 from glimmer.cli.results import MOST
 from glimmer.cli.row_file import RowFile
@@ -88,10 +87,7 @@ def _server(url: str | None, key: str | None, engine: dict[str, Any]) -> Any:
     """The server to ask, as a context."""
     if url is not None:
         return nullcontext(Api(url, key))
-    words = [engine.pop("model")] if "model" in engine else []
-    for name, value in engine.items():
-        words += [f"--{name.replace('_', '-')}", json.dumps(value) if isinstance(value, dict) else str(value)]
-    return own_server(words)
+    return own_server(serve_words(engine))
 
 
 # ---------------------------------------------------------------------- requests
