@@ -1,10 +1,11 @@
 /** The page: holds the conversations, and binds what is on the screen to what the user may do. */
 
 import { models, setApiKey } from "./api.js";
+import { Composer } from "./composer.js";
 import { SETTINGS, addTurn, choose, closeInterrupted, newConversation, path, removeTurn } from "./conversation.js";
-import { grow, h, icon, toast } from "./dom.js";
-import { n, setLanguage, t, translate } from "./i18n.js";
-import { SettingError, readFormat, readTools, requestBody } from "./request.js";
+import { h, icon, toast } from "./dom.js";
+import { setLanguage, t, translate } from "./i18n.js";
+import { SettingError, requestBody } from "./request.js";
 import { Runs } from "./runs.js";
 import { openKey, openSettings } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
@@ -14,17 +15,8 @@ import { exported, imported } from "./transfer.js";
 
 const LAST_SETTINGS = "glimmer.settings"; // those with which the next conversation begins
 const LONGEST_TITLE = 60;
-const EXAMPLE_TOOL = {
-  type: "function",
-  function: {
-    name: "get_weather",
-    description: "Get the current weather of a city",
-    parameters: { type: "object", properties: { city: { type: "string" } }, required: ["city"] },
-  },
-};
 
 const $ = (id) => document.getElementById(id);
-const question = $("question");
 
 let conversations = []; // newest first; one that holds no turn yet is not among them
 let current = null;
@@ -65,17 +57,31 @@ const thread = new Thread({
   },
 });
 
+const composer = new Composer({
+  send,
+  stop: () => runs.stop(current),
+  editLast: () => [...document.querySelectorAll(".edit-turn")].at(-1)?.click(),
+  openSetting: settings,
+  toggleThinking() {
+    current.settings.thinking = !current.settings.thinking;
+    changed();
+  },
+  giveTool(text) {
+    current.settings.tools = text; // for this conversation alone
+    drawComposer();
+  },
+});
+
 /* ---- what the user does ---- */
 
-function send() {
-  const text = question.value.trim();
-  if (!text || !ready()) return;
+/** Asks what was written; false if that is not possible now. */
+function send(text) {
+  if (!ready()) return false;
   const last = path(current).at(-1);
   const turn = addTurn(current, last?.id ?? null, { role: "user", content: text });
   current.title ||= text.split("\n")[0].slice(0, LONGEST_TITLE);
-  question.value = "";
-  grow(question);
   ask(current, turn);
+  return true;
 }
 
 /** Whether another answer may be asked for now. Settings that cannot be sent are opened where the fault is. */
@@ -116,7 +122,7 @@ function open(conversation) {
   sidebar.leave();
   draw();
   thread.scrollToEnd();
-  if (matchMedia("(hover: hover)").matches) question.focus(); // a keyboard on the screen would hide the conversation
+  if (matchMedia("(hover: hover)").matches) composer.focus(); // a keyboard on the screen would hide the conversation
 }
 
 function remove(conversation) {
@@ -152,7 +158,7 @@ function rename() {
   input.addEventListener("blur", () => {
     input.replaceWith(button);
     conversation.title = title;
-    if (conversations.includes(conversation)) save(conversation);
+    save(conversation);
     draw();
   });
   button.replaceWith(input);
@@ -165,7 +171,7 @@ function settings(focus = null) {
 
 function changed() {
   localStorage.setItem(LAST_SETTINGS, JSON.stringify(current.settings));
-  if (conversations.includes(current)) save(current);
+  save(current);
   drawComposer();
 }
 
@@ -207,8 +213,9 @@ async function importFile(file) {
 
 /* ---- what is kept ---- */
 
+/** Keeps a conversation, unless it has not begun or was deleted. */
 function save(conversation) {
-  kept(store.put(structuredClone(conversation)));
+  if (conversations.includes(conversation)) kept(store.put(structuredClone(conversation)));
 }
 
 /** Waits for the browser's storage; what fails is said, once a page. */
@@ -249,14 +256,14 @@ function onGrow(conversation, turn) {
       if (conversation !== current || runs.of(current)?.turn !== turn) return;
       const begun = performance.now();
       thread.grow(conversation, turn);
-      drawContext();
+      composer.drawContext(current, model);
       lastCost = performance.now() - begun;
     });
   }, 4 * lastCost);
 }
 
 function onEnd(conversation, turn) {
-  if (conversations.includes(conversation)) save(conversation);
+  save(conversation);
   if (conversation !== current) return;
   draw();
   say(turn.error ? t("stopped") : t("answerEnds"));
@@ -273,79 +280,14 @@ function draw() {
   $("title").textContent = current.title || t("untitled");
   document.title = current.title ? `${current.title} · glimmer` : "glimmer";
   $("welcome").hidden = path(current).length > 0;
+  $("model").textContent = model.id.split("/").at(-1); // the id may be the path of a directory
+  $("model").title = model.id;
   thread.draw(current, runs.of(current)?.turn ?? null);
   drawComposer();
 }
 
 function drawComposer() {
-  const running = runs.of(current) !== null;
-  $("send").hidden = running;
-  $("stop").hidden = !running;
-  $("send").disabled = !question.value.trim();
-  $("thinking").setAttribute("aria-pressed", current.settings.thinking);
-  const tools = count(() => readTools(current.settings.tools).length);
-  drawChip($("tools-chip"), tools ? t("toolsChip", tools) : t("toolsChipNone"), tools !== 0);
-  drawChip($("format-chip"), t("formatChip"), count(() => (readFormat(current.settings.format) ? 1 : 0)) !== 0);
-  $("model").textContent = model.id.split("/").at(-1); // the id may be the path of a directory
-  $("model").title = model.id;
-  $("hint").textContent = t("hint");
-  drawContext();
-  drawStarters();
-}
-
-/** A button that opens a setting; on a phone it shows its icon alone. */
-function drawChip(chip, label, on) {
-  chip.lastElementChild.textContent = label;
-  chip.setAttribute("aria-label", label);
-  chip.classList.toggle("on", on);
-}
-
-/** A number, or "!" if the setting cannot be read. */
-function count(read) {
-  try {
-    return read();
-  } catch (error) {
-    if (error instanceof SettingError) return "!";
-    throw error;
-  }
-}
-
-function drawContext() {
-  const usage = path(current).findLast((turn) => turn.usage)?.usage;
-  $("context").hidden = !usage;
-  if (!usage) return;
-  const used = usage.prompt + usage.completion;
-  const limit = model.max_model_len;
-  $("context-used").textContent = n(used);
-  $("context-limit").textContent = limit ? ` / ${n(limit)}` : "";
-  $("context").title = limit ? t("contextUsed", n(used), n(limit)) : t("contextUsedAlone", n(used));
-  const meter = $("context-meter");
-  meter.hidden = !limit;
-  meter.setAttribute("aria-label", $("context").title);
-  if (limit) Object.assign(meter, { max: limit, high: 0.85 * limit, value: used });
-}
-
-function drawStarters() {
-  const starter = (text, note, prepare) =>
-    h(
-      "button",
-      {
-        type: "button",
-        class: "starter",
-        onclick: () => (prepare?.(), (question.value = text), grow(question), drawComposer(), question.focus()),
-      },
-      text,
-      note && h("small", {}, note),
-    );
-  const withTool = () => {
-    if (current.settings.tools.trim()) return;
-    current.settings.tools = JSON.stringify([EXAMPLE_TOOL], null, 2); // for this conversation alone
-  };
-  $("starters").replaceChildren(
-    starter(t("starterMath")),
-    starter(t("starterCode")),
-    starter(t("starterTool"), t("starterToolNote"), withTool),
-  );
+  composer.draw(current, runs.of(current) !== null, model);
 }
 
 /* ---- beginning ---- */
@@ -353,7 +295,7 @@ function drawStarters() {
 async function loadModels() {
   try {
     [model = model] = await models();
-    drawComposer();
+    draw();
   } catch (error) {
     if (error.status === 401) openKey((key, remember) => (setApiKey(key, remember), loadModels()));
     else toast(error.message || t("errorUnreachable"), { label: t("retry"), run: loadModels });
@@ -362,39 +304,19 @@ async function loadModels() {
 
 function bind() {
   for (const element of document.querySelectorAll("[data-icon]")) element.prepend(icon(element.dataset.icon));
-  $("composer").addEventListener("submit", (event) => (event.preventDefault(), send()));
-  $("stop").addEventListener("click", () => runs.stop(current));
   $("new-conversation").addEventListener("click", begin);
   $("title").addEventListener("click", rename);
   $("open-settings").addEventListener("click", () => settings());
-  $("tools-chip").addEventListener("click", () => settings("tools"));
-  $("format-chip").addEventListener("click", () => settings("format"));
-  $("thinking").addEventListener("click", () => {
-    current.settings.thinking = !current.settings.thinking;
-    changed();
-  });
-  question.addEventListener("input", () => (grow(question), drawComposer()));
-  question.addEventListener("keydown", (event) => {
-    if (event.isComposing) return; // Enter chooses a character of an input method
-    if (event.key === "Enter" && !event.shiftKey) (event.preventDefault(), send());
-    if (event.key === "ArrowUp" && !question.value) editLast(event);
-  });
   document.addEventListener("keydown", (event) => {
+    const typing = event.target.closest("input, textarea, select");
     if (document.querySelector("dialog[open]")) return;
-    if (event.key === "Escape") runs.stop(current);
-    if (event.key === "/" && !event.target.closest("input, textarea, select"))
-      (event.preventDefault(), question.focus());
-    if (event.key.toLowerCase() === "o" && event.shiftKey && (event.ctrlKey || event.metaKey))
-      (event.preventDefault(), begin());
+    if (event.key === "Escape") return runs.stop(current);
+    if (event.key === "/" && !typing) composer.focus();
+    else if (event.key.toLowerCase() === "o" && event.shiftKey && (event.ctrlKey || event.metaKey)) begin();
+    else return;
+    event.preventDefault();
   });
   addEventListener("pagehide", () => runs.of(current) && save(current));
-}
-
-function editLast(event) {
-  const buttons = document.querySelectorAll(".edit-turn");
-  if (!buttons.length) return;
-  event.preventDefault();
-  [...buttons].at(-1).click();
 }
 
 async function start() {

@@ -18,7 +18,9 @@ export class Sidebar {
     this.#backdrop.addEventListener("click", () => this.toggle(false));
     document.getElementById("close-sidebar").addEventListener("click", () => this.toggle(false));
     this.#bar.addEventListener("keydown", (event) => {
-      if (event.key === "Escape" && NARROW.matches) this.toggle(false);
+      if (event.key !== "Escape" || !NARROW.matches) return;
+      event.stopPropagation();
+      this.toggle(false);
     });
     NARROW.addEventListener("change", () => this.toggle(!NARROW.matches));
     this.toggle(this.#open);
