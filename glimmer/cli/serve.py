@@ -8,6 +8,7 @@ Not here: what the processes do (server/).
 
 import json
 import logging
+import shlex
 import shutil
 import signal
 import subprocess
@@ -90,11 +91,14 @@ def main(argv: list[str]) -> int:
 
 
 def command_for(engine: dict[str, Any]) -> list[str]:
-    """The command that starts the engine process; where several share the model, torchrun that starts them."""
+    """The command that starts the engine process; where several share the model, the launcher that starts them."""
     words = ["-m", "glimmer.server.engine_process", "{socket}", json.dumps(engine)]
     ranks = engine.get("tensor_parallel_size", 1)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    return [sys.executable, *launcher, *words]
+    if ranks == 1:
+        return [sys.executable, *words]
+    port, logs, show_all, seconds = "0", "{socket}-logs", "False", "300"
+    job = shlex.join(["python", *words])
+    return [sys.executable, "-m", "glimmer.mindformers", job, str(ranks), port, logs, show_all, seconds]
 
 
 def rank(config: ServerConfig, engine: dict[str, Any]) -> int:

@@ -26,6 +26,7 @@ from glimmer.server import wire
 log = logging.getLogger("glimmer.server")
 
 MAX_PLACE = 70  # characters of a directory for sockets, whose paths have 107 at most
+STDERR = 2  # the descriptor
 SILENCE = 60.0  # seconds without a sign of life after which an engine that has loaded counts as dead
 RESTARTS = 3  # deaths within RECENT seconds after which the engine is not started again
 RECENT = 300.0
@@ -59,7 +60,7 @@ class EngineClient:
 
     command: starts the engine process, with the socket's path in place of "{socket}"; None: somebody else starts it.
     path: of the socket, in a directory that exists; None: in a new private directory.
-    restart: start the engine again when it dies. exit_code: with state "dead", what the server should end with.
+    restart: start the engine again when one dies that was ready once. exit_code: with state "dead", what the server should end with.
     """
 
     def __init__(self, command: Sequence[str] | None, path: str | None = None, restart: bool = False):
@@ -158,7 +159,7 @@ class EngineClient:
         if self._command is not None:
             words = [word.replace("{socket}", self._path) for word in self._command]
             self._process = await asyncio.create_subprocess_exec(
-                *words, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
+                *words, stdin=asyncio.subprocess.DEVNULL, stdout=STDERR, start_new_session=True
             )
             self._task(self._wait_for(self._process))
 

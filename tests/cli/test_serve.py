@@ -6,6 +6,7 @@ from glimmer.cli import serve
 from glimmer.cli.main import main
 from glimmer.cli.options import SERVER
 from glimmer.errors import ConfigError
+from glimmer.mindformers import launch
 from glimmer.server.settings import Keys, ServerConfig
 
 
@@ -56,8 +57,8 @@ def test_keys(tmp_path):
         Keys([f"@{file}"])
 
 
-def test_several_ranks_are_started_by_torchrun():
+def test_several_ranks_are_started_by_the_launcher():
     alone = serve.command_for({"model": "DIR"})
     several = serve.command_for({"model": "DIR", "tensor_parallel_size": 2})
-    assert "torch.distributed.run" not in alone and "--nproc-per-node=2" in several
+    assert launch.parse(several[3:]).worker_num == 2 and several[1:3] == ["-m", "glimmer.mindformers"]
     assert alone[-2:] == ["{socket}", '{"model": "DIR"}'] and ServerConfig().host == "127.0.0.1"
