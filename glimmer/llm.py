@@ -59,7 +59,9 @@ RENDERING = rendering.OPTIONS
 @dataclass(frozen=True)
 class Load:
     """What an engine has to do: answers that are computed and that wait, and blocks of the cache; and sums since it
-    began: preemptions, steps in which drafts of an answer were checked, these drafts, and those that were accepted."""
+    began: preemptions, steps in which drafts of an answer were checked, these drafts, and those that were accepted,
+    also by their place. tokens_per_step: that a step brings to an answer; draft_gain: how much faster drafts make the
+    engine just now, as far as is known."""
 
     running: int
     waiting: int
@@ -69,6 +71,9 @@ class Load:
     drafts: int
     draft_tokens: int
     accepted_tokens: int
+    accepted_by_place: tuple[int, ...]
+    tokens_per_step: float
+    draft_gain: float
 
 
 class LLM:
@@ -235,6 +240,9 @@ class LLM:
             drafts=stats.num_drafts,
             draft_tokens=stats.num_draft_tokens,
             accepted_tokens=stats.num_accepted_tokens,
+            accepted_by_place=tuple(stats.num_accepted_tokens_per_pos),
+            tokens_per_step=stats.num_tokens / max(stats.num_steps, 1),
+            draft_gain=1.0 if self._speculation is None else self._speculation.gain,
         )
 
     @property

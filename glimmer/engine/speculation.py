@@ -29,13 +29,19 @@ class Speculation:
     def lookahead(self) -> int:
         return self.source.lookahead
 
+    @property
+    def gain(self) -> float:
+        """How much faster drafts make the engine just now, as far as is known; 1 where their number is fixed."""
+        return 1.0 if self.switch is None else self.switch.gain
+
     def choose(self, outputs: list[SamplerOutput], step: Step, seconds: float) -> int | None:
         switch = self.switch
         if self.paused:
             return None
         if switch is None:
             return self.most
-        if switch.rests(len(step.chunks)):
+        decoding = all(chunk.num_known == 1 for chunk in step.chunks)
+        if decoding and switch.rests(len(step.chunks)):
             return None
         drafts = [
             (len(chunk.drafts), len(output.tokens) - 1) for chunk, output in zip(step.chunks, outputs) if output.tokens
@@ -43,9 +49,9 @@ class Speculation:
         for checked, accepted in drafts:
             if checked:
                 switch.checked(checked, accepted)
-        if len(drafts) == len(step.chunks) and all(chunk.num_known == 1 for chunk in step.chunks):
+        if decoding and len(drafts) == len(step.chunks):
             switch.stepped(len(drafts), drafts, seconds)
-        return switch.choose(len(step.chunks))
+        return switch.choose(len(step.chunks), prompts=not decoding)
 
     def propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int | None) -> None:
         begin = perf_counter()

@@ -109,11 +109,14 @@ class Switch:
             if self._trial_steps:
                 self._budget -= seconds
 
-    def choose(self, sequences: int) -> int | None:
-        """How many drafts to make for each of so many sequences: see `drafts`."""
+    def choose(self, sequences: int, prompts: bool = False) -> int | None:
+        """How many drafts to make for each of so many sequences: see `drafts`. prompts: some have just been computed;
+        what drafts need of them is kept where drafts would pay for one sequence alone."""
         size = size_of(sequences)
         self._sequences, self._size, self._rest = sequences, size, REST
         self.drafts = self._choose(size, sequences)
+        if self.drafts is None and prompts and self.best(1) > 0:
+            self.drafts = 0
         return self.drafts
 
     def _choose(self, size: int, sequences: int) -> int | None:
@@ -134,6 +137,15 @@ class Switch:
         self._turns[size] += 1
         probe, late = divmod(self._turns[size], PROBE)
         return best if late else around[1 + probe % (len(around) - 1)]
+
+    @property
+    def gain(self) -> float:
+        """Tokens per second with what was chosen last, in parts of those without drafts, as far as is known."""
+        known = [k for k in range(self.most + 1) if self._steps[self._size, k].known]
+        if not self.drafts or not known:
+            return 1.0
+        rates = self._rates(self._size, known, self.drafts)
+        return rates[self.drafts] / rates[0]
 
     def best(self, size: int) -> int:
         """The number of drafts with the most tokens per second, as far as is known."""

@@ -4,10 +4,12 @@ Numbers of the moment are those of the engine's last sign of life (client.py), a
 histograms are kept here. Not here: when something happens (service.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.metrics_core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from glimmer.server import wire
 
@@ -39,6 +41,20 @@ WHOLE_REQUEST = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 
 TOKENS = tuple(float(n * 10**e) for e in range(6) for n in (1, 2, 5))
 
 Now = Callable[[], wire.Alive | None]
+
+
+class AcceptedByPlace(Collector):
+    """Drafts that were accepted, by their place among those of a step; as many places as there have been."""
+
+    def __init__(self, model: str, alive: Now):
+        self._model, self._alive = model, alive
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        name, sign = "vllm:spec_decode_num_accepted_tokens_per_pos", self._alive()
+        family = GaugeMetricFamily(name, "Drafts that were accepted, by place.", labels=["model_name", "position"])
+        for place, count in enumerate(() if sign is None else sign.accepted_by_place):
+            family.add_metric([self._model, str(place)], count)
+        yield family
 
 
 class Metrics:
@@ -78,6 +94,9 @@ class Metrics:
         gauge("vllm:spec_decode_num_drafts", "Checks of an answer's drafts.", lambda sign: sign.drafts)
         gauge("vllm:spec_decode_num_draft_tokens", "Drafts that were checked.", lambda sign: sign.draft_tokens)
         gauge("vllm:spec_decode_num_accepted_tokens", "Drafts that were accepted.", lambda sign: sign.accepted_tokens)
+        gauge("glimmer:tokens_per_step", "Tokens that a step brings to an answer.", lambda sign: sign.tokens_per_step)
+        gauge("glimmer:draft_gain", "How much faster drafts make the engine just now.", lambda sign: sign.draft_gain)
+        self._registry.register(AcceptedByPlace(model, alive))
         up = Gauge("glimmer:engine_up", "1 if the engine answers.", ["model_name"], registry=self._registry)
         up.labels(model).set_function(lambda: float(alive() is not None))
         died = Gauge("glimmer:engine_deaths", "How often the engine has died.", ["model_name"], registry=self._registry)

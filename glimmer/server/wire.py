@@ -154,6 +154,9 @@ class Alive(Message, frozen=True, tag="alive"):
     drafts: int
     draft_tokens: int
     accepted_tokens: int
+    accepted_by_place: tuple[int, ...]
+    tokens_per_step: float
+    draft_gain: float
 
 
 class Failed(Message, frozen=True, tag="failed"):

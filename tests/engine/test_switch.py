@@ -119,3 +119,24 @@ def test_what_is_never_measured_is_not_trusted():
 def test_sizes_are_told_apart_finely_where_they_are_small():
     sizes = [size_of(n) for n in range(1, 300)]
     assert sizes[:9] == [1, 2, 3, 4, 5, 6, 7, 8, 9] and sizes == sorted(sizes) and sizes[-1] < 30
+
+
+def test_prompts_are_prepared_for_where_drafts_pay_for_one():
+    """With many sequences drafts do not pay; once only one is left they do, and need its prompt's part."""
+    step = lambda n, k: 0.01 * (1 + max(0, n * (1 + k) - 8) / 8)
+    machine = Machine(step, lambda n, k: 0.0005 * max(k, 1), [0.8] * 4)
+    machine.run(1, 100)
+    machine.run(32, 100)
+    machine.switch._budget = -1.0  # no trial just now
+    assert machine.switch.choose(32) is None and machine.switch.choose(32, prompts=True) == 0
+    wrong = Machine(step, lambda n, k: 0.0005 * max(k, 1), [0.0] * 4)
+    wrong.run(1, 100)
+    wrong.switch._budget = -1.0
+    assert wrong.switch.choose(1, prompts=True) is None and wrong.switch.choose(32, prompts=True) is None
+
+
+def test_the_gain_is_told():
+    machine = Machine(cpu, drafting, [0.9] * 4)
+    assert machine.switch.gain == 1.0
+    machine.run(1, 500)
+    assert machine.switch.gain == pytest.approx(gain(1, machine.switch.drafts, machine), rel=0.3)

@@ -59,6 +59,18 @@ def test_a_client_that_leaves_frees_its_blocks(server):
     assert metric(server, "glimmer:free_blocks") == free and metric(server, "vllm:request_success_total") >= 32
 
 
+def test_metrics_tell_what_drafts_bring(server):
+    """The demo model has an MTP layer, and a fresh engine tries it."""
+    name = "vllm:spec_decode_num_accepted_tokens"
+    ask = {"model": "any", "messages": [{"role": "user", "content": "What is 12 + 30?"}], "temperature": 0}
+    server.post("/v1/chat/completions", ask)
+    until(lambda: metric(server, name) > 0, 10)
+    lines = server.get("/metrics").text.splitlines()
+    assert any(line.startswith(f"{name}_per_pos{{") and 'position="0"' in line for line in lines)
+    assert metric(server, f"{name}_per_pos") > 0
+    assert metric(server, "glimmer:tokens_per_step") > 1 and metric(server, "glimmer:draft_gain") > 0
+
+
 def test_a_client_that_does_not_read_delays_nobody(server):
     host, port = server.url.removeprefix("http://").split(":")
     body = json.dumps(LONG | {"stream": True, "n": 8}).encode()
