@@ -60,7 +60,8 @@ class EngineClient:
 
     command: starts the engine process, with the socket's path in place of "{socket}"; None: somebody else starts it.
     path: of the socket, in a directory that exists; None: in a new private directory.
-    restart: start the engine again when one dies that was ready once. exit_code: with state "dead", what the server should end with.
+    restart: start the engine again when one dies that was ready once.
+    exit_code: with state "dead", what the server should end with.
     """
 
     def __init__(self, command: Sequence[str] | None, path: str | None = None, restart: bool = False):

@@ -137,7 +137,7 @@ async def _announce(client: EngineClient, config: ServerConfig, listener: socket
         while not client.loaded.is_set():
             await _first(client.loaded.wait(), asyncio.sleep(PROGRESS))
             if client.state == "loading" and (loading := client.loading) is not None:
-                _say(f"{loading.done / 2**30:.1f} of {loading.total / 2**30:.1f} GiB of weights have been loaded")
+                _say(f"{loading.done / 2**20:,.0f} of {loading.total / 2**20:,.0f} MiB of weights have been loaded")
         ready = client.ready
         assert ready is not None
         tokens = ready.num_blocks * ready.block_size
