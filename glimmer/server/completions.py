@@ -16,14 +16,14 @@ from starlette.responses import Response
 
 from glimmer.errors import RequestError, shown
 from glimmer.server.answer import Delta, Finished, Place
-from glimmer.server.exchange import EventStream, begun, chunks_of, convert, json_response, read_object, until_gone
+from glimmer.server.exchange import EventStream, begun, chunks_of, convert, json_response, read_request, until_gone
 from glimmer.server.openai import LOWEST, Chunk, Head, sampling_params, structured_outputs, usage_of, usage_wanted
 from glimmer.server.openai_types import CompletionBody, DetokenizeBody, TokenizeBody, refuse_unsupported
-from glimmer.server.service import ChatRequest, CompletionRequest, Done, Events, Service, Started, Usage
+from glimmer.server.service import HUGE, ChatRequest, CompletionRequest, Done, Events, Service, Started, Usage
 
 router = APIRouter()
 
-MAX_PROMPTS = 1024  # in one request
+MAX_PROMPTS = 1024  # in one request; and answers
 MAX_TOKENS = 16  # of an answer, where nobody says otherwise: OpenAI's default
 
 
@@ -31,14 +31,19 @@ MAX_TOKENS = 16  # of an answer, where nobody says otherwise: OpenAI's default
 async def completions(request: Request) -> Response:
     """Continue one prompt or several."""
     service: Service = request.app.state.service
-    raw = await read_object(request, service)
-    refuse_unsupported(raw, "/v1/completions")
-    body = convert(raw, CompletionBody)
-    events = _together([service.complete(one) for one in completion_requests(body, service)], body.n or 1)
+
+    def read(raw: Chunk) -> tuple[CompletionBody, list[CompletionRequest]]:
+        refuse_unsupported(raw, "/v1/completions")
+        body = convert(raw, CompletionBody)
+        return body, completion_requests(body, service)
+
+    body, asked = await read_request(request, service, read)
+    events = _together([service.complete(one) for one in asked], body.n or 1)
+    texts = _texts(body, len(asked))
     head = Head("cmpl", "text_completion", service)
     if body.stream:
-        return EventStream(chunks_of(_chunks(await begun(events), head, body)), service)
-    return json_response(await until_gone(request, _answer(events, head, body)))
+        return EventStream(chunks_of(_chunks(await begun(events), head, body, texts)), service)
+    return json_response(await until_gone(request, _answer(events, head, body, texts)))
 
 
 def completion_requests(body: CompletionBody, service: Service) -> list[CompletionRequest]:
@@ -48,6 +53,9 @@ def completion_requests(body: CompletionBody, service: Service) -> list[Completi
     if body.logprobs is not None and not 0 <= body.logprobs <= most:
         found = f"logprobs={shown(body.logprobs)}"
         raise RequestError("logprobs", found, f"a number from 0 to {most}", "lower logprobs")
+    if len(prompts) * (body.n or 1) > MAX_PROMPTS:
+        found = f"n={body.n} for {len(prompts)} prompts"
+        raise RequestError("n", found, f"at most {MAX_PROMPTS} answers", "send several requests")
     if body.max_tokens == 0 and not body.echo:
         raise RequestError("max_tokens", "max_tokens=0", "at least 1; 0 only with echo", "raise max_tokens")
     if body.echo and body.logprobs is not None and (body.n or 1) > 1:
@@ -73,6 +81,8 @@ def _prompts(body: CompletionBody) -> list[str | list[int]]:
     is_id = lambda value: isinstance(value, int) and not isinstance(value, bool)
     given = body.prompt
     prompts: list[Any] = [given] if isinstance(given, str) or (given and all(map(is_id, given))) else given
+    if len(prompts) > MAX_PROMPTS:
+        raise RequestError("prompt", f"{len(prompts)} prompts", f"at most {MAX_PROMPTS}", "send several requests")
     if not prompts or not all(
         isinstance(one, str) or (isinstance(one, list) and all(map(is_id, one))) for one in prompts
     ):
@@ -80,8 +90,6 @@ def _prompts(body: CompletionBody) -> list[str | list[int]]:
         raise RequestError("prompt", f"prompt={shown(given)}", accepted, "send one of these as prompt")
     if not all(prompts):
         raise RequestError("prompt", "an empty prompt", "at least one token", "give the model a text to continue")
-    if len(prompts) > MAX_PROMPTS:
-        raise RequestError("prompt", f"{len(prompts)} prompts", f"at most {MAX_PROMPTS}", "send several requests")
     return prompts
 
 
@@ -177,8 +185,8 @@ class _Text:
         self.length += len(token)
 
 
-def _texts(body: CompletionBody) -> list[_Text]:
-    echo, answers = bool(body.echo), len(_prompts(body)) * (body.n or 1)
+def _texts(body: CompletionBody, prompts: int) -> list[_Text]:
+    echo, answers = bool(body.echo), prompts * (body.n or 1)
     return [_Text(echo, echo and body.max_tokens == 0, body.logprobs) for _ in range(answers)]
 
 
@@ -186,10 +194,10 @@ def _counted(usage: Usage, body: CompletionBody) -> Chunk:
     return usage_of(replace(usage, completion_tokens=0) if body.max_tokens == 0 else usage)
 
 
-async def _chunks(events: Events, head: Head, body: CompletionBody) -> AsyncGenerator[Chunk, None]:
+async def _chunks(events: Events, head: Head, body: CompletionBody, texts: list[_Text]) -> AsyncGenerator[Chunk, None]:
     """The chunks of a stream."""
     others: Chunk = {"usage": None} if usage_wanted(body) else {}
-    texts, n = _texts(body), body.n or 1
+    n = body.n or 1
     async with aclosing(events):
         async for event in events:
             if isinstance(event, Started):
@@ -207,9 +215,9 @@ async def _chunks(events: Events, head: Head, body: CompletionBody) -> AsyncGene
                 yield head([], usage=_counted(event.usage, body))
 
 
-async def _answer(events: Events, head: Head, body: CompletionBody) -> Chunk:
+async def _answer(events: Events, head: Head, body: CompletionBody, texts: list[_Text]) -> Chunk:
     """The whole response."""
-    texts, n = _texts(body), body.n or 1
+    n = body.n or 1
     said: list[list[str]] = [[] for _ in texts]
     finished: dict[int, Finished] = {}
     usage: Chunk = {}
@@ -240,7 +248,7 @@ def _choice(index: int, text: str, logprobs: Chunk | None, finished: Finished | 
 async def tokenize(request: Request) -> Response:
     """The token ids of a text, or of the prompt that a conversation becomes."""
     service: Service = request.app.state.service
-    body = convert(await read_object(request, service), TokenizeBody)
+    body = await read_request(request, service, lambda raw: convert(raw, TokenizeBody))
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("prompt", "both or none of prompt and messages", "one of them", "send one of them")
     if body.messages is not None:
@@ -256,7 +264,7 @@ async def tokenize(request: Request) -> Response:
         _, ids = await service.render(chat)
     else:
         text, special = body.prompt or "", body.add_special_tokens is not False
-        ids = await service.in_thread(lambda: service.tokenizer.encode(text, special))
+        ids = await service.in_thread(lambda: service.tokenizer.encode(text, special), len(text) > HUGE)
     names = [service.tokenizer.id_to_token(id) for id in ids] if body.return_token_strs else None
     return json_response(
         {"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids, "token_strs": names}
@@ -267,5 +275,6 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """The text of token ids, control tokens among it."""
     service: Service = request.app.state.service
-    body = convert(await read_object(request, service), DetokenizeBody)
-    return json_response({"prompt": await service.in_thread(lambda: service.tokenizer.decode(body.tokens, False))})
+    body = await read_request(request, service, lambda raw: convert(raw, DetokenizeBody))
+    decode = lambda: service.tokenizer.decode(body.tokens, False)
+    return json_response({"prompt": await service.in_thread(decode, len(body.tokens) > HUGE)})

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from glimmer.errors import RequestError
 from glimmer.foreign import parse_json
 from glimmer.server.failures import Failure, Refusal, failure_of, openai_shape
-from glimmer.server.service import Event, Events, Service
+from glimmer.server.service import HUGE, Event, Events, Service
 
 T = TypeVar("T")
 log = logging.getLogger("glimmer.server")
@@ -34,11 +34,15 @@ COMMENT = b": keep-alive\n\n"
 
 async def read_object(request: Request, service: Service) -> dict[str, Any]:
     """The JSON object in a request's body. Refusal (413) if it is too long, RequestError if it is none."""
+    return await read_request(request, service, lambda value: value)
+
+
+async def read_request(request: Request, service: Service, make: Callable[[dict[str, Any]], T]) -> T:
+    """What `make` makes of the JSON object in a request's body: beside the event loop, unless the body is small."""
     content = await read_body(request, service.config.max_body_bytes)
-    value = _parse(content) if len(content) < LARGE else await service.in_thread(lambda: _parse(content))
-    if not isinstance(value, dict):
-        raise RequestError("body", f"a body that is a JSON {type(value).__name__}", "a JSON object", "send an object")
-    return value
+    if len(content) < LARGE:
+        return make(_object(content))
+    return await service.in_thread(lambda: make(_object(content)), len(content) > HUGE)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -58,6 +62,13 @@ async def read_body(request: Request, limit: int) -> bytes:
     except TimeoutError:
         raise Refusal(Failure(408, f"the body took more than {BODY_SECONDS:g} s", code="request_timeout")) from None
     return b"".join(pieces)
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    value = _parse(content)
+    if not isinstance(value, dict):
+        raise RequestError("body", f"a body that is a JSON {type(value).__name__}", "a JSON object", "send an object")
+    return value
 
 
 def _parse(content: bytes) -> Any:

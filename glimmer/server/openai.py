@@ -6,7 +6,7 @@ the fields may be (openai_types.py), the answers themselves (service.py).
 """
 
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence, Sized
 from contextlib import aclosing
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -20,7 +20,7 @@ from starlette.responses import Response
 from glimmer.config import SamplingParams, StructuredOutputs
 from glimmer.errors import RequestError, shown
 from glimmer.server.answer import Delta, Finished, Place
-from glimmer.server.exchange import EventStream, begun, chunks_of, convert, json_response, read_object, until_gone
+from glimmer.server.exchange import EventStream, begun, chunks_of, convert, json_response, read_request, until_gone
 from glimmer.server.openai_types import (
     ChatBody,
     Sampling,
@@ -45,10 +45,14 @@ LOWEST = -9999.0  # in place of minus infinity, which JSON has not
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service
-    raw = await read_object(request, service)
-    refuse_unsupported(raw, "/v1/chat/completions")
-    body = convert(raw, ChatBody)
-    events = service.chat(chat_request(body, service))
+
+    def read(raw: Chunk) -> tuple[ChatBody, ChatRequest]:
+        refuse_unsupported(raw, "/v1/chat/completions")
+        body = convert(raw, ChatBody)
+        return body, chat_request(body, service)
+
+    body, asked = await read_request(request, service, read)
+    events = service.chat(asked)
     head = Head("chatcmpl", "chat.completion", service)
     if body.stream:
         usage = usage_wanted(body)
@@ -106,8 +110,10 @@ def sampling_params(
     )  # fmt: skip
     given = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
     given["structured_outputs"] = structured_outputs(body)[0]
-    given["logit_bias"] = {_token_id(id): bias for id, bias in (body.logit_bias or {}).items()}
     _at_most(service.config.max_answers, "n", body.n or 1)
+    for name in ("logit_bias", "allowed_token_ids"):
+        _no_longer_than(service.vocab_size, name, getattr(body, name) or ())
+    given["logit_bias"] = {_token_id(id): bias for id, bias in (body.logit_bias or {}).items()}
     given |= {"max_tokens": max_tokens, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
     return SamplingParams(**service.defaults | given)
 
@@ -152,6 +158,12 @@ def _token_id(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise RequestError("logit_bias", f"logit_bias for {shown(text)}", "token ids as keys", "correct logit_bias")
     return int(text)
+
+
+def _no_longer_than(most: int, name: str, value: Sized) -> None:
+    if len(value) > most:
+        found, accepted = f"{name} of {len(value)} tokens", f"{most} at most, as many as the vocabulary has"
+        raise RequestError(name, found, accepted, f"shorten {name}")
 
 
 def _at_most(most: int, name: str, value: int) -> int:

@@ -32,6 +32,7 @@ from glimmer.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 TEXT_THREADS = 4
+HUGE = 1 << 20  # characters or bytes of a request that may take seconds: it must not keep the others waiting
 
 
 class Overloaded(Unavailable):
@@ -148,6 +149,7 @@ class Service:
         self.created = int(time.time())
         self.metrics = Metrics(self.names[0], lambda: client.alive, lambda: client.deaths, lambda: self.num_waiting)
         self._pool = ThreadPoolExecutor(TEXT_THREADS, "glimmer-text")
+        self._huge = ThreadPoolExecutor(1, "glimmer-huge-text")
         self.draining = False  # the server is shutting down
         self._preparing = 0
         self._waiting: dict[object, int] = {}  # requests whose first token has not come: tokens of their prompts
@@ -163,6 +165,11 @@ class Service:
         return self._ready.max_model_len
 
     @property
+    def vocab_size(self) -> int:
+        """How many token ids there are. Unavailable before the model is loaded."""
+        return self._ready.vocab_size
+
+    @property
     def _ready(self) -> wire.Ready:
         ready = self.client.ready
         if ready is None:
@@ -174,36 +181,37 @@ class Service:
         """Requests whose first token has not come."""
         return self._preparing + len(self._waiting)
 
-    async def in_thread(self, work: Callable[[], T]) -> T:
-        """Do what takes time beside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+    async def in_thread(self, work: Callable[[], T], huge: bool = False) -> T:
+        """Do what takes time beside the event loop. huge: what may take seconds, one after the other."""
+        return await asyncio.get_running_loop().run_in_executor(self._huge if huge else self._pool, work)
 
     def close(self) -> None:
         """Let go of the threads."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._huge):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     # ------------------------------------------------------------------ requests
 
     def chat(self, request: ChatRequest) -> Events:
         """Answer a conversation: see the top."""
-        return self._events(lambda: self._chat_prompt(request))
+        return self._events(lambda: self._chat_prompt(request), _characters(request.messages) > HUGE)
 
     def complete(self, request: CompletionRequest) -> Events:
         """Continue a prompt: see the top."""
-        return self._events(lambda: self._raw_prompt(request))
+        return self._events(lambda: self._raw_prompt(request), len(request.prompt) > HUGE)
 
     async def render(self, request: ChatRequest) -> tuple[str, list[int]]:
         """The prompt of a conversation, as text and as token ids."""
-        prompt = await self.in_thread(lambda: self._chat_prompt(request))
+        prompt = await self.in_thread(lambda: self._chat_prompt(request), _characters(request.messages) > HUGE)
         return prompt.text, prompt.token_ids
 
-    async def _events(self, prepare: Callable[[], _Prompt]) -> Events:
+    async def _events(self, prepare: Callable[[], _Prompt], huge: bool) -> Events:
         if self.client.state != "ready":
             raise self.client.absent()
         self._admit()
         self._preparing += 1
         try:
-            prompt = await self.in_thread(prepare)
+            prompt = await self.in_thread(prepare, huge)
         finally:
             self._preparing -= 1
         self._check_room(len(prompt.token_ids))
@@ -234,6 +242,13 @@ class Service:
     # ------------------------------------------------------------------ prompts, in a thread
 
     def _chat_prompt(self, request: ChatRequest) -> _Prompt:
+        if len(request.messages) > self.max_model_len:  # the template would take long to find that out
+            raise ContextError(
+                "messages",
+                f"{len(request.messages)} messages",
+                f"a conversation of at most {self.max_model_len} tokens, of which each message takes some",
+                "shorten the conversation, or start the server with a larger --max-model-len",
+            )
         text, mark = rendering.render(
             self.template,
             self.tokenizer,
@@ -347,6 +362,13 @@ class Service:
                 "shorten the prompt, or start the server with a larger --max-model-len",
             )
         return ids
+
+
+def _characters(messages: Sequence[dict[str, Any]]) -> int:
+    """About how long a conversation is."""
+    texts = [message.get("content") for message in messages if isinstance(message, dict)]
+    parts = [part.get("text") for text in texts if isinstance(text, list) for part in text if isinstance(part, dict)]
+    return sum(len(text) for text in texts + parts if isinstance(text, str))
 
 
 class _Stream:
