@@ -15,21 +15,27 @@ from servers import Server
 
 pytestmark = pytest.mark.slow
 LONG = {"prompt": "hello", "max_tokens": 900, "temperature": 0, "ignore_eos": True}
+SCHEMA = {"type": "object", "properties": {"text": {"type": "string", "minLength": 3000}}, "required": ["text"]}
+RESPONSES = {"input": "Go on", "reasoning": {"effort": "none"},
+             "text": {"format": {"type": "json_schema", "name": "long", "schema": SCHEMA}}}  # fmt: skip
+MESSAGES = {"max_tokens": 900, "messages": [{"role": "user", "content": "Go on"}],
+            "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}  # fmt: skip
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "glimmer")
 
 
 class Stream(threading.Thread):
     """A stream that is read in a thread of its own, once it has begun."""
 
-    def __init__(self, server: Server, **body):
+    def __init__(self, server: Server, path: str = "/v1/completions", **body):
         super().__init__(daemon=True)
-        self.server, self.body, self.lines = server, LONG | body, []
+        self.server, self.path, self.lines = server, path, []
+        self.body = LONG | body if path == "/v1/completions" else body
         self.start()
         until(lambda: len(self.lines) > 3)
 
     def run(self) -> None:
         body = self.body | {"stream": True}
-        with httpx.stream("POST", f"{self.server.url}/v1/completions", json=body, timeout=60) as response:
+        with httpx.stream("POST", self.server.url + self.path, json=body, timeout=60) as response:
             for line in response.iter_lines():
                 if line:
                     self.lines.append(line)
@@ -86,6 +92,7 @@ def test_a_life_of_a_server():
     """The engine is killed, and started again; then SIGTERM lets an answer end."""
     with Server() as server:
         [engine] = server.engine_processes()
+        responses, messages = Stream(server, "/v1/responses", **RESPONSES), Stream(server, "/v1/messages", **MESSAGES)
         stream = Stream(server)
         os.kill(engine, signal.SIGKILL)
         begin = time.monotonic()
@@ -93,6 +100,11 @@ def test_a_life_of_a_server():
         assert time.monotonic() - begin < 2
         told = json.loads(stream.end())["error"]
         assert "engine" in told["message"] and told["code"] == "unavailable"
+        told = json.loads(messages.end())
+        assert told["type"] == "error" and told["error"]["type"] == "overloaded_error" and told["request_id"]
+        told = json.loads(responses.end())
+        assert told["type"] == "response.failed" and told["response"]["error"]["code"] == "server_error"
+        assert told["response"]["status"] == "failed" and told["response"]["output"]
         server.wait_until_ready()
         assert server.engine_processes() not in ([engine], [])
         stream = Stream(server, max_tokens=300)
