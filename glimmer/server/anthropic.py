@@ -27,7 +27,7 @@ from glimmer.server.anthropic_types import (
     chat_request,
     refuse_unsupported,
 )
-from glimmer.server.exchange import EventStream, begun, convert, json_response, named_events, read_object, until_gone
+from glimmer.server.exchange import EventStream, begun, convert, json_response, named_events, read_request, until_gone
 from glimmer.server.failures import SHAPES, Failure
 from glimmer.server.service import ChatRequest, Done, Events, Service, Started, Usage
 from glimmer.server.turns import events_in, seal, told_in
@@ -51,15 +51,14 @@ KINDS = {
 async def messages(request: Request) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service
-    raw = await read_object(request, service)
 
-    def read() -> tuple[MessagesBody, ChatRequest]:
+    def read(raw: Json) -> tuple[MessagesBody, ChatRequest]:
         refuse_unsupported(raw)
         body = convert(raw, MessagesBody)
         with told_in(WORDS):
             return body, chat_request(body, service)
 
-    body, asked = await service.in_thread(read)
+    body, asked = await read_request(request, service, read)
     writer = _Writer(service, omit=body.thinking is not None and body.thinking.display == "omitted")
     events = events_in(WORDS, service.chat(asked))
     if body.stream:
@@ -72,15 +71,14 @@ async def messages(request: Request) -> Response:
 async def count_tokens(request: Request) -> Response:
     """How many tokens a conversation has as a prompt."""
     service: Service = request.app.state.service
-    raw = await read_object(request, service)
 
-    def read() -> ChatRequest:
+    def read(raw: Json) -> ChatRequest:
         refuse_unsupported(raw)
         asked = {name: value for name, value in raw.items() if name in CountBody.__struct_fields__}
         with told_in(WORDS):
             return chat_request(convert(asked | {"max_tokens": 1}, MessagesBody), service)
 
-    asked = await service.in_thread(read)
+    asked = await read_request(request, service, read)
     with told_in(WORDS):
         _, token_ids = await service.render(asked)
     return json_response({"input_tokens": len(token_ids)})

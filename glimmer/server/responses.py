@@ -22,7 +22,7 @@ from starlette.responses import Response
 
 from glimmer.errors import RequestError, shown
 from glimmer.server.answer import Delta, Finished
-from glimmer.server.exchange import EventStream, begun, convert, json_response, named_events, read_object, until_gone
+from glimmer.server.exchange import EventStream, begun, convert, json_response, named_events, read_request, until_gone
 from glimmer.server.failures import Failure, Refusal
 from glimmer.server.responses_store import ResponseStore, Stored
 from glimmer.server.responses_types import (
@@ -130,17 +130,20 @@ def _absent(id: str, field: str) -> Refusal:
 async def _read(request: Request) -> Asked:
     """What a request asks for. RequestError, or Refusal (404) for a response before it that is not known."""
     service: Service = request.app.state.service
-    raw = await read_object(request, service)
 
-    def read() -> Asked:
+    def read(raw: Json) -> ResponsesBody:
         refuse_unsupported(raw)
-        body = convert(raw, ResponsesBody)
+        return convert(raw, ResponsesBody)
+
+    body = await read_request(request, service, read)
+
+    def asked() -> Asked:
         earlier, own = _earlier(request, body.previous_response_id), items_of(body)
         tools = tools_of(body, own)
         with told_in(tools.words):
             return Asked(body, [*earlier, *own], tools, chat_request(body, earlier, own, tools, service))
 
-    return await service.in_thread(read)
+    return await service.in_thread(asked)
 
 
 def _earlier(request: Request, id: str | None) -> list[Json]:
