@@ -15,6 +15,7 @@ from contextlib import aclosing
 from typing import Any
 from uuid import uuid4
 
+import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
@@ -237,10 +238,10 @@ async def _whole(parts: AsyncGenerator[Json, None]) -> Json:
     return message
 
 
-def _input(arguments: str) -> Json:
-    """The input of a call; the text that has come of it where it was cut off."""
+def _input(arguments: str) -> Json | msgspec.Raw:
+    """The input of a call, as the model wrote it; the text that has come of it where it was cut off."""
     try:
-        input: Json = json.loads(arguments)
-        return input
-    except ValueError:
+        json.loads(arguments)
+    except (ValueError, RecursionError):
         return {"INVALID_JSON": arguments}
+    return msgspec.Raw(arguments.encode())

@@ -218,7 +218,7 @@ def _tool_choice(choice: Json | None) -> tuple[str | Json | None, bool]:
     """tool_choice in OpenAI's form, and whether several calls may come."""
     if choice is None:
         return None, True
-    kind = choice.get("type")
+    kind = need(choice, "type", str, "tool_choice")
     parallel = choice.get("disable_parallel_tool_use") is not True
     if kind == "tool":
         return {"type": "function", "function": {"name": need(choice, "name", str, "tool_choice")}}, parallel

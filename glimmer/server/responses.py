@@ -83,20 +83,30 @@ async def retrieve(request: Request, id: str, stream: str = "false") -> Response
 
 
 @router.get("/v1/responses/{id}/input_items")
-async def input_items(request: Request, id: str, limit: int = 20, order: str = "desc", after: str = "") -> Response:
-    """The items that a response has answered."""
+async def input_items(request: Request, id: str, limit: str = "20", order: str = "desc", after: str = "") -> Response:
+    """The items that a response has answered, the last ones first unless `order` is asc."""
     service: Service = request.app.state.service
-    if not 1 <= limit <= MOST_ITEMS:
+    most = int(limit) if limit.isascii() and limit.isdigit() and len(limit) < 4 else 0
+    if not 1 <= most <= MOST_ITEMS:
         raise RequestError("limit", f"limit={shown(limit)}", f"a number from 1 to {MOST_ITEMS}", "correct limit")
+    if order not in ("asc", "desc"):
+        raise RequestError("order", f"order={shown(order)}", "asc or desc", "choose one of these")
     stored = _stored(request, id, "id")
-    items: list[Json] = await service.in_thread(lambda: msgspec.json.decode(stored.items))
+    items: list[Json] = await service.in_thread(lambda: json.loads(stored.items))
     items = items if order == "asc" else items[::-1]
-    start = next((i + 1 for i, item in enumerate(items) if item.get("id") == after), 0)
-    shown_items = items[start : start + limit]
-    ids = [item.get("id", "") for item in shown_items] or [""]
-    more = start + limit < len(items)
+    ids = [str(item["id"]) for item in items]
+    if after and after not in ids:
+        raise RequestError("after", f"after={shown(after)}", "the id of an item of this response", "correct after")
+    start = ids.index(after) + 1 if after else 0
+    page = slice(start, start + most)
     return json_response(
-        {"object": "list", "data": shown_items, "first_id": ids[0], "last_id": ids[-1], "has_more": more}
+        {
+            "object": "list",
+            "data": items[page],
+            "first_id": next(iter(ids[page]), None),
+            "last_id": next(iter(ids[page][::-1]), None),
+            "has_more": start + most < len(items),
+        }
     )
 
 
@@ -151,8 +161,7 @@ def _earlier(request: Request, id: str | None) -> list[Json]:
     if id is None:
         return []
     stored = _stored(request, id, "previous_response_id")
-    items: list[Json] = msgspec.json.decode(stored.items)
-    return [*items, *msgspec.json.decode(stored.response)["output"]]
+    return [*json.loads(stored.items), *json.loads(stored.response)["output"]]
 
 
 async def _whole(parts: AsyncGenerator[Json, None]) -> Json:

@@ -108,11 +108,11 @@ class Tools:
     def add(self, tool: Json, at: str) -> None:
         """A tool of the request. RequestError if it cannot be offered."""
         kind = need(tool, "type", str, at)
-        if LEFT_OUT.fullmatch(kind):
+        if _is_left_out(tool):
             return
         if kind == "namespace":
             namespace = need(tool, "name", str, at)
-            for i, inner in enumerate(tool.get("tools") or ()):
+            for i, inner in enumerate(need(tool, "tools", list, at)):
                 self._function(inner, f"{at}.tools[{i}]", namespace)
         else:
             self._function(tool, at, None)
@@ -144,13 +144,12 @@ class Tools:
         if kind in ("function", "custom"):
             return _one(_name_of(choice, "tool_choice"))
         if kind == "allowed_tools":
-            allowed = choice.get("tools") or []
-            names = {_name_of(one, f"tool_choice.tools[{i}]") for i, one in enumerate(allowed) if "name" in one}
+            allowed = [one for one in need(choice, "tools", list, "tool_choice") if not _is_left_out(one)]
+            names = {_name_of(one, "tool_choice.tools") for one in allowed}
             kept = [i for i, tool in enumerate(self.functions) if tool["function"]["name"] in names]
             self.functions = [self.functions[i] for i in kept]
             self.places = [self.places[i] for i in kept]
-            mode = choice.get("mode", "auto")
-            return str(mode) if self.functions or mode != "auto" else None
+            return str(choice.get("mode", "auto"))
         raise RequestError(
             "tool_choice",
             f"tool_choice={shown(choice)}",
@@ -176,10 +175,16 @@ def model_name(called: Called) -> str:
     return f"{called.namespace}.{called.name}" if called.namespace else called.name
 
 
-def _name_of(item: Json, at: str) -> str:
+def _is_left_out(tool: object) -> bool:
+    """Whether this is one of the tools that agents always send, and that cannot be offered."""
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    return isinstance(kind, str) and LEFT_OUT.fullmatch(kind) is not None
+
+
+def _name_of(item: object, at: str) -> str:
     """The name of a tool that an item means, as the model is told it."""
-    namespace = item.get("namespace")
-    return model_name(Called(need(item, "name", str, at), namespace if isinstance(namespace, str) else None))
+    name, namespace = need(item, "name", str, at), item.get("namespace") if isinstance(item, dict) else None
+    return model_name(Called(name, namespace if isinstance(namespace, str) else None))
 
 
 def _one(name: str) -> Json:
@@ -215,7 +220,7 @@ def tools_of(body: ResponsesBody, items: Sequence[Json]) -> Tools:
         tools.add(tool, f"tools[{i}]")
     for i, item in enumerate(items):
         if item.get("type") == "additional_tools":
-            for j, tool in enumerate(item.get("tools") or ()):
+            for j, tool in enumerate(need(item, "tools", list, f"input[{i}]")):
                 tools.add(tool, f"input[{i}].tools[{j}]")
     return tools
 

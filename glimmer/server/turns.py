@@ -70,11 +70,11 @@ def unseal(sealed: object) -> str:
 
 
 def need(value: object, key: str, kind: type, at: str) -> Any:
-    """value[key], a text or an object as `kind` says, else RequestError. at: where `value` stands."""
+    """value[key], a text, an object or a list as `kind` says, else RequestError. at: where `value` stands."""
     found = value.get(key) if isinstance(value, dict) else None
     if isinstance(found, kind):
         return found
-    expected = "a text" if kind is str else "an object"
+    expected = "a text" if kind is str else "an object" if kind is dict else "a list"
     said = "absent" if found is None else shown(found)
     raise RequestError(f"{at}.{key}", f"{at}.{key} is {said}", expected, f"send {expected} as {at}.{key}")
 
@@ -132,7 +132,7 @@ def told_in(words: Words) -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        raise type(error)(words(error.field), words(error.found), words(error.expected), error.todo) from None
+        raise type(error)(words(error.field), words(error.found), words(error.expected), words(error.todo)) from None
 
 
 async def events_in(words: Words, events: Events) -> Events:

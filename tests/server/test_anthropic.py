@@ -196,6 +196,11 @@ BAD = [
     ("tools[0].name", {"tools": [TOOL | {"name": "a<b"}]}),
     ("tool_choice", {"tools": [TOOL], "tool_choice": {"type": "tool", "name": "other"}}),
     ("tool_choice", {"tool_choice": {"type": "required"}}),
+    ("tool_choice.type", {"tool_choice": {"type": ["auto"]}}),
+    ("tool_choice.name", {"tool_choice": {"type": "tool"}}),
+    ("messages[0].content[0].content", {"messages": [{"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": "x", "content": 5}]}]}),
+    ("messages[0].content[0]", {"messages": [{"role": "user", "content": [5]}]}),
     ("thinking.type", {"thinking": {"type": "perhaps"}}),
     ("thinking.budget_tokens", {"thinking": {"type": "enabled", "budget_tokens": -1}}),
     ("output_config.format", {"output_config": {"format": {"type": "yaml"}}}),

@@ -182,6 +182,12 @@ def test_what_is_stored(client, server):
     second = client.responses.create(**BASE, input="And twice that?", previous_response_id=first.id)
     items = client.responses.input_items.list(second.id, order="asc", limit=2)
     assert [item.type for item in items.data] == ["message", "reasoning"] and items.has_more
+    [item] = client.responses.input_items.list(second.id, order="asc", after=items.data[-1].id, limit=1).data
+    assert item.role == "assistant" and item.content[0].text == first.output_text
+    for field, asked in (("limit", "x"), ("limit", "0"), ("limit", "101"), ("order", "up"), ("after", "msg_0")):
+        refused = server.get(f"/v1/responses/{first.id}/input_items", params={field: asked})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == field
+    assert server.get(f"/v1/responses/{first.id}?stream=true").json()["error"]["param"] == "stream"
     client.responses.delete(first.id)
     for gone in (first.id, client.responses.create(**BASE, input=SUM, store=False).id, "resp_x"):
         with pytest.raises(openai.NotFoundError):
@@ -269,6 +275,16 @@ BAD = [
     ("tool_choice", {"tools": [{"type": "web_search"}], "tool_choice": {"type": "web_search"}}),
     ("tool_choice", {"tools": [TOOL], "tool_choice": {"type": "function", "name": "other"}}),
     ("tool_choice", {"tool_choice": "required"}),
+    ("tools[0].tools", {"tools": [{"type": "namespace", "name": "x", "tools": 5}]}),
+    ("tools[0].tools[0].type", {"tools": [{"type": "namespace", "name": "x", "tools": [5]}]}),
+    ("tools[0].parameters", {"tools": [{"type": "function", "name": "x", "parameters": 7}]}),
+    ("tool_choice.tools", {"tool_choice": {"type": "allowed_tools", "tools": 5}}),
+    ("tool_choice.tools.name", {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "tools": [5]}}),
+    ("tool_choice", {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": [], "tools": []}}),
+    ("input[0].tools", {"input": [{"type": "additional_tools", "tools": 5}]}),
+    ("input[0].type", {"input": [{"type": ["x"]}]}),
+    ("input[0].summary", {"input": [{"type": "reasoning", "summary": 5}]}),
+    ("input[0]", {"input": [5]}),
     ("text.format", {"text": {"format": {"type": "yaml"}}}),
     ("text.format", {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "tuple"}}}}),
     ("reasoning.effort", {"reasoning": {"effort": "some"}}),
