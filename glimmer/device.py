@@ -131,6 +131,11 @@ def free_memory(device: torch.device, processes: int = 1) -> int:
     return free if space is None else min(free, space)
 
 
+def total_memory() -> int:
+    """Bytes of RAM that the machine has."""
+    return _meminfo()["MemTotal"]
+
+
 def address_space(device: torch.device) -> int | None:
     """Bytes that this process may still map (ulimit -v), without what threads want for themselves; None: no limit, or
     it is none of the device's memory."""

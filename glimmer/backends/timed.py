@@ -26,17 +26,26 @@ LIMIT_OF = {"bfloat16": "bfloat16", Kind.FP8: "bfloat16", Kind.INT8: "int8", Kin
 
 @dataclass
 class Cost:
-    """What one part of the steps took: seconds, bytes read at least, operations by the limit that holds for them."""
+    """What one part of the steps took: seconds, bytes read at least, operations by the limit that holds for them, and
+    calls of ops."""
 
     seconds: float = 0.0
     nbytes: int = 0
     operations: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    calls: int = 0
 
     def add(self, nbytes: int, kind: str, operations: int) -> None:
         """Count work. kind: of the numbers that are multiplied."""
         self.nbytes += nbytes
         if kind in LIMIT_OF:
             self.operations[LIMIT_OF[kind]] += operations
+
+    def include(self, other: "Cost") -> None:
+        """Count another part's work, without its seconds."""
+        self.nbytes += other.nbytes
+        self.calls += other.calls
+        for kind, operations in other.operations.items():
+            self.operations[kind] += operations
 
     def at_best(self, limits: Mapping[str, float]) -> tuple[float, float]:
         """Seconds that its reads, and that its operations would take alone at the machine's limits."""
@@ -75,6 +84,7 @@ class Timed(Backend):
         yield part
         self.synchronize()
         part.seconds += perf_counter() - begin
+        part.calls += 1
 
     def embed(self, tokens: Tensor, table: Tensor, first: int) -> Tensor:
         with self.measure("embed"):

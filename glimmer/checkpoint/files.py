@@ -71,13 +71,14 @@ class Checkpoint:
     in a file that the index of some repositories leaves out. Of a tensor that lies in two files the one is taken that
     the index names. index_fault says where the index and the files disagree, if they do: whoever knows which tensors
     are wanted raises it, or warns when all are there. Several threads may read at once. pread: what copies bytes of a
-    file; Backend.pread has several threads for it.
+    file; Backend.pread has several threads for it. whole=False: headers are all that is wanted, so files may end
+    behind them, and files that the index names need not be there.
 
     Raises CheckpointError when the directory or a file cannot be used.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]):
-        self.directory = Path(directory)
+    def __init__(self, directory: str | os.PathLike[str], whole: bool = True):
+        self.directory, self._whole = Path(directory), whole
         self._tensors: dict[str, Stored] = {}
         self._versions: dict[Path, Version] = {}
         self._current: tuple[Path, int] | None = None  # the file that was read last, and its descriptor
@@ -101,7 +102,7 @@ class Checkpoint:
         """Read one header."""
         descriptor = self._descriptor(file)
         try:
-            tensors = _read_header(file, descriptor)
+            tensors = _read_header(file, descriptor, self._whole)
         except (OSError, MemoryError) as error:
             raise unreadable(file, error) from error
         for name, stored in tensors.items():
@@ -333,7 +334,7 @@ def _changed(path: Path) -> CheckpointError:
     )
 
 
-def _read_header(path: Path, descriptor: int) -> dict[str, Stored]:
+def _read_header(path: Path, descriptor: int, whole: bool = True) -> dict[str, Stored]:
     """The tensors of one file: 8 bytes with the header's length, the header, then nothing but data."""
     size = os.fstat(descriptor).st_size
     start = os.pread(descriptor, len(POINTER), 0)
@@ -350,7 +351,7 @@ def _read_header(path: Path, descriptor: int) -> dict[str, Stored]:
         raise unusable(path, "has a header that is no table of tensors", "a JSON object")
     header.pop("__metadata__", None)
     tensors = {name: _describe(path, name, entry, data) for name, entry in header.items()}
-    _check_layout(path, tensors, data, size)
+    _check_layout(path, tensors, data, size if whole else None)
     return tensors
 
 
@@ -386,17 +387,17 @@ def _describe(path: Path, name: str, entry: Any, data: int) -> Stored:
     return Stored(path, dtype, tuple(shape), data + begin, data + end)
 
 
-def _check_layout(path: Path, tensors: dict[str, Stored], data: int, size: int) -> None:
-    """Tensors must lie one behind the other from the first byte of data to the last byte of the file."""
+def _check_layout(path: Path, tensors: dict[str, Stored], data: int, size: int | None) -> None:
+    """Tensors must lie one behind the other from the first byte of data to the last byte of the file (None: any)."""
     place = data
     for name, stored in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if stored.begin != place:
             fault = "overlaps the tensor before it" if stored.begin < place else "leaves a gap before it"
             raise unusable(path, f"has tensor {shown(name)} at byte {stored.begin:,}, which {fault}", f"byte {place:,}")
         place = stored.end
-    if place > size:
+    if size is not None and place > size:
         raise unusable(path, f"is cut short: it has {size:,} bytes", f"{place:,} bytes, says its header")
-    if place < size:
+    if size is not None and place < size:
         raise unusable(path, f"has {size - place:,} bytes too many: {size:,}", f"{place:,} bytes, says its header")
 
 

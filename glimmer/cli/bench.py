@@ -4,8 +4,8 @@ Prompts are random token ids, so that any checkpoint will do; answers are greedy
 is timed as one prompt to its first token, the best of a few; decode as steps of B sequences after prompts of --context
 tokens. Beside each figure the machine's limits are measured, and the work of such steps is counted: the bytes of
 weights and cache that they must read, the operations of their products. Each is shown in percent of what the limits
-allow. Figures of different machines, or of different hours on a shared one, are not comparable: quote ratios within
-one run.
+allow, and `predicted` is what glimmer plan would say. Figures of different machines, or of different hours on a shared
+one, are not comparable: quote ratios within one run.
 
 All of this is measured without drafts. --speculative adds what these bring (gain.py).
 """
@@ -80,6 +80,13 @@ class Figure:
     @property
     def rate(self) -> float:
         return self.tokens / self.seconds
+
+    @property
+    def predicted(self) -> float | None:
+        """tokens/s that the cost model of `glimmer plan` expects of such work at these limits."""
+        if self.profile is None or self.limits is None:
+            return None
+        return self.tokens * self.seen / self.profile.expected(self.limits)
 
     @property
     def percent(self) -> dict[str, float]:
@@ -206,7 +213,8 @@ def _print(
     print(f"  {'load':<34}{memory['load_s']:>12,.2f} s")
     for figure in figures:
         shares = "".join(f"{value:>9.1f} % of {name}" for name, value in figure.percent.items())
-        print(f"  {figure.what:<34}{figure.rate:>12,.2f} tokens/s{shares}")
+        predicted = "" if figure.predicted is None else f"{figure.predicted:>12,.2f} predicted"
+        print(f"  {figure.what:<34}{figure.rate:>12,.2f} tokens/s{predicted}{shares}")
     print(f"  {'peak memory of a process':<34}{memory['peak_memory_gib']:>12,.2f} GiB")
     if all(figure.limits for figure in figures):
         for name, unit in (("read", "GB/s"), ("bfloat16", "G operations/s"), ("int8", "G operations/s")):
@@ -230,6 +238,7 @@ def _print(
     line |= {"processes": model.size} | {name: round(value, 2) for name, value in memory.items()}
     line |= {figure.key: round(figure.rate, 2) for figure in figures}
     line["percent"] = {figure.key: figure.percent for figure in figures if figure.percent}
+    line["predicted"] = {figure.key: round(figure.predicted, 2) for figure in figures if figure.predicted}
     line["limits"] = {figure.key: figure.limits for figure in figures if figure.limits}
     if gains is not None:
         line["speculative"] = {f"b{drafted.batch}": drafted.as_json() for drafted in gains}

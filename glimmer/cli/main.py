@@ -24,6 +24,7 @@ COMMANDS = {
     "bench serve": "measure a server, ours or another, under load",
     "quantize": "write a checkpoint with int8 or int4 matrices",
     "prepare": "write a model's packed file, from which it starts at once",
+    "plan": "what a model needs, what fits here, and how fast it will be",
     "doctor": "what this machine has, and which operations will serve",
 }
 

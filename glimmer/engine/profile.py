@@ -6,6 +6,7 @@ is open. Not here: how any of it is shown (cli/bench.py).
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
 from time import perf_counter
@@ -18,6 +19,7 @@ from glimmer.backends.timed import Cost, Timed
 from glimmer.engine.engine import Clock, Engine
 from glimmer.engine.runner import Runner
 from glimmer.group import Group
+from glimmer.model.cost import seconds
 
 
 class Profile:
@@ -66,10 +68,12 @@ class Profile:
         """All parts in one."""
         total = Cost(self.seconds)
         for part in self.parts.values():
-            total.nbytes += part.nbytes
-            for kind, operations in part.operations.items():
-                total.operations[kind] += operations
+            total.include(part)
         return total
+
+    def expected(self, limits: Mapping[str, float]) -> float:
+        """Seconds that the steps should take on a machine with these limits, by the cost model of `glimmer plan`."""
+        return seconds(self.total, self.steps, limits)
 
     @property
     def parts(self) -> dict[str, Cost]:

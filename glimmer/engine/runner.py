@@ -270,7 +270,7 @@ def make_kv_cache_config(
         )
     device = backend.device
     free, usable, limit = _usable(config, group, device)
-    activations = _activation_bytes(config, model)
+    activations = activation_bytes(config, model)
     block = backend.kv_block_bytes(spec)
     blocks_for: Callable[[int], int] = lambda tokens: -(-tokens // config.block_size)
     least = least_cache(config, backend, spec)
@@ -329,13 +329,12 @@ def expert_slots(
     """
     free, usable, limit = _usable(config, group, backend.device)
     least = least_cache(config, backend, spec)
-    shared = usable - loader.dense_bytes - _activation_bytes(config, model)
+    shared = usable - loader.dense_bytes - activation_bytes(config, model)
     if shared - (config.kv_cache_memory_bytes or least) >= loader.expert_bytes:
         return None
-    cache = config.kv_cache_memory_bytes or max(
-        least, min(shared // 8, devices.default_cache(backend.device) or shared)
+    cache, slots = divide_paged(
+        shared, config.kv_cache_memory_bytes, least, devices.default_cache(backend.device), loader.slot_bytes
     )
-    slots = (shared - cache - shared // 64) // loader.slot_bytes  # what is free changes while one looks
     if slots < 2 * model.num_experts_per_tok:
         needed = usable - shared + cache + 2 * model.num_experts_per_tok * loader.slot_bytes
         raise NotEnoughMemory(
@@ -345,6 +344,12 @@ def expert_slots(
             f"raise {limit.partition('=')[0]}, free some memory, or lower max_model_len or max_num_batched_tokens",
         )
     return slots
+
+
+def divide_paged(shared: int, asked: int | None, least: int, default: int | None, slot_bytes: int) -> tuple[int, int]:
+    """(bytes of the KV cache, slots) of what cache and routed experts share, where not all experts fit."""
+    cache = asked or max(least, min(shared // 8, default or shared))
+    return cache, (shared - cache - shared // 64) // slot_bytes  # what is free changes while one looks
 
 
 def least_cache(config: EngineConfig, backend: Backend, spec: KVCacheSpec) -> int:
@@ -360,7 +365,7 @@ def least_cache(config: EngineConfig, backend: Backend, spec: KVCacheSpec) -> in
     return least
 
 
-def _activation_bytes(config: EngineConfig, model: ModelConfig) -> int:
+def activation_bytes(config: EngineConfig, model: ModelConfig) -> int:
     """A generous estimate of what one step holds at its widest moment."""
     hidden, top_k = model.hidden_size, model.num_experts_per_tok
     attention = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim

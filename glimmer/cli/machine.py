@@ -1,0 +1,188 @@
+"""Machine: what a plan plans for: this machine, measured, or another one that options describe.
+
+Memory comes from glimmer/device.py (control groups included), the limits of memory and arithmetic from Backend.limits,
+the disk from a small probe with direct reads; accelerators from a table of their makers' data sheets. Not here: what a
+model needs (model/cost.py), and what follows (plan.py).
+"""
+
+import mmap
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from glimmer import device as devices
+from glimmer.backends import selection
+from glimmer.cli.options import size
+from glimmer.errors import ConfigError
+
+GIB = 1 << 30
+PROBE_SECONDS, PROBE_THREADS, PROBE_BLOCK = 1.0, 8, 2 << 20  # as the store of paged experts reads: csrc/store.h
+PROBE_LEAST = 64 << 20  # bytes of a file from which a disk's speed can be told
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One card, as its maker describes it: GiB of memory, GB/s, TFLOP/s of bfloat16 and of 8-bit numbers, both dense.
+
+    device_memory: what the family's guide for Ascend sets max_device_memory to; None: not in that guide.
+    """
+
+    name: str
+    memory: int
+    bandwidth: float
+    bfloat16: float
+    eight_bit: float
+    source: str
+    device_memory: str | None = None
+
+    def limits(self) -> dict[str, float]:
+        """As Backend.limits has them."""
+        return {"read": self.bandwidth * 1e9, "bfloat16": self.bfloat16 * 1e12, "int8": self.eight_bit * 1e12}
+
+
+ASCEND = "the guide of MindFormers' glm4_moe; memory and arithmetic as published for Atlas 800T A2: preliminary"
+ACCELERATORS = {
+    re.sub("[^a-z0-9]", "", card.name.lower()): card
+    for card in (
+        Accelerator("A100-40GB", 40, 1555, 312, 624, "NVIDIA A100 data sheet"),
+        Accelerator("A100", 80, 2039, 312, 624, "NVIDIA A100 data sheet (80GB SXM)"),
+        Accelerator("H20", 96, 4000, 148, 296, "NVIDIA H20 specifications"),
+        Accelerator("H100", 80, 3350, 989, 1979, "NVIDIA H100 data sheet (SXM)"),
+        Accelerator("H100-PCIe", 80, 2000, 756, 1513, "NVIDIA H100 data sheet (PCIe)"),
+        Accelerator("H200", 141, 4800, 989, 1979, "NVIDIA H200 data sheet"),
+        Accelerator("B200", 180, 7700, 2250, 4500, "NVIDIA HGX B200 data sheet"),
+        Accelerator("L4", 24, 300, 121, 242, "NVIDIA L4 data sheet"),
+        Accelerator("L40S", 48, 864, 362, 733, "NVIDIA L40S data sheet"),
+        Accelerator("RTX3090", 24, 936, 71, 284, "NVIDIA Ampere GA102 whitepaper"),
+        Accelerator("RTX4090", 24, 1008, 165, 330, "NVIDIA Ada whitepaper"),
+        Accelerator("RTX5090", 32, 1792, 209, 419, "NVIDIA RTX Blackwell whitepaper"),
+        Accelerator("MI300X", 192, 5300, 1307, 2615, "AMD Instinct MI300X data sheet"),
+        Accelerator("Ascend910B", 64, 1600, 313, 626, ASCEND, "59GB"),
+        Accelerator("Ascend910B-32GB", 32, 1600, 280, 560, ASCEND.replace("800T", "800I"), "30GB"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Disk:
+    """The file system where the model lies. speed: bytes/s of direct reads, None where nothing could be measured;
+    how: what was read, or why nothing was."""
+
+    free: int
+    speed: float | None
+    how: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """processes compute, each with so many free bytes of memory, `usable` of which it may take; limits: of one of them,
+    None where nothing measures them. accelerator: None on a CPU, whose threads are those of one process."""
+
+    processes: int
+    nodes: int
+    total: int
+    free: int
+    usable: int
+    disk: Disk
+    threads: int
+    kernels: str | None
+    limits: Mapping[str, float] | None
+    accelerator: Accelerator | None = None
+    described: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        if self.accelerator is None:
+            return "this machine" + (f", but {' and '.join(self.described)}" if self.described else "")
+        nodes = f"{self.nodes} machine{'s' * (self.nodes > 1)} of " if self.nodes > 1 else ""
+        return f"{nodes}{self.processes // self.nodes} x {self.accelerator.name}"
+
+
+def accelerator(value: str) -> tuple[Accelerator, int]:
+    """ "H100:2" or "H100": a card and how many of them one machine has; ConfigError for an unknown one."""
+    name, colon, number = value.partition(":")
+    found = ACCELERATORS.get(re.sub("[^a-z0-9]", "", name.lower()))
+    if found is None or (colon and not re.fullmatch("[1-9][0-9]{0,4}", number)):
+        raise ConfigError(
+            f"--gpu {value!r}",
+            "NAME or NAME:NUMBER, e.g. H100:2; names: " + ", ".join(card.name for card in ACCELERATORS.values()),
+            "choose one of these names" if found is None else "write the number of cards of one machine, from 1 on",
+        )
+    return found, int(number) if colon else 1
+
+
+def describe(card: Accelerator, number: int, nodes: int, memory: int | None, share: float, disk: Disk) -> Machine:
+    """Some machines with so many cards each; memory: bytes that may be taken on each card."""
+    total = card.memory * GIB
+    guide = size(card.device_memory) if card.device_memory is not None else total
+    usable = min(int(total * share), memory or guide)
+    said = () if memory is None else (f"{memory / GIB:.1f} GiB on each card",)
+    return Machine(number * nodes, nodes, total, total, usable, disk, 1, None, card.limits(), card, said)
+
+
+def this_machine(threads: int | None, memory: int | None, share: float, disk: Disk) -> Machine:
+    """This machine's CPU, measured in about two seconds. memory: bytes that may be taken, in place of its own."""
+    count = devices.share_cores(1, threads)
+    backend = selection.choose(selection.HOST, count)
+    free = devices.free_memory(selection.HOST)
+    usable = int(free * share) if memory is None else memory
+    said = () if memory is None else (f"{memory / GIB:.1f} GiB of memory to take",)
+    return Machine(
+        1, 1, devices.total_memory(), free, usable, disk, count, backend.kernels, backend.limits(), None, said
+    )
+
+
+def disk_of(directory: Path, speed: int | None) -> Disk:
+    """The disk where a model lies; speed: as asserted, in bytes/s, else it is measured."""
+    space = os.statvfs(directory)
+    free = space.f_bavail * space.f_frsize
+    if speed is not None:
+        return Disk(free, float(speed), "as given")
+    files = sorted(_files(directory), key=lambda file: file.stat().st_size, reverse=True)
+    solid = [file for file in files if file.stat().st_blocks * 512 >= file.stat().st_size // 2]  # holes are not read
+    if not solid or solid[0].stat().st_size < PROBE_LEAST:
+        return Disk(free, None, f"no file of {PROBE_LEAST >> 20} MB or more to read there: give --disk-speed")
+    try:
+        return Disk(free, _probe(solid[0]), f"direct reads of {solid[0].name}")
+    except OSError as error:
+        return Disk(free, None, f"{solid[0].name} refuses direct reads ({error.strerror}): give --disk-speed")
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    for pattern in ("*.safetensors", "weights-*.bin", "packed-*/weights-*.bin"):
+        yield from (file for file in directory.glob(pattern) if file.is_file())
+
+
+def _probe(file: Path) -> float:
+    """Bytes/s of direct reads by several threads, in an order that no read-ahead knows. Raises OSError."""
+    descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+    count = os.fstat(descriptor).st_size // PROBE_BLOCK
+    read = [0] * PROBE_THREADS
+    faults: list[OSError] = []
+    end = time.perf_counter() + PROBE_SECONDS
+
+    def work(me: int) -> None:
+        buffer = mmap.mmap(-1, PROBE_BLOCK)  # memory that begins with a page
+        turn = me
+        try:
+            while time.perf_counter() < end and not faults:
+                read[me] += os.preadv(descriptor, [buffer], turn * 7919 % count * PROBE_BLOCK)
+                turn += PROBE_THREADS
+        except OSError as error:
+            faults.append(error)
+
+    begin = time.perf_counter()
+    threads = [threading.Thread(target=work, args=(me,)) for me in range(PROBE_THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    os.close(descriptor)
+    if faults:
+        raise faults[0]
+    return sum(read) / (time.perf_counter() - begin)
