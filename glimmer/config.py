@@ -37,6 +37,9 @@ class EngineConfig:
     max_memory_bytes            the most that weights, a step and cache of each process may take; None: only that share
     kv_cache_memory_bytes       memory for the KV cache of each rank; None: what is left, on a CPU at most 4 GiB
     kv_cache_dtype              "int8": keys and values as codes in half the memory; "auto": in the model's dtype
+    kv_cache_dir                a directory where KV blocks of prompts and answers are kept, also for later processes:
+                                it holds what users have said; None: in memory only
+    kv_cache_size_bytes         the most that the files in kv_cache_dir may have together
     enable_prefix_caching       reuse the KV blocks of equal prompt beginnings
     skip_tokenizer_init         need no tokenizer.json: prompts are token ids, answers have no text
     threads                     CPU threads of each process; None: its share of the CPUs that it may use
@@ -60,6 +63,8 @@ class EngineConfig:
     max_memory_bytes: int | None = None
     kv_cache_memory_bytes: int | None = None
     kv_cache_dtype: str = "auto"
+    kv_cache_dir: str | None = None
+    kv_cache_size_bytes: int = 16 << 30
     enable_prefix_caching: bool = True
     skip_tokenizer_init: bool = False
     threads: int | None = None
@@ -89,6 +94,15 @@ class EngineConfig:
         for key in ("enable_prefix_caching", "skip_tokenizer_init", "prepare"):
             if not isinstance(getattr(self, key), bool):
                 raise ConfigError(f"{key}={shown(getattr(self, key))}", "True or False", "pass one of these")
+        folder = self.kv_cache_dir
+        if folder is not None and not (isinstance(folder, str) and folder and "\0" not in folder):
+            raise ConfigError(f"kv_cache_dir={shown(folder)}", "a path", "pass another one, or leave it out")
+        if folder is not None and not self.enable_prefix_caching:
+            raise ConfigError(
+                "kv_cache_dir with enable_prefix_caching=False",
+                "one of the two: blocks on disk are for equal beginnings of prompts",
+                "leave one of them out",
+            )
         SpeculativeConfig.of(self.speculative_config)
 
     @property
@@ -256,6 +270,7 @@ ENGINE_NUMBERS = {
     ),
     **dict.fromkeys(("max_model_len", "threads"), COUNT),
     **dict.fromkeys(("max_memory_bytes", "kv_cache_memory_bytes"), BYTES),
+    "kv_cache_size_bytes": Number(1, MAX_BYTES, whole=True),
     "seed": Number(-(2**64), 2**64, whole=True),
     "gpu_memory_utilization": Number(1e-6, 1),
     "group_size": COUNT,

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from glimmer import device as devices
 from glimmer import parallel, vllm_names
 from glimmer.config import EngineConfig, SamplingParams, StructuredOutputs, generation_defaults
+from glimmer.engine.disk_cache import DiskStats
 from glimmer.engine.engine import Engine
 from glimmer.engine.loop import Loop
 from glimmer.engine.profile import Profile
@@ -61,7 +62,7 @@ class Load:
     """What an engine has to do: answers that are computed and that wait, and blocks of the cache; and sums since it
     began: preemptions, steps in which drafts of an answer were checked, these drafts, and those that were accepted,
     also by their place. tokens_per_step: that a step brings to an answer; draft_gain: how much faster drafts make the
-    engine just now, as far as is known."""
+    engine just now, as far as is known. disk_...: what has come of kv_cache_dir (engine/disk_cache.py:DiskStats)."""
 
     running: int
     waiting: int
@@ -74,6 +75,12 @@ class Load:
     accepted_by_place: tuple[int, ...]
     tokens_per_step: float
     draft_gain: float
+    disk_hit_tokens: int
+    disk_read_bytes: int
+    disk_written_bytes: int
+    disk_stored_bytes: int
+    disk_damaged_files: int
+    disk_dropped_pages: int
 
 
 class LLM:
@@ -108,6 +115,8 @@ class LLM:
         max_memory_bytes: int | None = None,
         kv_cache_memory_bytes: int | None = None,
         kv_cache_dtype: str = "auto",
+        kv_cache_dir: str | Path | None = None,
+        kv_cache_size_bytes: int = 16 << 30,
         enable_prefix_caching: bool = True,
         skip_tokenizer_init: bool = False,
         threads: int | None = None,
@@ -137,6 +146,8 @@ class LLM:
             max_memory_bytes=max_memory_bytes,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             kv_cache_dtype=kv_cache_dtype,
+            kv_cache_dir=str(kv_cache_dir) if isinstance(kv_cache_dir, Path) else kv_cache_dir,
+            kv_cache_size_bytes=kv_cache_size_bytes,
             enable_prefix_caching=enable_prefix_caching,
             skip_tokenizer_init=skip_tokenizer_init,
             threads=threads,
@@ -230,7 +241,7 @@ class LLM:
     @property
     def load(self) -> Load:
         """How much there is to do at this moment, and how much has been done; other threads change it all the while."""
-        scheduler, stats = self._engine.scheduler, self._engine.stats
+        scheduler, stats, disk = self._engine.scheduler, self._engine.stats, self.disk or DiskStats()
         return Load(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + self._loop.num_waiting,
@@ -243,6 +254,12 @@ class LLM:
             accepted_by_place=tuple(stats.num_accepted_tokens_per_pos),
             tokens_per_step=stats.num_tokens / max(stats.num_steps, 1),
             draft_gain=1.0 if self._speculation is None else self._speculation.gain,
+            disk_hit_tokens=disk.hit_tokens,
+            disk_read_bytes=disk.read_bytes,
+            disk_written_bytes=disk.written_bytes,
+            disk_stored_bytes=disk.stored_bytes,
+            disk_damaged_files=disk.damaged_files,
+            disk_dropped_pages=disk.dropped_pages,
         )
 
     @property
@@ -263,6 +280,11 @@ class LLM:
     def stats(self) -> Stats:
         """What the engine has counted so far, on rank 0: steps, tokens, drafts (engine/stats.py)."""
         return self._engine.stats
+
+    @property
+    def disk(self) -> DiskStats | None:
+        """What has come of kv_cache_dir so far, on this rank; None where there is none."""
+        return None if self._engine.disk is None else self._engine.disk.stats
 
     @property
     def drafts(self) -> bool:

@@ -370,6 +370,7 @@ def test_impossible_generation_defaults(raw, word, tmp_path):
                 "max_num_batched_tokens",
                 "max_model_len",
                 "kv_cache_memory_bytes",
+                "kv_cache_size_bytes",
             )
             for value in (0, -1, 1.5, "8", True)
         ),
@@ -383,6 +384,9 @@ def test_impossible_generation_defaults(raw, word, tmp_path):
         ("kv_cache_dtype", "int4"),
         ("kv_cache_dtype", None),
         ("kv_cache_dtype", "fp8"),
+        ("kv_cache_dir", ""),
+        ("kv_cache_dir", "a\0b"),
+        ("kv_cache_dir", 5),
         ("enable_prefix_caching", "no"),
         ("skip_tokenizer_init", 1),
     ],

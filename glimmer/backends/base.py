@@ -26,7 +26,7 @@ from glimmer.weight import ExpertWeights, Kind, Weight
 # Ops that share a layout: all of them are one class's, or none.
 LAYOUTS = {
     "weights": ("pack_linear", "pack_experts", "packed_bytes", "linear", "experts"),
-    "cache": ("allocate_kv", "store_kv_", "attention"),
+    "cache": ("allocate_kv", "store_kv_", "attention", "export_blocks", "import_blocks"),
 }
 WEIGHT_OPS = ("linear", "experts")  # which one backend may serve for some kinds of weights, another for others
 OPS = (
@@ -145,6 +145,8 @@ class Backend(ABC):
     """One device of one engine. Two backends of one process do not disturb each other."""
 
     name: ClassVar[str]
+    # Changes with the bytes of a block of the cache, be it their layout or how the values in them are rounded.
+    cache_layout: ClassVar[str] = "1"
     captures: ClassVar[bool] = False  # whether `capture` is there
 
     def __init__(self, device: torch.device, threads: int = 1):
@@ -236,6 +238,18 @@ class Backend(ABC):
     @abstractmethod
     def store_kv_(self, k: Tensor, v: Tensor, kv: KVCache, slot_mapping: Tensor) -> None:
         """Write k, v (T, g, D) to slots (T,) int64 of the cache: slot = block * block_size + offset."""
+
+    @abstractmethod
+    def export_blocks(self, caches: Sequence[KVCache], blocks: Sequence[int]) -> Tensor:
+        """What these blocks hold in all layers: (blocks, kv_block_bytes) uint8 on the host. For any thread."""
+
+    @abstractmethod
+    def import_blocks(self, caches: Sequence[KVCache], blocks: Sequence[int], data: Tensor) -> None:
+        """The reverse: fill blocks with bytes that `export_blocks` gave, while no op uses them. For any thread."""
+
+    @abstractmethod
+    def checksum(self, data: memoryview) -> bytes:
+        """32 bytes that change when the data do, other than by somebody's intent. By the calling thread alone."""
 
     @abstractmethod
     def attention(self, q: Tensor, kv: KVCache, batch: Batch, scale: float) -> Tensor:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -256,6 +257,29 @@ class Cpu(Reference, PackedFiles):
             raise ValueError(f"a cache that is not made of strips of {STRIP} slots: {spec}")
         return super().allocate_kv(spec, num_blocks)
 
+    def export_blocks(self, caches: Sequence[KVCache], blocks: Sequence[int]) -> Tensor:
+        # By numpy: torch would begin threads of its own for each thread that calls this.
+        parts = _parts(caches)
+        data = torch.empty(len(blocks), sum(part.shape[1] for part in parts), dtype=torch.uint8)
+        for place, block in zip(data.numpy(), blocks, strict=True):
+            begin = 0
+            for part in parts:
+                place[begin : begin + part.shape[1]] = part[block]
+                begin += part.shape[1]
+        return data
+
+    def import_blocks(self, caches: Sequence[KVCache], blocks: Sequence[int], data: Tensor) -> None:
+        parts = _parts(caches)
+        for source, block in zip(data.view(len(blocks), -1).numpy(), blocks, strict=True):
+            begin = 0
+            for part in parts:
+                part[block] = source[begin : begin + part.shape[1]]
+                begin += part.shape[1]
+
+    def checksum(self, data: memoryview) -> bytes:
+        address = np.frombuffer(data, np.uint8).ctypes.data
+        return _native.checksum(address, data.nbytes).encode()
+
     def store_kv_(self, k: Tensor, v: Tensor, kv: KVCache, slot_mapping: Tensor) -> None:
         blocks, size, heads, width = kv.num_blocks, kv.block_size, kv.num_kv_heads, kv.head_dim
         k, v, slot_mapping = self._heads(k), self._heads(v), self._contiguous(slot_mapping)
@@ -456,8 +480,16 @@ class Cpu(Reference, PackedFiles):
 class CpuAnyBlock(Cpu):
     """Cpu for a cache whose blocks or heads do not consist of strips: cache and attention are the reference's."""
 
+    cache_layout = f"{Cpu.cache_layout}, blocks of any size"
+
     def allocate_kv(self, spec: KVCacheSpec, num_blocks: int) -> list[KVCache]:
         return Reference.allocate_kv(self, spec, num_blocks)
+
+    def export_blocks(self, caches: Sequence[KVCache], blocks: Sequence[int]) -> Tensor:
+        return super().export_blocks(caches, blocks)
+
+    def import_blocks(self, caches: Sequence[KVCache], blocks: Sequence[int], data: Tensor) -> None:
+        super().import_blocks(caches, blocks, data)
 
     def store_kv_(self, k: Tensor, v: Tensor, kv: KVCache, slot_mapping: Tensor) -> None:
         self._run_torch(lambda: Reference.store_kv_(self, k, v, kv, slot_mapping))
@@ -479,6 +511,11 @@ class CpuAnyBlock(Cpu):
 def fits_strips(spec: KVCacheSpec) -> bool:
     """Whether Cpu can lay out a cache; else it is CpuAnyBlock's."""
     return spec.block_size % STRIP == 0 and spec.head_dim % 2 == 0
+
+
+def _parts(caches: Sequence[KVCache]) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
+    """Keys and values of all layers, as (blocks, bytes); views."""
+    return [part.flatten(1).view(torch.uint8).numpy() for kv in caches for part in (kv.keys, kv.values)]
 
 
 def _is_cache(kv: KVCache, rows: Tensor) -> bool:

@@ -10,6 +10,7 @@ import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
 
 import torch
 import torch.nn.functional as F
@@ -155,6 +156,21 @@ class Reference(Backend):
     def kv_block_bytes(self, spec: KVCacheSpec) -> int:
         return 2 * spec.num_layers * spec.block_size * spec.num_kv_heads * _row_width(spec) * spec.dtype.itemsize
 
+    def export_blocks(self, caches: Sequence[KVCache], blocks: Sequence[int]) -> Tensor:
+        chosen = torch.tensor(blocks, device=self.device)
+        parts = [_block_bytes(part)[chosen] for kv in caches for part in (kv.keys, kv.values)]
+        return torch.cat(parts, 1).cpu()
+
+    def import_blocks(self, caches: Sequence[KVCache], blocks: Sequence[int], data: Tensor) -> None:
+        chosen = torch.tensor(blocks, device=self.device)
+        places = [_block_bytes(part) for kv in caches for part in (kv.keys, kv.values)]
+        parts = data.view(len(blocks), -1).to(self.device).split([place.shape[1] for place in places], 1)
+        for place, part in zip(places, parts, strict=True):
+            place[chosen] = part
+
+    def checksum(self, data: memoryview) -> bytes:
+        return blake2b(data, digest_size=32).digest()
+
     def store_kv_(self, k: Tensor, v: Tensor, kv: KVCache, slot_mapping: Tensor) -> None:
         if kv.quantized:
             k, v = _encoded(k), _encoded(v)
@@ -179,6 +195,11 @@ class Reference(Backend):
 
     def prepare(self, batch: Batch) -> Batch:
         return batch.to(self.device)
+
+
+def _block_bytes(part: Tensor) -> Tensor:
+    """Keys or values of a layer as (blocks, bytes) uint8, a view."""
+    return part.flatten(1).view(torch.uint8)
 
 
 def _linear(x: Tensor, w: Weight) -> Tensor:

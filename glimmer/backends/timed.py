@@ -163,6 +163,15 @@ class Timed(Backend):
     def kv_block_bytes(self, spec: KVCacheSpec) -> int:
         return self.inner.kv_block_bytes(spec)
 
+    def export_blocks(self, caches: Sequence[KVCache], blocks: Sequence[int]) -> Tensor:
+        return self.inner.export_blocks(caches, blocks)
+
+    def import_blocks(self, caches: Sequence[KVCache], blocks: Sequence[int], data: Tensor) -> None:
+        self.inner.import_blocks(caches, blocks, data)
+
+    def checksum(self, data: memoryview) -> bytes:
+        return self.inner.checksum(data)
+
     def prepare(self, batch: Batch) -> Batch:
         return self.inner.prepare(batch)
 

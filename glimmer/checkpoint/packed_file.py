@@ -209,6 +209,13 @@ def source_of(model: Path, quantization_config: object) -> dict[str, str]:
     return found | {"config.json (quantization_config)": _digest(quantization_config)}
 
 
+def digest_of(model: Path) -> str | None:
+    """The digest of the packed file that a model's directory is, or None if it is a checkpoint."""
+    if not (model / MANIFEST).is_file():
+        return None
+    return str(read_json(model / MANIFEST, "the manifest of a packed file", MAX_MANIFEST).get("digest"))
+
+
 class PackedWriter:
     """Writes a packed file into `directory`, piece by piece; again where an earlier attempt has stopped.
 

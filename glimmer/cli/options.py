@@ -211,6 +211,8 @@ WORDS = {
         ("-ctk", "--cache-type-k"),
         choices=("auto", "int8"),
     ),
+    "kv_cache_dir": Words("DIR", "keep KV blocks here: what was read once is not computed again"),
+    "kv_cache_size_bytes": Words("SIZE", "the most that --kv-cache-dir may hold", "16GB", ("--kv-cache-size",)),
     "enable_prefix_caching": Words(
         "", "compute equal beginnings of prompts once", None, off=("--disable-radix-cache",)
     ),
@@ -310,7 +312,7 @@ def _kind(name: str, hint: Any) -> tuple[Kind, tuple[str, ...], bool]:
     if Sequence in origins:
         return (ids if int in {a for member in members for a in get_args(member)} else texts), (), True
     if members == (str,):
-        return path if name == "model" else text, (), False
+        return path if name in ("model", "kv_cache_dir") else text, (), False
     kinds: dict[Any, Kind] = {(bool,): truth, (int,): size if name.endswith("_bytes") else whole, (float,): number}
     if members not in kinds:
         raise TypeError(f"no kind of value for {name}: {hint}")

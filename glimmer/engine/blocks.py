@@ -23,6 +23,7 @@ class Blocks:
         self._references = [0] * count
         self._hash_of: list[bytes | None] = [None] * count
         self._block_of: dict[bytes, int] = {}
+        self._generation = [0] * count  # how often a block has been taken for something new
         self._free = OrderedDict.fromkeys(range(count))  # in the order in which they will be taken
 
     @property
@@ -45,6 +46,7 @@ class Blocks:
                 del self._block_of[digest]
                 self._hash_of[block] = None
             self._references[block] = 1
+            self._generation[block] += 1
             sequence.blocks.append(block)
         return True
 
@@ -58,6 +60,10 @@ class Blocks:
                     self._free.move_to_end(block, last=False)
         sequence.blocks.clear()
         sequence.num_computed_tokens = 0
+
+    def generations(self, blocks: Sequence_[int]) -> list[int]:
+        """A number for each block, which changes before the block is written for something new. For any thread."""
+        return [self._generation[block] for block in blocks]
 
     def match_prefix(self, sequence: Sequence) -> list[int]:
         """Blocks that already hold the sequence's beginning. At least one token is left to be computed."""

@@ -6,6 +6,7 @@ Not here: the MTP layer itself (model/glm4_moe.py), and which drafts are accepte
 """
 
 from array import array
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
@@ -22,6 +23,12 @@ class Source(Protocol):
     """A way to guess. lookahead: see Scheduler."""
 
     lookahead: int
+
+    def rows_of(self, blocks: Sequence_[int]) -> list[int]:
+        """How many rows of its own the source has in each block."""
+
+    def set_rows(self, blocks: Sequence_[int], rows: Sequence_[int]) -> None:
+        """The blocks have been filled with what other blocks held that had these `rows_of`."""
 
     def propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int | None) -> None:
         """See engine.Drafter."""
@@ -84,6 +91,13 @@ class MTPSource:
         self.lookahead = max_drafts - 1
         self._rows_of = array("i", [0]) * num_blocks  # by block: how many rows are there, from its beginning on
         self._contexts: WeakKeyDictionary[Sequence, Context] = WeakKeyDictionary()
+
+    def rows_of(self, blocks: Sequence_[int]) -> list[int]:
+        return [self._rows_of[block] for block in blocks]
+
+    def set_rows(self, blocks: Sequence_[int], rows: Sequence_[int]) -> None:
+        for block, count in zip(blocks, rows, strict=True):
+            self._rows_of[block] = min(count, self.block_size)
 
     def propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int | None) -> None:
         if count is not None:
@@ -203,6 +217,12 @@ class LookupSource:
     def __init__(self, longest: int, shortest: int):
         self.longest, self.shortest = longest, shortest
         self._indexes: WeakKeyDictionary[Sequence, TokenIndex] = WeakKeyDictionary()
+
+    def rows_of(self, blocks: Sequence_[int]) -> list[int]:
+        return [0] * len(blocks)
+
+    def set_rows(self, blocks: Sequence_[int], rows: Sequence_[int]) -> None:
+        """It has nothing in the cache."""
 
     def propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int | None) -> None:
         for chunk, output in zip(step.chunks, outputs, strict=True):

@@ -6,6 +6,7 @@ Token ids only: text, stop strings and prompts as strings belong to llm.py. One 
 
 import logging
 from contextlib import AbstractContextManager
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from glimmer.batch import Batch
 from glimmer.config import EngineConfig
 from glimmer.engine.blocks import Blocks
+from glimmer.engine.disk_cache import BlockIO, BlockRows, DiskCache
 from glimmer.engine.sampler import Sampler
 from glimmer.engine.scheduler import Scheduler
 from glimmer.engine.sequence import Constraint, Logprob, Output, Request, SamplerOutput, Sequence, Step, failure
@@ -33,7 +35,7 @@ class CacheSize(Protocol):
     def max_model_len(self) -> int: ...
 
 
-class StepRunner(Protocol):
+class StepRunner(BlockIO, Protocol):
     """What computes a step: engine/runner.py, or a scripted one in tests."""
 
     @property
@@ -49,7 +51,7 @@ class StepRunner(Protocol):
         """Hidden states (T, H) of all rows, and logits (R, V) of those that the batch wants; None if it wants none."""
 
 
-class Drafter(Protocol):
+class Drafter(BlockRows, Protocol):
     """What guesses the tokens that come next. lookahead: see Scheduler."""
 
     @property
@@ -100,6 +102,9 @@ class Engine:
         blocks = Blocks(runner.kv_cache_config.num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(blocks, config.max_num_batched_tokens, config.max_num_seqs)
         self.scheduler.lookahead = 0 if drafter is None else drafter.lookahead
+        if config.kv_cache_dir is not None:
+            limit = config.kv_cache_size_bytes
+            self.scheduler.disk = DiskCache(Path(config.kv_cache_dir), limit, runner, blocks, group, drafter)
         self.sampler = Sampler(sampling_vocab_size)
         self.clock = Clock()
         self.stats = Stats()
@@ -107,7 +112,17 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a step would compute something."""
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return bool(self.scheduler.running or self.scheduler.waiting or self.scheduler.reading)
+
+    @property
+    def disk(self) -> DiskCache | None:
+        """Blocks on disk, if there are any."""
+        return self.scheduler.disk
+
+    def close(self) -> None:
+        """Nothing more will be asked: end what runs in other threads, and write what waits to be written."""
+        if self.disk is not None:
+            self.disk.close()
 
     def check(self, request: Request) -> None:
         """RequestError, with the field's name, if this engine cannot serve the request. Any thread may call this."""
@@ -155,6 +170,8 @@ class Engine:
         clock.begin()
         step = self.scheduler.schedule()  # who computes which tokens
         if not step.chunks:
+            if self.disk is not None:
+                self.disk.wait()
             return []
         try:
             batch = self.runner.batch(step)  # the same, as tensors

@@ -439,6 +439,8 @@ class Loop:
             waiting.clear()
         with self._guard:
             self._drain()
+        if reason is not FORKED:  # a forked process has none of the engine's threads
+            self.engine.close()
         self._over.set()
 
     def _drain(self) -> None:

@@ -4,8 +4,9 @@ Everything that depends on the machine's memory is decided here, from headers an
 Not here: which tokens to compute (scheduler.py), what to do with logits (sampler.py).
 """
 
+import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,7 +22,7 @@ from glimmer.backends.base import Backend, KVCacheSpec
 from glimmer.batch import Batch
 from glimmer.checkpoint import formats
 from glimmer.checkpoint.fingerprint import fingerprints
-from glimmer.checkpoint.packed_file import Form
+from glimmer.checkpoint.packed_file import MANIFEST, Form, digest_of, source_of
 from glimmer.config import EngineConfig
 from glimmer.engine.capture import StepCapture
 from glimmer.engine.sampler import likeliest
@@ -128,6 +129,8 @@ class Runner:
                 loader.load(progress)
         if on_load is not None:
             on_load(loader.nbytes, loader.nbytes)
+        self.kv_block_bytes = self.backend.kv_block_bytes(own)
+        self.kv_identity = "" if config.kv_cache_dir is None else _identity(config, model_config, group, self, own)
         self.kv = self.backend.allocate_kv(own, self.kv_cache_config.num_blocks)
         longest = -(-self.kv_cache_config.max_model_len // config.block_size)
         rows = 1 + (0 if self.drafts_by == "off" else config.speculation.max_drafts)
@@ -191,6 +194,18 @@ class Runner:
         batch = self.backend.prepare(batch)
         return self.draft_capture.run(self.model.embed_draft(hidden, batch.tokens, batch), batch)
 
+    def export_blocks(self, blocks: Sequence[int]) -> Tensor:
+        """What the blocks hold: (blocks, kv_block_bytes) uint8."""
+        return self.backend.export_blocks(self.kv, blocks)
+
+    def import_blocks(self, blocks: Sequence[int], data: Tensor) -> None:
+        """Fill blocks with what `export_blocks` gave."""
+        self.backend.import_blocks(self.kv, blocks, data)
+
+    def checksum(self, data: memoryview) -> bytes:
+        """See Backend.checksum."""
+        return self.backend.checksum(data)
+
     def likeliest(self, hidden: Tensor, vocab_size: int) -> list[int]:
         """The likeliest token below vocab_size for each row (R, H) of `draft`."""
         return likeliest(self.model.draft_logits(hidden)[:, :vocab_size])
@@ -225,6 +240,7 @@ def check_ranks(config: EngineConfig, model_config: ModelConfig, group: Group, d
         "gpu_memory_utilization",
         "max_memory_bytes",
         "kv_cache_memory_bytes",
+        "kv_cache_size_bytes",
         "prepare",
     )
     settings = {name: value for name, value in asdict(config).items() if name not in own}
@@ -234,6 +250,19 @@ def check_ranks(config: EngineConfig, model_config: ModelConfig, group: Group, d
     values = {"device": device.type} | settings
     values |= {f"{name} in config.json": value for name, value in described.items()}
     group.check_equal({name: str(value) for name, value in values.items()} | fingerprints(config.model))
+
+
+def _identity(config: EngineConfig, model: ModelConfig, group: Group, runner: Runner, spec: KVCacheSpec) -> str:
+    """Everything that the bytes of a block of the cache depend on but the tokens."""
+    backend, directory = runner.backend, Path(config.model)
+    form = Form.of(config.dtype, config.quantization, config.group_size)
+    weights = source_of(directory, model.quantization_config)
+    if standalone := digest_of(directory):
+        weights[MANIFEST] = standalone
+    kernels = (backend.kernels or "").partition(" ")[0]
+    arithmetic = (backend.name, backend.cache_layout, kernels, runner.device.type)
+    parts = (weights, asdict(model), str(form), str(spec), arithmetic, (group.rank, group.size))
+    return json.dumps(parts, sort_keys=True, default=str)
 
 
 def _served(table: list[tuple[str, str]]) -> str:

@@ -8,6 +8,7 @@ depend on arrival order and counts only, never on clocks or values, so that all 
 from collections import deque
 
 from glimmer.engine.blocks import Blocks
+from glimmer.engine.disk_cache import DiskCache
 from glimmer.engine.sequence import Chunk, FinishReason, Output, SamplerOutput, Sequence, Step, failure
 
 # With prompt_logprobs every prompt row has logits, a vocabulary wide each: 128 rows of 151,552 float32 are 78 MB.
@@ -19,6 +20,8 @@ class Scheduler:
 
     lookahead: tokens beyond those of a step for which a sequence gets blocks, where many are free: what a drafter
     computes after the step.
+
+    disk: where blocks are looked for that memory does not hold, if anywhere.
     """
 
     def __init__(self, blocks: Blocks, max_tokens: int, max_sequences: int, lookahead: int = 0):
@@ -26,6 +29,7 @@ class Scheduler:
         self.lookahead = lookahead
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.disk: DiskCache | None = None
         self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -39,12 +43,16 @@ class Scheduler:
             for sequence in queue:
                 if sequence.request.id == request_id:
                     queue.remove(sequence)
-                    self.blocks.release(sequence)
+                    if self.disk is None or not self.disk.forget(sequence):
+                        self._leave(sequence)
                     return True
         return False
 
     def schedule(self) -> Step:
-        """Choose the chunks of the next step and give them blocks. No chunks only when there are no sequences."""
+        """Choose the chunks of the next step and give them blocks. No chunks only when there are no sequences, or when
+        all of them wait for the disk."""
+        if self.disk is not None:
+            self.disk.collect()
         budget = self.max_tokens
         chunks: list[Chunk] = []
         i = 0
@@ -61,16 +69,29 @@ class Scheduler:
                 budget -= chunks[-1].n
                 i += 1
         budget = self._admit(chunks, budget)
-        assert chunks or not (self.running or self.waiting), "sequences, but nothing to compute"
+        assert chunks or self.reading or not (self.running or self.waiting), "sequences, but nothing to compute"
         return Step(tuple(chunks))
+
+    @property
+    def reading(self) -> bool:
+        """Whether blocks are being read from disk."""
+        return self.disk is not None and bool(self.disk.fetches)
 
     def _admit(self, chunks: list[Chunk], budget: int) -> int:
         """Start waiting sequences, first come first served, while budget, max_sequences and blocks allow it."""
         coming = self._coming(chunks)
-        held: deque[Sequence] = deque()  # those that wait a step for a block that another sequence computes in it
+        if self.disk is not None:
+            coming |= self.disk.coming()
+        held: deque[Sequence] = (
+            deque()
+        )  # those that wait for a block that another one computes in this step, or for disk
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
             sequence = self.waiting.popleft()
-            found = [] if sequence.request.params.prompt_logprobs is not None else self.blocks.match_prefix(sequence)
+            if self.disk is not None and self.disk.holds(sequence):
+                held.append(sequence)
+                continue
+            afresh = sequence.request.params.prompt_logprobs is not None
+            found = [] if afresh else self.blocks.match_prefix(sequence)
             if self._follows(sequence, len(found), coming):
                 held.append(sequence)
                 continue
@@ -79,6 +100,10 @@ class Scheduler:
                 self.blocks.release(sequence)  # it starts when there are blocks for all of its known tokens
                 self.waiting.appendleft(sequence)
                 break
+            if self.disk is not None and not afresh and self.disk.begin(sequence):
+                held.append(sequence)
+                coming |= self.disk.coming()
+                continue
             n = self._length(sequence, budget)
             grown = self.blocks.allocate(sequence, sequence.num_computed_tokens + n)
             assert grown, "free blocks were counted"
@@ -150,8 +175,15 @@ class Scheduler:
     def preempt(self, sequence: Sequence) -> None:
         """Take a sequence's blocks; it waits, first in the queue, and computes its tokens again."""
         self.blocks.release(sequence)
+        sequence.looked_up = False
         self.waiting.appendleft(sequence)
         self.preemptions += 1
+
+    def _leave(self, sequence: Sequence) -> None:
+        """A sequence ends, and gives its blocks back."""
+        if self.disk is not None:
+            self.disk.used(sequence)
+        self.blocks.release(sequence)
 
     def update(self, step: Step, outputs: list[SamplerOutput]) -> list[Output]:
         """Advance the sequences of the step, append their new tokens, free the blocks of those that ended."""
@@ -176,11 +208,13 @@ class Scheduler:
         if sampled.problem is None:  # keys and values are right for the known tokens and the accepted drafts
             sequence.num_computed_tokens += chunk.num_known + max(0, len(tokens) - 1)
             self.blocks.cache_full_blocks(sequence, chunk.start)
+            if self.disk is not None:
+                self.disk.offer(sequence, chunk.start)
         if problem is not None:
             finish = FinishReason.ERROR
         if finish is not None:
             self.running.remove(sequence)
-            self.blocks.release(sequence)
+            self._leave(sequence)
         elif not tokens and not prompt_logprobs:
             return None
         logprobs, cached = sampled.logprobs[: len(tokens)], sequence.num_cached_tokens

@@ -118,6 +118,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`, made when they are needed
     num_cached_tokens: int | None = None  # of the prompt: found in the cache when the sequence began
+    looked_up: bool = False  # on disk, since it began to wait (disk_cache.py)
     num_prompt_logprobs_sent: int = 0  # rows of the prompt whose log-probabilities have been in an Output
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 Not here: which drafts are accepted (sampler.py), and what has come of them in all (stats.py).
 """
 
+from collections.abc import Sequence
 from time import perf_counter
 
 from torch import Tensor
@@ -33,6 +34,12 @@ class Speculation:
     def gain(self) -> float:
         """How much faster drafts make the engine just now, as far as is known; 1 where their number is fixed."""
         return 1.0 if self.switch is None else self.switch.gain
+
+    def rows_of(self, blocks: Sequence[int]) -> list[int]:
+        return self.source.rows_of(blocks)
+
+    def set_rows(self, blocks: Sequence[int], rows: Sequence[int]) -> None:
+        self.source.set_rows(blocks, rows)
 
     def choose(self, outputs: list[SamplerOutput], step: Step, seconds: float) -> int | None:
         switch = self.switch

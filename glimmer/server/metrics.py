@@ -97,6 +97,16 @@ class Metrics:
         gauge("glimmer:tokens_per_step", "Tokens that a step brings to an answer.", lambda sign: sign.tokens_per_step)
         gauge("glimmer:draft_gain", "How much faster drafts make the engine just now.", lambda sign: sign.draft_gain)
         self._registry.register(AcceptedByPlace(model, alive))
+        disk: dict[str, tuple[str, Callable[[wire.Alive], float]]] = {
+            "hit_tokens": ("Tokens read from disk, and not computed.", lambda sign: sign.disk_hit_tokens),
+            "read_bytes": ("Bytes of KV blocks read from disk.", lambda sign: sign.disk_read_bytes),
+            "written_bytes": ("Bytes of KV blocks written to disk.", lambda sign: sign.disk_written_bytes),
+            "stored_bytes": ("Bytes of all KV blocks on disk.", lambda sign: sign.disk_stored_bytes),
+            "damaged_files": ("Damaged files of KV blocks, ignored.", lambda sign: sign.disk_damaged_files),
+            "dropped_pages": ("Pages of KV blocks not written in time.", lambda sign: sign.disk_dropped_pages),
+        }
+        for name, (what, value) in disk.items():
+            gauge(f"glimmer:kv_disk_{name}", what, value)
         up = Gauge("glimmer:engine_up", "1 if the engine answers.", ["model_name"], registry=self._registry)
         up.labels(model).set_function(lambda: float(alive() is not None))
         died = Gauge("glimmer:engine_deaths", "How often the engine has died.", ["model_name"], registry=self._registry)

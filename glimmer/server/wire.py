@@ -157,6 +157,12 @@ class Alive(Message, frozen=True, tag="alive"):
     accepted_by_place: tuple[int, ...]
     tokens_per_step: float
     draft_gain: float
+    disk_hit_tokens: int
+    disk_read_bytes: int
+    disk_written_bytes: int
+    disk_stored_bytes: int
+    disk_damaged_files: int
+    disk_dropped_pages: int
 
 
 class Failed(Message, frozen=True, tag="failed"):

@@ -121,6 +121,8 @@ def test_help_is_made_from_the_table(command, capsys):
         ("--max-num-seqs --max-running-requests -np --parallel", "max_num_seqs", 3),
         ("--gpu-memory-utilization --mem-fraction-static", "gpu_memory_utilization", 0.5),
         ("--kv-cache-dtype -ctk --cache-type-k", "kv_cache_dtype", "int8"),
+        ("--kv-cache-dir", "kv_cache_dir", "/a"),
+        ("--kv-cache-size-bytes --kv-cache-size --kv_cache_size", "kv_cache_size_bytes", 4096),
         ("--threads -t", "threads", 4),
         ("--max-tokens -n --n-predict --predict --max-new-tokens", "max_tokens", 7),
         ("--temperature --temp", "temperature", 0.5),

@@ -26,6 +26,25 @@ class ScriptedRunner:
         self.slots = [-1] * (num_blocks * block_size)
         self.steps, self.rows = 0, 0
 
+    kv_identity = "scripted"
+
+    @property
+    def kv_block_bytes(self) -> int:
+        return 4 * self.block_size
+
+    def export_blocks(self, blocks):
+        size = self.block_size
+        held = torch.tensor([self.slots[block * size : (block + 1) * size] for block in blocks], dtype=torch.int32)
+        return held.view(torch.uint8)
+
+    def import_blocks(self, blocks, data):
+        size = self.block_size
+        for block, row in zip(blocks, data.view(torch.int32).view(len(blocks), size).tolist()):
+            self.slots[block * size : (block + 1) * size] = row
+
+    def checksum(self, data):
+        return blake2b(data, digest_size=32).digest()
+
     def running(self):
         return nullcontext()
 
