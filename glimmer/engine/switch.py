@@ -18,7 +18,7 @@ from collections import defaultdict, deque
 WINDOW = 12  # times of each kind of step that count
 MEMORY = 128  # drafts at each place that count, about
 ACCEPTED, SEEN = 2.0, 2.5  # what is believed of drafts that have not been tried
-MARGIN = 1.03  # drafts must gain that much
+MARGIN = 1.1  # drafts must gain that much: what is measured of two parts of a step is a little less than the whole
 PROBE = 32  # steps between two probes
 KNOWN = 3  # times that suffice to compare one kind of step with another
 REST = 7  # steps without drafts between two decisions

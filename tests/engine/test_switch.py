@@ -131,7 +131,7 @@ def test_prompts_are_prepared_for_where_drafts_pay_for_one():
     assert machine.switch.choose(32) is None and machine.switch.choose(32, prompts=True) == 0
     wrong = Machine(step, lambda n, k: 0.0005 * max(k, 1), [0.0] * 4)
     wrong.run(1, 100)
-    wrong.switch._budget = -1.0
+    wrong.switch._budget, wrong.switch._trial_steps = -1.0, 0
     assert wrong.switch.choose(1, prompts=True) is None and wrong.switch.choose(32, prompts=True) is None
 
 
