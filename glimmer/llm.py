@@ -39,6 +39,7 @@ from glimmer.engine.stats import Stats
 from glimmer.errors import CheckpointError, ConfigError, EngineError, RequestError, shown
 from glimmer.group import Group
 from glimmer.hub import model_directory
+from glimmer.model.experts import PagingStats
 from glimmer.model_config import ModelConfig
 from glimmer.outputs import Delta, Event, Reader, RequestMetrics, RequestOutput
 from glimmer.text import rendering
@@ -266,6 +267,11 @@ class LLM:
     def ended(self) -> EngineError | None:
         """Why nothing will be answered any more, if the engine has failed or is closed."""
         return self._loop.ended
+
+    @property
+    def paging(self) -> PagingStats | None:
+        """What has been read of experts that do not fit into memory; None: all are in memory."""
+        return self._runner.paging
 
     @property
     def kernels(self) -> str | None:

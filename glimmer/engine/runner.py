@@ -29,6 +29,7 @@ from glimmer.engine.sampler import likeliest
 from glimmer.engine.sequence import Step
 from glimmer.errors import CheckpointError, ConfigError, NotEnoughMemory
 from glimmer.group import Group
+from glimmer.model.experts import PagingStats
 from glimmer.model.load import build_model, has_mtp
 from glimmer.model.names import check_tensor_parallel
 from glimmer.model.packed import Loader, PackedLoader, loader_of, open_weights
@@ -136,6 +137,12 @@ class Runner:
         rows = 1 + (0 if self.drafts_by == "off" else config.speculation.max_drafts)
         self.capture = StepCapture(self.model, self.model.run_layers, self.kv, longest, rows)
         self.draft_capture = StepCapture(self.model, self.model.run_draft, self.kv, longest, rows)
+
+    @property
+    def paging(self) -> PagingStats | None:
+        """What has been read of experts that do not fit into memory; None: all are in memory."""
+        pager = self._mapped.pager if self._mapped is not None else None
+        return pager.stats() if pager is not None else None
 
     def running(self) -> AbstractContextManager[None]:
         """See Backend.running."""

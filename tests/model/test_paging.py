@@ -87,7 +87,7 @@ def resident(packed):
         key = json.dumps([quantization, variant])
         if key not in known:
             with LLM(str(packed(quantization, **variant)), **SETTINGS | {"quantization": quantization}) as llm:
-                assert llm._runner._mapped.pager is None
+                assert llm.paging is None
                 known[key] = answers(llm)
         return known[key]
 
@@ -108,7 +108,7 @@ def test_the_same_bits_as_in_memory(quantization, variant, slots, threads, chunk
         assert answers(llm) == resident(quantization, **variant)
         alone = one_by_one(llm)
         assert alone == resident(quantization, **variant)
-        assert pager_of(llm).stats().missed > 0
+        assert llm.paging is not None and llm.paging.missed > 0
 
 
 def one_by_one(llm: LLM) -> str:
