@@ -4,7 +4,7 @@ usage: eviction.py [--share X ...]
 
 Recorded: what the router of the demo model that comes with glimmer chooses while it answers. Drawn: 12 layers of 128
 experts, 8 a token, by Zipf's law in another order for each layer, and by one whose order changes every 400 tokens. The
-ways: frequency with ageing, as csrc/store.h has it, for several half-lives; least recently used; random. Prints a table.
+ways: frequency with ageing, as csrc/store.h has it, for several half-lives; least recently used; random.
 """
 
 import argparse
@@ -129,7 +129,9 @@ def at_random(trace: Trace, slots: int) -> float:
 
 
 WAYS: dict[str, Callable[[Trace, int], float]] = {
-    "frequency, 256": frequency(256),
+    "frequency, 4": frequency(4),
+    "frequency, 16": frequency(16),
+    "frequency, 64": frequency(64),
     "frequency, 2048": frequency(2048),
     "least recently used": least_recent,
     "random": at_random,

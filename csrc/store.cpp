@@ -212,7 +212,7 @@ void ExpertStore::fetch(int number, const std::vector<long>& experts) {
 void ExpertStore::count(int number, const std::vector<long>& experts, const std::vector<long>& tokens, long rows) {
     std::lock_guard<std::mutex> lock(mutex);
     Layer& layer = layers[number];
-    layer.step *= std::pow(growth, (double)rows);
+    layer.step *= std::min(std::pow(growth, (double)rows), MAX_STEP);
     chosen += (long)experts.size();
     for (size_t i = 0; i < experts.size(); i++) layer.records[experts[i]].frequency += layer.step * (double)tokens[i];
     if (layer.step < MAX_STEP) return;

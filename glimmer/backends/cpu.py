@@ -36,7 +36,7 @@ POOLED = 1 << 20  # bytes of a result from which on its memory comes from a pool
 MAX_UNUSED = 512 << 20  # bytes that the pool keeps between steps
 FLOATS = (torch.float32, torch.bfloat16)
 READERS = 8  # threads that read experts, a quarter of one each
-HALF_LIFE = 2048.0  # tokens after which the choice of an expert counts half; docs/memory.md has the measurement
+HALF_LIFE = 16.0  # tokens after which the choice of an expert counts half; docs/memory.md has the measurement
 PAGE = 4096  # bytes: what direct reads are aligned to, and so records of packed weights
 KINDS = ("float32", "float32 as bfloat16", "bfloat16", "fp8", "int8", "int4")  # of packed matrices
 

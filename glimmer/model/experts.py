@@ -129,7 +129,10 @@ def _finish(stop: threading.Event, store: ExpertStore, layers: list[tuple[str, i
 def _save(store: ExpertStore, layers: list[tuple[str, int]], path: Path) -> None:
     if not store.counts[0]:
         return
-    table = {layer: [round(f, 6) for f in store.frequencies(number)] for number, (layer, _) in enumerate(layers)}
+    table = {
+        layer: [float(f"{value:.3g}") for value in store.frequencies(number)]
+        for number, (layer, _) in enumerate(layers)
+    }
     temporary = path.with_suffix(f".{os.getpid()}.new")
     try:
         temporary.write_text(json.dumps(table), encoding="utf-8")
