@@ -125,7 +125,8 @@ class _Parameters:
         for key in properties:
             _check_name(key, f"{self.field}.properties")
         others = root.get("additionalProperties", bool(root) and "properties" not in root)
-        if missing := next((key for key in required if key not in properties), None):
+        if absent := [key for key in required if not isinstance(key, str) or key not in properties]:
+            missing = absent[0]
             if not isinstance(missing, str) or others is False:
                 found = f"{self.field}.required with {shown(missing)}"
                 raise RequestError(self.field, found, "keys that properties has", "add it to properties")

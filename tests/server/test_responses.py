@@ -278,6 +278,8 @@ BAD = [
     ("tools[0].tools", {"tools": [{"type": "namespace", "name": "x", "tools": 5}]}),
     ("tools[0].tools[0].type", {"tools": [{"type": "namespace", "name": "x", "tools": [5]}]}),
     ("tools[0].parameters", {"tools": [{"type": "function", "name": "x", "parameters": 7}]}),
+    ("tools[0].parameters", {"tools": [TOOL | {"parameters": CITY | {"required": [["city"]]}}]}),
+    ("tools[0].parameters", {"tools": [TOOL | {"parameters": CITY | {"required": [None]}}]}),
     ("tool_choice.tools", {"tool_choice": {"type": "allowed_tools", "tools": 5}}),
     ("tool_choice.tools.name", {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "tools": [5]}}),
     ("tool_choice", {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": [], "tools": []}}),
