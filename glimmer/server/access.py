@@ -81,4 +81,4 @@ def _key(scope: Scope) -> str:
 
 
 def _header(scope: Scope, name: bytes) -> str:
-    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
+    return next((value.decode(errors="surrogateescape") for key, value in scope["headers"] if key == name), "")

@@ -100,7 +100,8 @@ async def _failed(request: Request, error: Exception) -> Response:
     else:
         failure, headers = failure_of(error), {}
         if failure.status == 500:
-            log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+            cause = None if isinstance(error, GlimmerError) else error
+            log.error("%s %s failed: %s", request.method, request.url.path, error, exc_info=cause)
     service: Service = request.app.state.service
     service.metrics.refused(failure.status)
     content = shape_for(request.url.path)(failure)

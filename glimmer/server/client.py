@@ -96,7 +96,7 @@ class EngineClient:
     async def close(self) -> None:
         """End the engine process, and whoever still waits for it."""
         self._closing = True
-        self._end_all(EngineError("the server is shutting down", "a server that stays", "ask another server, or later"))
+        self._end_all(Unavailable("the server is shutting down", "a server that stays", "ask another server, or later"))
         if self._writer is not None:
             with contextlib.suppress(OSError):
                 self._writer.write(wire.frame(wire.Close()))

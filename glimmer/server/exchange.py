@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from glimmer.errors import RequestError
+from glimmer.errors import GlimmerError, RequestError
 from glimmer.foreign import parse_json
 from glimmer.server.failures import Failure, Refusal, failure_of, openai_shape
 from glimmer.server.service import HUGE, Event, Events, Service
@@ -257,5 +257,5 @@ def told(error: Exception) -> Failure:
     """The failure to be told within a stream. What nobody has foreseen goes to the log."""
     failure = failure_of(error)
     if failure.status == 500:
-        log.error("a stream has failed", exc_info=error)
+        log.error("a stream has failed: %s", error, exc_info=None if isinstance(error, GlimmerError) else error)
     return failure

@@ -9,11 +9,13 @@ engine process ends last. A second signal ends everything at once. Not here: rou
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import os
 import signal
 import socket
+import ssl
 import stat
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,7 +23,7 @@ from pathlib import Path
 
 import uvicorn
 
-from glimmer.errors import ConfigError, EngineError, GlimmerError
+from glimmer.errors import ConfigError, EngineError, GlimmerError, shown
 from glimmer.server.app import make_app
 from glimmer.server.client import EngineClient
 from glimmer.server.protocol import Protocol
@@ -54,7 +56,9 @@ def run(config: ServerConfig, model: str, command: Sequence[str] | None, path: s
 
 
 async def _run(config: ServerConfig, model: str, command: Sequence[str] | None, path: str | None) -> int:
+    _check_certificate(config)
     listener = _listen(config)
+    own = None if config.uds is None else os.stat(config.uds).st_ino
     client = EngineClient(command, path, restart=config.on_engine_death == "restart")
     service = Service(config, model, client)
     server = _Server(
@@ -97,7 +101,8 @@ async def _run(config: ServerConfig, model: str, command: Sequence[str] | None, 
         listener.close()
         if config.uds is not None:
             with contextlib.suppress(OSError):
-                os.unlink(config.uds)
+                if os.stat(config.uds).st_ino == own:  # and not another server's by now
+                    os.unlink(config.uds)
 
 
 async def _parent_gone() -> None:
@@ -163,13 +168,44 @@ def _signals() -> asyncio.Event:
     return told
 
 
+def _check_certificate(config: ServerConfig) -> None:
+    """ConfigError if there shall be TLS, and its files are none."""
+    if config.ssl_certfile is None:
+        return
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password=lambda: "")
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise ConfigError(
+            f"ssl_certfile={shown(config.ssl_certfile)} and ssl_keyfile={shown(config.ssl_keyfile)} cannot be used: "
+            f"{error.strerror if isinstance(error, OSError) and error.strerror else error}",
+            "a certificate and its private key, as PEM files without a password",
+            "correct the paths, or the files",
+        ) from None
+
+
+def _give_way(path: str) -> None:
+    """Remove the socket of a server that was killed. OSError if there is a server that listens."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        else:
+            raise OSError(errno.EADDRINUSE, "another server listens there")
+
+
 def _listen(config: ServerConfig) -> socket.socket:
     """The socket of the server. ConfigError if the address cannot be had."""
     try:
         if config.uds is not None:
-            with contextlib.suppress(FileNotFoundError):
-                if stat.S_ISSOCK(os.stat(config.uds).st_mode):
-                    os.unlink(config.uds)  # of a server that was killed
+            _give_way(config.uds)
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             listener.bind(config.uds)
             listener.listen(2048)
@@ -180,8 +216,8 @@ def _listen(config: ServerConfig) -> socket.socket:
         place = config.uds or f"{config.host}:{config.port}"
         raise ConfigError(
             f"{place} cannot be listened on: {error.strerror or error}",
-            "an address of this machine and a free port",
-            "choose another --port, or --host; `ss -ltnp` shows who has it",
+            "an address of this machine and a free port, or the path of a socket that no server has",
+            f"choose another {'--uds' if config.uds else '--port, or --host'}; `ss -lxtp` shows who has it",
         ) from None
     listener.setblocking(False)
     return listener

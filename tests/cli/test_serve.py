@@ -1,5 +1,7 @@
 """The settings of `glimmer serve`: names of other servers, refusals before anything is loaded."""
 
+import socket
+
 import pytest
 
 from glimmer.cli import serve
@@ -7,6 +9,7 @@ from glimmer.cli.main import main
 from glimmer.cli.options import SERVER
 from glimmer.errors import ConfigError
 from glimmer.mindformers import launch
+from glimmer.server import http_process
 from glimmer.server.settings import Keys, ServerConfig
 
 
@@ -62,3 +65,25 @@ def test_several_ranks_are_started_by_the_launcher():
     several = serve.command_for({"model": "DIR", "tensor_parallel_size": 2})
     assert launch.parse(several[3:]).worker_num == 2 and several[1:3] == ["-m", "glimmer.mindformers"]
     assert alone[-2:] == ["{socket}", '{"model": "DIR"}'] and ServerConfig().host == "127.0.0.1"
+
+
+def test_certificates_that_are_none(tmp_path, capsys):
+    junk = tmp_path / "junk.pem"
+    junk.write_text("-----BEGIN CERTIFICATE-----\njunk\n")
+    for file in (junk, tmp_path, tmp_path / "absent.pem"):
+        assert main(["serve", "--port", "0", "--ssl-certfile", str(file), "--ssl-keyfile", str(file)]) == 2
+        said = capsys.readouterr().err
+        assert "PEM" in said and "expected:" in said and "Traceback" not in said and "listening" not in said
+
+
+def test_a_socket_s_path_that_another_has(tmp_path, capsys):
+    path, file = tmp_path / "http.sock", tmp_path / "notes.txt"
+    file.write_text("not a socket")
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+        for taken in (path, file):
+            assert main(["serve", "--uds", str(taken)]) == 2
+            assert "cannot be listened on" in capsys.readouterr().err
+    http_process._give_way(str(path))  # whoever listened there was killed
+    assert not path.exists() and file.read_text() == "not a socket"

@@ -1,5 +1,5 @@
 """Real clients beside the plain one of test_openai.py: the asynchronous openai client, its parsed answers and raw
-responses, and LangChain's ChatOpenAI, whole and in pieces, with tools and with structured output."""
+responses. LangChain has a file of its own, test_langchain.py."""
 
 import asyncio
 
@@ -17,11 +17,6 @@ class City(BaseModel):
 
     name: str = Field(max_length=12)
     old: bool
-
-
-def get_weather(city: str) -> str:
-    """Get the weather"""
-    return city
 
 
 TOOL = {
@@ -86,47 +81,3 @@ def test_raw_responses_and_errors(server):
         with pytest.raises(openai.BadRequestError) as refused:
             client.chat.completions.create(model="any", messages=CITY, temperature=-1)
         assert refused.value.param == "temperature" and refused.value.code == "invalid_value"
-
-
-@pytest.fixture(scope="module")
-def model(server):
-    """LangChain's ChatOpenAI."""
-    chat = pytest.importorskip("langchain_openai").ChatOpenAI
-    return chat(
-        base_url=f"{server.url}/v1",
-        api_key="none",
-        model="any",
-        temperature=0,
-        max_tokens=300,
-        max_retries=0,
-        stream_usage=True,
-    )
-
-
-def test_langchain_whole_and_in_pieces(model):
-    whole = model.invoke("What is 347 + 586?")
-    assert whole.content == "347+586=933" and whole.response_metadata["finish_reason"] == "stop"
-    pieces = list(model.stream("What is 347 + 586?"))
-    assert "".join(piece.content for piece in pieces) == whole.content
-    used = [piece.usage_metadata for piece in pieces if piece.usage_metadata]
-    assert used[-1]["output_tokens"] == whole.usage_metadata["output_tokens"]
-
-
-def test_langchain_tools(model):
-    """A call, its result in a second turn, and the answer."""
-    from langchain_core.messages import HumanMessage, ToolMessage
-
-    asking = model.bind_tools([get_weather])
-    question = HumanMessage("巴黎的天气怎么样？")
-    called = asking.invoke([question])
-    [call] = called.tool_calls
-    assert (call["name"], call["args"]) == ("get_weather", {"city": "巴黎"})
-    first, *others = asking.stream([question])
-    [streamed] = sum(others, start=first).tool_calls
-    assert streamed["args"] == call["args"]
-    assert asking.invoke([question, called, ToolMessage("22 度，晴", tool_call_id=call["id"])]).content
-
-
-@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
-def test_langchain_structured_output(model, method):
-    assert isinstance(model.with_structured_output(City, method=method).invoke("请介绍一下北京"), City)

@@ -17,7 +17,18 @@ def guarded(tmp_path_factory):
     """A server with keys, small limits and a second model's name."""
     file = tmp_path_factory.mktemp("keys") / "keys.txt"
     file.write_text("# of the team\nalpha\n\nbeta\n")
-    words = ["--api-key", f"@{file}", "--api-key", "gamma", "--max-body-bytes", "20000", "--max-queue-requests", "2"]
+    words = [
+        "--api-key",
+        f"@{file}",
+        "--api-key",
+        "gamma",
+        "--api-key",
+        "clé",
+        "--max-body-bytes",
+        "20000",
+        "--max-queue-requests",
+        "2",
+    ]
     words += ["--max-num-seqs", "1", "--max-model-len", "1024", "--threads", "1", "--kv-cache-memory-bytes", "64MB"]
     with Server(
         *words, "--served-model-name", "glm", "--allowed-origins", "https://page.example", small=False
@@ -33,10 +44,13 @@ def test_a_key_is_needed(guarded, path):
     assert guarded.get("/health").status_code == 200 and "alpha" not in refused.text
 
 
-@pytest.mark.parametrize("key", ["alpha", "beta", "gamma"])
+@pytest.mark.parametrize("key", ["alpha", "beta", "gamma", "clé"])
 def test_each_key_opens(guarded, key):
-    assert guarded.post("/v1/chat/completions", HELLO, headers={"Authorization": f"Bearer {key}"}).status_code == 200
-    assert guarded.get("/v1/models", headers={"x-api-key": key}).json()["data"][0]["id"] == "glm"
+    assert (
+        guarded.post("/v1/chat/completions", HELLO, headers={"Authorization": f"Bearer {key}".encode()}).status_code
+        == 200
+    )
+    assert guarded.get("/v1/models", headers={"x-api-key": key.encode()}).json()["data"][0]["id"] == "glm"
 
 
 def test_web_pages_of_others(guarded, server):
