@@ -205,13 +205,44 @@ def paying(llm: LLM) -> dict[str, Any]:
     return drafts(llm)
 
 
+def disk(llm: LLM) -> dict[str, Any]:
+    """KV blocks in a directory, OUT.kv: prompts that begin alike, and how many of their tokens were found."""
+    prompts = [{"prompt_token_ids": [i % 200 for i in range(600)] + [last]} for last in (1, 2, 3)]
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    llm.close()
+    stats = llm.disk
+    assert stats is not None
+    return {
+        "answers": [output.outputs[0].token_ids for output in outputs],
+        "cached": [output.num_cached_tokens for output in outputs],
+        "read": stats.hit_tokens,
+        "damaged": stats.damaged_files,
+    }
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
+    "disk": {"max_model_len": 1024},
     "drafts": {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}},
     "paying": {"speculative_config": "mtp"},
 }
 PROGRAMS: dict[str, Callable[[LLM], dict[str, Any]]] = {
     program.__name__: program
-    for program in (everywhere, serve, others, more, slow, hotter, raises, dies, stopped, ends, differs, drafts, paying)
+    for program in (
+        everywhere,
+        serve,
+        others,
+        more,
+        slow,
+        hotter,
+        raises,
+        dies,
+        stopped,
+        ends,
+        differs,
+        drafts,
+        paying,
+        disk,
+    )
 }
 
 if __name__ == "__main__":
@@ -224,9 +255,9 @@ if __name__ == "__main__":
             model,
             dtype="float32",
             tensor_parallel_size=size,
-            max_model_len=256,
             max_num_seqs=16,
-            **SETTINGS.get(name, {}),
+            kv_cache_dir=f"{out}.kv" if name == "disk" else None,
+            **{"max_model_len": 256} | SETTINGS.get(name, {}),
         )
         result = PROGRAMS[name](llm)
     except GlimmerError as error:

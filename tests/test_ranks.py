@@ -132,3 +132,21 @@ def test_drafts_on_several_ranks(program, tmp_path):
     assert [code for code, _ in ranks] == [0, 0], ranks
     mine, theirs = found(tmp_path / "out", 0), found(tmp_path / "out", 1)
     assert mine == theirs and mine["drafted"] == mine["plain"] and mine["accepted"] > 0
+
+
+def test_kv_blocks_on_disk_of_several_ranks(model, tmp_path):
+    """Each rank reads its own part, and only as much as all ranks have: one has lost the third of four pages."""
+    ranks = run("disk", model, tmp_path / "out")
+    assert [code for code, _ in ranks] == [0, 0], ranks
+    first = [found(tmp_path / "out", rank) for rank in (0, 1)]
+    parts = [path for path in (tmp_path / "out.kv").iterdir() if path.is_dir()]
+    pages = [sorted(part.glob("*.kv"), key=lambda path: -path.stat().st_mtime_ns) for part in parts]
+    assert [len(files) for files in pages] == [4, 4], "the beginning is the latest"
+    pages[0][2].write_bytes(b"damaged")
+    ranks = run("disk", model, tmp_path / "out")
+    assert [code for code, _ in ranks] == [0, 0], ranks
+    second = [found(tmp_path / "out", rank) for rank in (0, 1)]
+    assert [one["read"] for one in first + second] == [0, 0, 256, 256]
+    assert [one["cached"][0] for one in first + second] == [0, 0, 256, 256]
+    assert all(one["answers"] == first[0]["answers"] for one in first + second)
+    assert sorted(one["damaged"] for one in second) == [0, 1]

@@ -82,9 +82,7 @@ class Scheduler:
         coming = self._coming(chunks)
         if self.disk is not None:
             coming |= self.disk.coming()
-        held: deque[Sequence] = (
-            deque()
-        )  # those that wait for a block that another one computes in this step, or for disk
+        held: deque[Sequence] = deque()  # those that wait for blocks that others compute in this step, or for the disk
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
             sequence = self.waiting.popleft()
             if self.disk is not None and self.disk.holds(sequence):
