@@ -74,6 +74,7 @@ class RowFile:
         try:
             new = self._open(part)
             try:
+                new.truncate(0)  # of a process that had this number before and was killed
                 _write(new, b"".join(line + b"\n" for line in lines))
                 os.chmod(part, stat.S_IMODE(os.fstat(self._file.fileno()).st_mode))
                 part.replace(target)
@@ -94,19 +95,22 @@ class RowFile:
 
     def _open(self, path: Path) -> BinaryIO:
         """The file, locked, without a buffer."""
-        file = open(path, "a+b", buffering=0)  # noqa: SIM115  # close() closes it
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise ConfigError(
-                f"{self._name} is being written by another process",
-                "one job for each file",
-                "wait for it, or choose another name",
-            ) from None
-        except OSError as error:  # some network file systems have no locks
-            log.warning("%s cannot be locked here (%s): no other job may write to it", self._name, error.strerror)
-        return file
+        while True:
+            file = open(path, "a+b", buffering=0)  # noqa: SIM115  # close() closes it
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise ConfigError(
+                    f"{self._name} is being written by another process",
+                    "one job for each file",
+                    "wait for it, or choose another name",
+                ) from None
+            except OSError as error:  # some network file systems have no locks
+                log.warning("%s cannot be locked here (%s): no other job may write to it", self._name, error.strerror)
+            if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+            file.close()  # another process has replaced it since it was opened
 
 
 def encode(row: dict[str, Any]) -> bytes:
