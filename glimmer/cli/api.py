@@ -19,8 +19,10 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
+
+import msgspec
 
 from glimmer.cli import exits
 from glimmer.errors import ConfigError, EngineError, GlimmerError
@@ -28,6 +30,7 @@ from glimmer.foreign import parse_json
 
 LINE = 8 << 20  # bytes of one event of a stream
 BODY = 256 << 20  # bytes of one response
+MAX_CALLS = 1024  # of tools, in one answer
 POLL = 0.1  # seconds between two questions whether a server is ready
 END = 15.0  # seconds that a server of one's own has to end
 
@@ -46,6 +49,47 @@ class ServerRefusal(GlimmerError):
             "change the request, or the server's settings, as it says",
         )
         self.status, self.body = status, body
+
+
+class _Function(msgspec.Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _Call(msgspec.Struct):
+    index: Annotated[int, msgspec.Meta(ge=0, lt=MAX_CALLS)]
+    id: str | None = None
+    function: _Function | None = None
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[_Call] | None = None
+
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+    delta: _Delta | None = None
+    finish_reason: str | None = None
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_tokens_details: _Details | None = None
+
+
+class _Event(msgspec.Struct):
+    """As much of the form of OpenAI's streams, of chats and completions, as the commands rely on."""
+
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -124,7 +168,7 @@ class Api:
     def events(self, path: str, body: Any) -> Generator[dict[str, Any], None, None]:
         """The events of a stream, up to [DONE]. Closing the iterator ends the request.
 
-        ServerRefusal for a status that is not 2xx, and for an event that carries an error.
+        Each has the form of _Event. ServerRefusal for a status that is not 2xx, and for an event that carries an error.
         """
         with self._response(path, body) as response:
             if not 200 <= response.status < 300:
@@ -140,6 +184,10 @@ class Api:
                     raise self._absent(f"an event that is no JSON object: {data[:80]!r}")
                 if event.get("error"):
                     raise ServerRefusal(500, event)
+                try:
+                    msgspec.convert(event, _Event)
+                except msgspec.ValidationError as error:
+                    raise self._absent(f"an event in no known form: {error}") from None
                 yield event
         raise self._absent("the stream broke off before its end")
 

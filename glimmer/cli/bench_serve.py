@@ -14,6 +14,7 @@ that you compare in turn, on one machine. Not here: the engine without a server 
 
 import json
 import math
+import os
 import random
 import re
 import threading
@@ -47,11 +48,18 @@ WORDS = re.findall(
 
 
 def rates(value: Any) -> list[float]:
-    """requests a second, above 0; inf: all at once"""
+    """requests a second, above 0 (0.000001 is the least); inf: all at once"""
     found = [number(item) for item in (value if isinstance(value, list) else [value])]
-    if not all(rate > 0 for rate in found):
+    if not all(rate >= 1e-6 for rate in found):
         raise ValueError
     return found
+
+
+def patience(value: Any) -> float:
+    """seconds, above 0 (0.001 is the least, a million the most)"""
+    if not 1e-3 <= number(value) <= 1e6:
+        raise ValueError
+    return number(value)
 
 
 COMMAND = Command(
@@ -80,7 +88,7 @@ COMMAND = Command(
             "shared_prefix": Option(count, "N", "of these, so many that all prompts begin with", "none"),
             "tokenizer": Option(path, "DIR", "make prompts of this checkpoint's token ids", "words"),
             "seed": Option(whole, "N", "the same seed, the same prompts and moments", "0"),
-            "timeout": Option(number, "SECONDS", "of silence, after which a request has failed", "600"),
+            "timeout": Option(patience, "SECONDS", "of silence, after which a request has failed", "600"),
         },
         "the report": {
             "json": Option(path, "FILE", "keep the figures there as well", flags=("--result-file",)),
@@ -154,6 +162,9 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"endpoint={endpoint!r}", "completions or chat", "choose one of these")
     if endpoint == "chat" and "tokenizer" in settings.given:
         raise ConfigError("--tokenizer with --endpoint chat", "token ids only for completions", "leave one of them out")
+    for name in ("json", "picture"):
+        if name in settings.given and not os.access(Path(settings.take(name)).parent, os.W_OK):
+            raise ConfigError(f"{name}: no file can be made at {settings.take(name)}", "a directory", "choose another")
     url = settings.take("url", "http://127.0.0.1:8000")
     api = Api(url, settings.take("api_key"), settings.take("timeout", 600.0))
     source = random.Random(settings.take("seed", 0))
@@ -244,7 +255,8 @@ def _measure(api: Api, place: str, body: dict[str, Any], sample: Sample) -> None
             for event in events:
                 now = time.perf_counter()
                 if usage := event.get("usage"):
-                    sample.prompt_tokens, sample.tokens = usage["prompt_tokens"], usage["completion_tokens"]
+                    sample.prompt_tokens = usage.get("prompt_tokens", 0)
+                    sample.tokens = usage.get("completion_tokens", 0)
                 if any(_has_text(choice) for choice in event.get("choices") or ()):
                     sample.pieces.append(now)
         if not sample.pieces:
@@ -253,8 +265,6 @@ def _measure(api: Api, place: str, body: dict[str, Any], sample: Sample) -> None
             raise EngineError("an answer without usage", "a server that counts tokens", "use one with include_usage")
     except GlimmerError as error:
         sample.error = error
-    except (KeyError, TypeError, AttributeError) as error:
-        sample.error = EngineError(f"an event in no known form: {error!r}", "OpenAI's form", "check the address")
     sample.end = time.perf_counter()
 
 

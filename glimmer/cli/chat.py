@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from glimmer.cli import demo, exits
 from glimmer.cli.api import Api, ServerRefusal, own_server, serve_words
 from glimmer.cli.lazy import lazy
@@ -53,7 +55,7 @@ COMMAND = Command(
             "no_think": Option(truth, "", "ask for answers without thinking"),
             "show_thinking": Option(truth, "", "do not fold the thoughts"),
             "tools": Option(path, "FILE.json", "a JSON list of the tools that the model may call"),
-            "load": Option(path, "FILE.json", "begin with this conversation (what /save writes)"),
+            "load": Option(path, "FILE.json", "begin with this conversation, and its tools (what /save writes)"),
             "plain": Option(truth, "", "no colours, no Markdown"),
         },
         "the server": {
@@ -152,7 +154,7 @@ class Conversation:
         """Calls of the last answer that have no result yet."""
         results = {message.get("tool_call_id") for message in self.messages if message["role"] == "tool"}
         last: dict[str, Any] = next((one for one in reversed(self.messages) if one["role"] == "assistant"), {})
-        return [call for call in last.get("tool_calls", ()) if call["id"] not in results]
+        return [call for call in last.get("tool_calls") or () if call["id"] not in results]
 
     def set_system(self, content: str) -> None:
         """Set the system message; an empty one removes it."""
@@ -162,15 +164,27 @@ class Conversation:
 
     def drop_answer(self) -> bool:
         """Forget the last answer, back to the user's message; False if there is none to be answered."""
-        while self.messages and self.messages[-1]["role"] in ("assistant", "tool"):
-            self.messages.pop()
-        return bool(self.messages) and self.messages[-1]["role"] == "user"
+        end = len(self.messages)
+        while end and self.messages[end - 1]["role"] in ("assistant", "tool"):
+            end -= 1
+        if not end or self.messages[end - 1]["role"] != "user":
+            return False
+        del self.messages[end:]
+        return True
 
     def load(self, file: Path) -> None:
-        """Take the messages of a file that `save` has written, or of any list of messages in OpenAI's form."""
-        messages = read_list(file, "messages")
-        if not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages):
-            raise ConfigError(f"{file} is no conversation", "a list of messages with roles", "choose another file")
+        """Go on with a file that `save` has written, its tools too, or with a list of messages in OpenAI's form."""
+        found = _read(file, "messages")
+        messages = _list_of(found, file, "messages")
+        for number, message in enumerate(messages):
+            try:
+                msgspec.convert(message, _Message)
+            except msgspec.ValidationError as error:
+                raise ConfigError(
+                    f"{file}, message {number}: {error}", "messages in OpenAI's form", "correct the file"
+                ) from None
+        if isinstance(found, dict) and "tools" in found:
+            self.tools = _list_of(found, file, "tools")
         self.messages = messages
 
     def save(self, file: Path) -> None:
@@ -178,14 +192,37 @@ class Conversation:
         save(file, json.dumps({"messages": self.messages, "tools": self.tools}, ensure_ascii=False, indent=1) + "\n")
 
 
+class _Function(msgspec.Struct):
+    name: str
+
+
+class _Call(msgspec.Struct):
+    id: str
+    function: _Function
+
+
+class _Message(msgspec.Struct):
+    """As much of a message's form as is relied on here; the rest is the server's to check."""
+
+    role: str
+    tool_calls: list[_Call] | None = None
+
+
 def read_list(file: Path, key: str) -> list[dict[str, Any]]:
     """A JSON list of objects, or the one under `key`. ConfigError if there is none."""
+    return _list_of(_read(file, key), file, key)
+
+
+def _read(file: Path, key: str) -> Any:
     try:
-        found = parse_json(read_text(file, MAX_FILE, ConfigError))
+        return parse_json(read_text(file, MAX_FILE, ConfigError))
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}", f"a file of {key}", "check the path") from None
     except ValueError as error:
         raise ConfigError(f"{file} is no JSON: {error!s:.200}", f"a list of {key}", "correct the file") from None
+
+
+def _list_of(found: Any, file: Path, key: str) -> list[dict[str, Any]]:
     found = found.get(key) if isinstance(found, dict) else found
     if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
         raise ConfigError(f"{file} has no list of {key}", f'[...] or {{"{key}": [...]}}', "correct the file")
@@ -204,9 +241,10 @@ class Talk:
         self._over = False
 
     def once(self, question: str) -> int:
-        """One question, one answer. Raises what goes wrong."""
+        """One question, one answer. Raises what goes wrong, and KeyboardInterrupt after Ctrl-C."""
         self._conversation.messages.append({"role": "user", "content": question})
-        self._answer()
+        if self._answer() == "stopped":
+            raise KeyboardInterrupt
         return 0
 
     def run(self) -> int:
@@ -248,8 +286,8 @@ class Talk:
             return
         self._answer()
 
-    def _answer(self) -> None:
-        """Ask for the next answer and show it. Ctrl-C keeps what has come."""
+    def _answer(self) -> str | None:
+        """Ask for the next answer and show it; returns why it ended. Ctrl-C keeps what has come: "stopped"."""
         content: list[str] = []
         thoughts: list[str] = []
         calls: list[dict[str, Any]] = []
@@ -287,6 +325,7 @@ class Talk:
         for call in calls:
             self._screen.call(call["function"]["name"], call["function"]["arguments"])
         self._screen.answered(_figures(usage, time.monotonic() - begin), _cut(reason))
+        return reason
 
     # ------------------------------------------------------------------ commands
 
@@ -318,9 +357,10 @@ class Talk:
             raise ConfigError("/retry of nothing", "a question", "ask one")
 
     def _undo(self, _: str) -> None:
-        if self._conversation.drop_answer():
-            asked = self._conversation.messages.pop()
-            self._screen.note(f"forgotten: {asked['content']!s:.60}")
+        if not self._conversation.drop_answer():
+            raise ConfigError("/undo of nothing", "a question", "ask one")
+        asked = self._conversation.messages.pop()
+        self._screen.note(f"forgotten: {asked.get('content')!s:.60}")
 
     def _system(self, argument: str) -> None:
         self._conversation.set_system(argument)

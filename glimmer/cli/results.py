@@ -300,5 +300,5 @@ def save(file: Path, content: str) -> None:
         raise ConfigError(
             f"{file}: {error.strerror}",
             "a directory that can be written, and space on its disk",
-            "start the command from another directory; --output keeps answers elsewhere",
+            "choose another directory (predict writes to the current one; its --output keeps answers elsewhere)",
         ) from None

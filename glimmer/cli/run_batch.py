@@ -12,10 +12,9 @@ with its error, and disturbs no other.
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, nullcontext
-from itertools import islice
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 from uuid import uuid4
 
@@ -101,29 +100,29 @@ def read_requests(source: Path) -> list[dict[str, Any]]:
         raise ConfigError(f"{source}: {error.strerror}", "a file of requests", "check the path") from None
     requests: list[dict[str, Any]] = []
     seen: dict[str, int] = {}
-    for number, line in enumerate(content.splitlines() if "\x85" not in content else content.split("\n"), 1):
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
-        problem = _problem(line)
-        if isinstance(problem, str):
+        request = _request(line)
+        if isinstance(request, str):
             raise ConfigError(
-                f"{source} line {number}: {problem}",
+                f"{source} line {number}: {request}",
                 '{"custom_id": "...", "method": "POST", "url": "/v1/chat/completions", "body": {...}}',
                 "correct the line; nothing has been answered yet",
             )
-        if (before := seen.setdefault(problem["custom_id"], number)) != number:
+        if (before := seen.setdefault(request["custom_id"], number)) != number:
             raise ConfigError(
-                f"{source} lines {before} and {number} have one custom_id, {problem['custom_id']!r:.80}",
+                f"{source} lines {before} and {number} have one custom_id, {request['custom_id']!r:.80}",
                 "a custom_id of its own for each request",
                 "change one of them",
             )
-        requests.append(problem)
+        requests.append(request)
     if not requests:
         raise ConfigError(f"{source} holds no request", "one request a line", "write some")
     return requests
 
 
-def _problem(line: str) -> dict[str, Any] | str:
+def _request(line: str) -> dict[str, Any] | str:
     """The request in a line, or what is wrong with it."""
     try:
         request = parse_json(line)
@@ -149,22 +148,32 @@ def _problem(line: str) -> dict[str, Any] | str:
 
 def _answers(api: Api, requests: Sequence[dict[str, Any]], at_once: int) -> Iterator[dict[str, Any]]:
     """A row for each request, as they are done. EngineError if there is no server any more."""
-    left = iter(requests)
+    todo: SimpleQueue[dict[str, Any]] = SimpleQueue()
+    rows: SimpleQueue[dict[str, Any] | BaseException] = SimpleQueue()
     stop = threading.Event()
-    with ThreadPoolExecutor(at_once, "glimmer-batch") as pool:
-        running: set[Future[dict[str, Any]]] = set()
+    for request in requests:
+        todo.put(request)
+
+    def work() -> None:
         try:
-            while True:
-                more = islice(left, at_once - len(running))
-                running |= {pool.submit(_answer, api, request, stop) for request in more}
-                if not running:
-                    return
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for one in done:
-                    yield one.result()
-        finally:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            while not stop.is_set():
+                rows.put(_answer(api, todo.get_nowait(), stop))
+        except Empty:
+            return
+        except BaseException as error:  # raised where the rows are taken
+            rows.put(error)
+
+    # Nothing waits for these threads: when the process ends, their connections and so their requests end with it.
+    for _ in range(min(at_once, len(requests))):
+        threading.Thread(target=work, name="glimmer-batch", daemon=True).start()
+    try:
+        for _ in requests:
+            row = rows.get()
+            if isinstance(row, BaseException):
+                raise row
+            yield row
+    finally:
+        stop.set()
 
 
 def _answer(api: Api, request: dict[str, Any], stop: threading.Event) -> dict[str, Any]:

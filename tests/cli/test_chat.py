@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -16,6 +17,7 @@ import pytest
 from glimmer.cli.chat import COMMANDS, Conversation, Talk
 from glimmer.cli.chat_screen import harmless, split_blocks
 from glimmer.cli.main import main
+from glimmer.errors import ConfigError
 
 WEATHER = {
     "type": "function",
@@ -190,6 +192,59 @@ def test_a_conversation_goes_back_and_on(tmp_path):
     assert again.messages == talk.messages
     assert talk.drop_answer() and talk.messages[-1]["role"] == "user"
     assert not Conversation().drop_answer()
+
+
+def test_a_saved_conversation_brings_its_tools(tmp_path):
+    saved = Conversation(messages=[{"role": "user", "content": "a"}], tools=[WEATHER])
+    saved.save(tmp_path / "x.json")
+    again = Conversation()
+    again.load(tmp_path / "x.json")
+    assert again.tools == [WEATHER]
+    (tmp_path / "x.json").write_text(json.dumps(saved.messages))
+    again.load(tmp_path / "x.json")
+    assert again.tools == [WEATHER]  # a bare list of messages says nothing of tools
+
+
+@pytest.mark.parametrize(
+    "message, said",
+    [
+        ({"content": "a"}, "role"),
+        ({"role": 5}, "role"),
+        ({"role": "assistant", "tool_calls": 7}, "tool_calls"),
+        ({"role": "assistant", "tool_calls": [{"id": "a"}]}, "function"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}, "id"),
+        ({"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": None}}]}, "name"),
+    ],
+)
+def test_messages_in_no_known_form_are_refused(tmp_path, message, said):
+    (tmp_path / "x.json").write_text(json.dumps([{"role": "user"}, message]))
+    talk = Conversation(messages=[{"role": "user", "content": "kept"}])
+    with pytest.raises(ConfigError, match=f"message 1: .*{said}"):
+        talk.load(tmp_path / "x.json")
+    assert talk.messages == [{"role": "user", "content": "kept"}]
+
+
+def test_what_no_question_precedes_is_kept():
+    greeting = [{"role": "assistant", "content": "Hello", "tool_calls": None}]
+    talk = Conversation(messages=list(greeting))
+    assert not talk.drop_answer() and talk.messages == greeting and talk.open_calls == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_single_question(server):
+    words = ["-p", "Tell me everything.", "--url", server.url, "--temperature", "2", "--stop", "@@@@"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "glimmer", "chat", "--no-think", *words, "--presence-penalty", "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    try:
+        assert select.select([process.stdout], [], [], 60)[0]
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "stopped" in said and "Traceback" not in said
 
 
 def test_every_command_says_what_it_does():

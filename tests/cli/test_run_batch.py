@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -90,6 +91,35 @@ def survivors(mark):
         except OSError:
             continue
     return found
+
+
+def test_only_a_new_line_ends_a_request(tmp_path):
+    prompts = ["a\u2028b", "a\u2029b", "a\x85b", "a\x7fb"]
+    lines = [
+        json.dumps(request(str(number), {"prompt": prompt}, "/v1/completions"), ensure_ascii=False)
+        for number, prompt in enumerate(prompts)
+    ]
+    (tmp_path / "in.jsonl").write_text("\r\n".join(lines), newline="")
+    assert [one["body"]["prompt"] for one in read_requests(tmp_path / "in.jsonl")] == prompts
+
+
+@pytest.mark.slow
+def test_ctrl_c_waits_for_no_answer_of_a_server(server, tmp_path):
+    long = {"prompt": "x", "max_tokens": 3500, "ignore_eos": True}
+    source = write(tmp_path / "in.jsonl", [request(str(number), long, "/v1/completions") for number in range(64)])
+    words = ["run-batch", "-i", source, "-o", str(tmp_path / "out.jsonl"), "--url", server.url]
+    # As a shell's foreground job has it: a background job of a script would ignore SIGINT.
+    handler = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    process = subprocess.Popen([sys.executable, "-m", "glimmer", *words], stderr=subprocess.DEVNULL, **handler)
+    try:
+        deadline = time.monotonic() + 60
+        while not re.search(r"^vllm:num_requests_running\S* [1-9]", server.get("/metrics").text, re.M):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+    finally:
+        process.kill()
 
 
 @pytest.mark.parametrize(
