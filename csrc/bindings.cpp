@@ -181,7 +181,10 @@ NB_MODULE(_native, m) {
             if (pieces.size() != nbytes.size()) throw std::invalid_argument("a size for each piece");
             std::vector<std::string> sums(pieces.size());
             PoolScope scope(pool);
-            parallel((long)pieces.size(), [&](long i) { sums[i] = checksum(at<void>(pieces[i]), nbytes[i]); });
+            parallel((long)pieces.size(), [&](long i) {
+                populate(at<void>(pieces[i]), nbytes[i]);
+                sums[i] = checksum(at<void>(pieces[i]), nbytes[i]);
+            });
             return sums;
         },
         "pool"_a, "pieces"_a, "nbytes"_a, ReleaseGil(), "The checksums of pieces at these addresses, by all threads.");

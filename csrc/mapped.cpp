@@ -164,6 +164,13 @@ uint32_t crc(uint32_t start, const void* data, size_t bytes) {
 
 }  // namespace
 
+void populate([[maybe_unused]] const void* data, [[maybe_unused]] size_t bytes) {
+#if defined(MADV_POPULATE_READ)
+    const size_t begin = (size_t)data / 4096 * 4096;
+    madvise((void*)begin, round_up((size_t)data + bytes - begin, 4096), MADV_POPULATE_READ);
+#endif
+}
+
 uint32_t crc32c(const void* data, size_t bytes) { return ~crc(~0u, data, bytes); }
 
 std::string checksum(const void* data, size_t bytes) {

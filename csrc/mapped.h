@@ -35,5 +35,8 @@ constexpr int QUARTERS = 4;
 inline size_t quarter(size_t bytes) { return (bytes / QUARTERS + 4095) / 4096 * 4096; }
 uint32_t crc32c(const void* data, size_t bytes);
 std::string checksum(const void* data, size_t bytes);
+// Maps all pages of a piece at once, and reads those that are not in the page cache: one by one that takes several times as
+// long. Only advice.
+void populate(const void* data, size_t bytes);
 
 }  // namespace glimmer

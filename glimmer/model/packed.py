@@ -113,7 +113,11 @@ class PackedLoader:
         try:
             self._file = file = backend.map_file(packed.descriptor, packed.nbytes)
         except OSError as error:
-            raise damaged(packed.file, f"cannot be mapped: {error}") from error
+            raise CheckpointError(
+                f"{packed.file} cannot be mapped: {error}",
+                f"addresses for {packed.nbytes / 1e9:.2f} GB",
+                f"raise the limit (ulimit -v unlimited), or remove {packed.directory}, so that the checkpoint is read",
+            ) from error
         if self._slots is not None:
             try:
                 self.pager = Pager(backend, packed, self._slots, self.slot_bytes, self.dense_bytes)

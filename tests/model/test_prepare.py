@@ -175,6 +175,37 @@ def test_a_file_that_shrinks_ends_the_request_and_not_the_process(model):
     assert answers(directory), "the process goes on"
 
 
+LIMITED = """
+import resource, sys
+from glimmer import LLM
+from glimmer.errors import CheckpointError
+from glimmer.model.packed import PackedLoader
+
+load = PackedLoader.load
+
+def limited(self, *given):  # after memory has been divided
+    used = int(open("/proc/self/statm").read().split()[0]) * 4096
+    resource.setrlimit(resource.RLIMIT_AS, (used + 65536, resource.RLIM_INFINITY))
+    load(self, *given)
+
+PackedLoader.load = limited
+try:
+    LLM(sys.argv[1], max_model_len=64, max_num_seqs=4)
+except CheckpointError as error:
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_limit_of_addresses_is_named(model):
+    packed = pack(model())
+    command = [sys.executable, "-c", LIMITED, str(packed.parent)]
+    done = subprocess.run(command, timeout=120, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "cannot be mapped" in done.stdout and "ulimit -v" in done.stdout
+
+
 INTERRUPTED = """
 import os, signal, sys
 from pathlib import Path
