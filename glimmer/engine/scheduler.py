@@ -1,11 +1,13 @@
 """Who computes which tokens (`schedule`), and what came of it (`update`).
 
-Running sequences go first, in the order of their arrival; what is left of the step's token budget goes to the rest of
-long prompts and to new sequences. When blocks run out, the latest arrival gives its own back and waits again. Decisions
+Running sequences go first, in the order of their arrival, and then new ones; but a long prompt leaves up to half of the
+step's token budget to sequences that need few tokens, so that a short request does not wait until the long ones that
+came before it have been read. When blocks run out, the latest arrival gives its own back and waits again. Decisions
 depend on arrival order and counts only, never on clocks or values, so that all ranks decide alike.
 """
 
 from collections import deque
+from itertools import islice
 
 from glimmer.engine.blocks import Blocks
 from glimmer.engine.disk_cache import DiskCache
@@ -53,12 +55,19 @@ class Scheduler:
         all of them wait for the disk."""
         if self.disk is not None:
             self.disk.collect()
-        budget = self.max_tokens
+        budget, kept = self.max_tokens, self._kept()
         chunks: list[Chunk] = []
         i = 0
         while i < len(self.running) and budget > 0:
             sequence = self.running[i]
-            n = self._length(sequence, budget)
+            if self._needs_few(sequence):
+                n = self._length(sequence, budget)
+                kept = max(0, kept - n)
+            elif budget > kept:
+                n = self._length(sequence, budget - kept)
+            else:
+                i += 1
+                continue
             while not self.blocks.allocate(sequence, sequence.num_computed_tokens + n):
                 latest = self.running.pop()  # it has no chunk yet: it comes later, or is this very sequence
                 self.preempt(latest)
@@ -68,7 +77,7 @@ class Scheduler:
                 chunks.append(self._chunk(sequence, n, budget))
                 budget -= chunks[-1].n
                 i += 1
-        budget = self._admit(chunks, budget)
+        self._admit(chunks, budget, kept)
         assert chunks or self.reading or not (self.running or self.waiting), "sequences, but nothing to compute"
         return Step(tuple(chunks))
 
@@ -77,14 +86,39 @@ class Scheduler:
         """Whether blocks are being read from disk."""
         return self.disk is not None and bool(self.disk.fetches)
 
-    def _admit(self, chunks: list[Chunk], budget: int) -> int:
-        """Start waiting sequences, first come first served, while budget, max_sequences and blocks allow it."""
+    def _needs_few(self, sequence: Sequence) -> bool:
+        """Whether a quarter of a step is enough for the tokens of a sequence that are not computed yet."""
+        return len(sequence.tokens) - sequence.num_computed_tokens <= self.max_tokens // 4
+
+    def _kept(self) -> int:
+        """Tokens of the step that long prompts leave to sequences that need few: half of it at most."""
+        wanting, free = [one for one in self.running if self._needs_few(one)], self.blocks.free
+        for one in islice(self.waiting, max(0, self.max_sequences - len(self.running))):
+            if self._needs_few(one):
+                free -= self.blocks.needed(len(one.tokens))
+                if free < 0:
+                    break
+                wanting.append(one)
+        return min(self.max_tokens // 2, sum(len(one.tokens) - one.num_computed_tokens for one in wanting))
+
+    def _admit(self, chunks: list[Chunk], budget: int, kept: int) -> None:
+        """Start waiting sequences while budget, max_sequences and blocks allow it.
+
+        First come, first served, both among those that need few tokens, for which `kept` of the budget is there, and
+        among the others.
+        """
+        full = budget <= kept  # for long prompts
         coming = self._coming(chunks)
         if self.disk is not None:
             coming |= self.disk.coming()
-        held: deque[Sequence] = deque()  # those that wait for blocks that others compute in this step, or for the disk
+        # Those that wait for blocks that others compute in this step, for the disk, or for more of the budget.
+        held: deque[Sequence] = deque()
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
             sequence = self.waiting.popleft()
+            few = self._needs_few(sequence)
+            if full and not few:
+                held.append(sequence)
+                continue
             if self.disk is not None and self.disk.holds(sequence):
                 held.append(sequence)
                 continue
@@ -102,7 +136,7 @@ class Scheduler:
                 held.append(sequence)
                 coming |= self.disk.coming()
                 continue
-            n = self._length(sequence, budget)
+            n = self._length(sequence, budget if few else budget - kept)
             grown = self.blocks.allocate(sequence, sequence.num_computed_tokens + n)
             assert grown, "free blocks were counted"
             if sequence.num_cached_tokens is None:
@@ -111,8 +145,9 @@ class Scheduler:
             chunks.append(self._chunk(sequence, n, budget))
             coming |= self._coming(chunks[-1:])
             budget -= chunks[-1].n
+            kept = max(0, kept - n) if few else kept
+            full = full or budget <= kept
         self.waiting.extendleft(reversed(held))
-        return budget
 
     def _coming(self, chunks: list[Chunk]) -> set[bytes]:
         """Hashes of the prompt blocks that these chunks will have filled after the step."""
