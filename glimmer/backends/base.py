@@ -296,7 +296,8 @@ class Backend(ABC):
     def limits(self) -> dict[str, float] | None:
         """What this machine can do at best, measured now by all threads of our own kernels; None: there are none.
 
-        "read": bytes a second; "bfloat16", "int8": multiplications and additions a second in dot products of these.
+        "read": bytes a second; "cached": the same of what fits in the processor's cache, which has "cache" bytes;
+        "bfloat16", "int8": multiplications and additions a second in dot products of these.
         """
         return None
 

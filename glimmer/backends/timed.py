@@ -26,12 +26,13 @@ LIMIT_OF = {"bfloat16": "bfloat16", Kind.FP8: "bfloat16", Kind.INT8: "int8", Kin
 
 @dataclass
 class Cost:
-    """What one part of the steps took: seconds, bytes read at least, operations by the limit that holds for them, and
-    calls of ops."""
+    """What one part of the steps took: seconds, bytes read at least, operations by the limit that holds for them,
+    elements that ops have gone through row by row (norms, rotations, sums), and calls of ops."""
 
     seconds: float = 0.0
     nbytes: int = 0
     operations: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    elements: int = 0
     calls: int = 0
 
     def add(self, nbytes: int, kind: str, operations: int) -> None:
@@ -43,6 +44,7 @@ class Cost:
     def include(self, other: "Cost") -> None:
         """Count another part's work, without its seconds."""
         self.nbytes += other.nbytes
+        self.elements += other.elements
         self.calls += other.calls
         for kind, operations in other.operations.items():
             self.operations[kind] += operations
@@ -87,27 +89,34 @@ class Timed(Backend):
         part.calls += 1
 
     def embed(self, tokens: Tensor, table: Tensor, first: int) -> Tensor:
-        with self.measure("embed"):
-            return self.inner.embed(tokens, table, first)
+        with self.measure("embed") as part:
+            y = self.inner.embed(tokens, table, first)
+        part.elements += y.numel()
+        return y
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        with self.measure("rms_norm"):
+        with self.measure("rms_norm") as part:
+            part.elements += x.numel()
             return self.inner.rms_norm(x, weight, eps)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        with self.measure("add_rms_norm"):
+        with self.measure("add_rms_norm") as part:
+            part.elements += x.numel()
             return self.inner.add_rms_norm(x, residual, weight, eps)
 
     def add_(self, y: Tensor, x: Tensor) -> None:
-        with self.measure("add_"):
+        with self.measure("add_") as part:
+            part.elements += x.numel()
             self.inner.add_(y, x)
 
     def swiglu(self, x: Tensor) -> Tensor:
-        with self.measure("swiglu"):
+        with self.measure("swiglu") as part:
+            part.elements += x.numel()
             return self.inner.swiglu(x)
 
     def rope_(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-        with self.measure("rope_"):
+        with self.measure("rope_") as part:
+            part.elements += q.numel() + k.numel()
             self.inner.rope_(q, k, cos, sin)
 
     def linear(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
@@ -133,7 +142,8 @@ class Timed(Backend):
         self.inner.fetch_experts(ids, experts)
 
     def store_kv_(self, k: Tensor, v: Tensor, kv: KVCache, slot_mapping: Tensor) -> None:
-        with self.measure("store_kv_"):
+        with self.measure("store_kv_") as part:
+            part.elements += k.numel() + v.numel()
             self.inner.store_kv_(k, v, kv, slot_mapping)
 
     def attention(self, q: Tensor, kv: KVCache, batch: Batch, scale: float) -> Tensor:

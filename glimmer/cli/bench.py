@@ -28,10 +28,12 @@ from glimmer.errors import ConfigError
 
 if TYPE_CHECKING:
     from glimmer import llm, parallel
+    from glimmer.cli import machine as machines
     from glimmer.engine.profile import Profile
     from glimmer.llm import LLM
 else:
     llm, parallel = lazy("glimmer.llm"), lazy("glimmer.parallel")
+    machines = lazy("glimmer.cli.machine")
 
 PREFILL = (512, 2048)
 DECODE = (1, 8, 32)
@@ -84,9 +86,9 @@ class Figure:
     @property
     def predicted(self) -> float | None:
         """tokens/s that the cost model of `glimmer plan` expects of such work at these limits."""
-        if self.profile is None or self.limits is None:
+        if self.profile is None or self.limits is None or (self.profile.bytes_read and "disk" not in self.limits):
             return None
-        return self.tokens * self.seen / self.profile.expected(self.limits)
+        return self.tokens * self.seen / self.profile.expected(self.limits, captured=self.key.startswith("decode"))
 
     @property
     def percent(self) -> dict[str, float]:
@@ -137,15 +139,24 @@ def main(argv: list[str]) -> int:
     with model.without_drafts():
         for length in prefill:
             figures.append(_best_prefill(model, prompts, length, repeat, watched))
-            figures[-1].limits = model.limits()
+            figures[-1].limits = _limits(model, figures[-1].profile)
         for batch in decode:
             figures.append(_decode(model, prompts, batch, context, steps, watched))
-            figures[-1].limits = model.limits()
+            figures[-1].limits = _limits(model, figures[-1].profile)
     gains = [gain.measure(model, prompts, batch) for batch in decode] if speculative and model.drafts else []
     memory = {"load_s": load, "load_peak_memory_gib": load_peak / 2**30, "peak_memory_gib": model.peak_memory() / 2**30}
     _print(model, figures, memory, watch, gains if speculative else None)
     model.close()
     return 0
+
+
+def _limits(model: "LLM", profile: "Profile | None") -> dict[str, float] | None:
+    """What the machine can do just then; its disk too, where experts were read from it."""
+    limits = model.limits()
+    if limits is not None and profile is not None and profile.bytes_read:
+        disk = machines.disk_of(Path(model.config.model), None)
+        limits |= {} if disk.speed is None else {"disk": disk.speed}
+    return limits
 
 
 def _prompt(model: "LLM", source: random.Random, length: int) -> dict[str, list[int]]:

@@ -185,10 +185,11 @@ def _reasons(planner: "Planner", machine: "Machine", chosen: "Candidate") -> lis
     each = " on each card" if machine.accelerator is not None else ""
     lines = [f"memory{each}: {gib(weights)} of weights, {gib(chosen.cache)} of KV cache ({chosen.context:,} tokens)"]
     if chosen.where == planning.DISK:
-        share = chosen.slots / chosen.experts
         lines[0] += f", {gib(chosen.slots * held.record)} for {chosen.slots:,} of {chosen.experts:,} experts"
-        read = f"{100 * (1 - share):.0f} % of those that tokens choose are read, were choices even"
-        lines.append(f"disk: all experts, {gib(held.experts)}; {read}")
+        how = "as counted so far" if chosen.counted else "were choices even; where they are not, fewer"
+        lines.append(
+            f"disk: all experts, {gib(held.experts)}; {1 - chosen.hits:.0%} of the chosen ones are read, {how}"
+        )
     if planner.stored.mtp is not None and not chosen.mtp:
         lines.append("the MTP layer does not fit beside it: no drafts are made")
     if chosen.where == "memory" and machine.accelerator is None:
@@ -332,6 +333,7 @@ def _candidate_json(found: "Candidate") -> dict[str, Any]:
         "kv_cache": found.cache,
         "context": found.context,
         "slots": found.slots,
+        "hits": found.hits,
         "prefill": speed(found.prefill),
         "decode": speed(found.decode),
     }

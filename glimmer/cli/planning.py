@@ -23,7 +23,8 @@ from glimmer.cli.machine import Machine
 from glimmer.config import EngineConfig
 from glimmer.engine.runner import activation_bytes, divide_paged, resolve_dtype
 from glimmer.errors import CheckpointError, ConfigError
-from glimmer.model.cost import META, Kinds, Shapes, Work, as_quantized, phases
+from glimmer.model.cost import META, Kinds, Shapes, Work, as_quantized, phases, with_disk
+from glimmer.model.experts import STATS, counted
 from glimmer.model.layers import Layer
 from glimmer.model.names import mtp_prefix, tensor_parallel_sizes
 from glimmer.model_config import ModelConfig
@@ -67,7 +68,8 @@ class Candidate:
     """One form of a model on one machine. needed: bytes of memory of one process with all of it in memory, and room for
     `least` tokens; paged: the same with its experts on the disk, None where they cannot be.
 
-    where: "memory", "disk" (experts), or None where it does not fit; the rest is None or zero then.
+    where: "memory", "disk" (experts), or None where it does not fit; the rest is None or zero then. hits: the share of
+    chosen experts that are in memory; counted: as earlier runs have counted choices, else choices are even.
     """
 
     kind: Kind
@@ -81,6 +83,8 @@ class Candidate:
     context: int = 0
     slots: int = 0
     experts: int = 0
+    hits: float = 1.0
+    counted: bool = False
     prefill: Speed | None = None
     decode: Speed | None = None
 
@@ -181,8 +185,29 @@ class Planner:
         if not on_cpu or slots < 2 * self.config.num_experts_per_tok:
             return made
         context = self._context(cache // token)
-        found = replace(made, where=DISK, cache=cache, context=context, slots=slots, experts=held.count)
+        hits, even = self.hits(kind, slots), slots / held.count
+        found = replace(
+            made,
+            where=DISK,
+            cache=cache,
+            context=context,
+            slots=slots,
+            experts=held.count,
+            hits=even if hits is None else hits,
+            counted=hits is not None,
+        )
         return self._timed(found, shapes, machine)
+
+    def hits(self, kind: Kind, slots: int) -> float | None:
+        """The share of choices that the most chosen experts get, one for each slot, as earlier runs have counted; None
+        where nothing has been counted."""
+        asked = None if kind is self.stored.kind else str(kind)
+        form = packed_file.Form.of(str(self.dtype).removeprefix("torch."), asked, self.engine.group_size)
+        for directory in (*packed_file.places(self.directory, form), self.directory):
+            shares = sorted((share for layer in counted(directory / STATS).values() for share in layer), reverse=True)
+            if sum(shares) > 0:
+                return sum(shares[:slots]) / sum(shares)
+        return None
 
     def _context(self, tokens: int) -> int:
         return min(tokens, self.engine.max_model_len or self.config.context)
@@ -204,20 +229,17 @@ class Planner:
 def _speed(candidate: Candidate, shapes: Shapes, machine: Machine, work: Work, tokens: int) -> Speed:
     """Of some work. Experts that are read from the disk are computed while others are read, and nothing else is."""
     assert machine.limits is not None
-    if machine.accelerator is not None:  # a bound: nothing has been measured there
-        bound = dict.fromkeys(machine.limits, 1.0)
-        found = phases(replace(work.cost, calls=0), 0, machine.limits, bound)
-        found.pop("calls")
-        found = {name: value for name, value in found.items() if value == max(found.values())}  # all overlaps at best
-        return Speed(tokens / sum(found.values()), found)
-    found = phases(work.cost, work.steps, machine.limits)
+    held, captured = shapes.held, tokens == 1
+    if machine.accelerator is not None:  # a bound, which nothing but data sheets stands behind: all overlaps
+        best = dict(zip(("memory bandwidth", "arithmetic"), work.cost.at_best(machine.limits)))
+        name = max(best, key=lambda name: best[name])
+        return Speed(tokens / best[name], {name: best[name]})
+    found = phases(work.cost, work.steps, machine.limits, held.nbytes - held.mtp, captured)
     if candidate.where == DISK:
         assert machine.disk.speed is not None
-        missing = work.experts * (1 - candidate.slots / candidate.experts)
-        disk = missing * shapes.held.record / machine.disk.speed
-        beside = phases(work.routed, 0, machine.limits)
-        hidden = min(disk, sum(beside.values())) / max(sum(beside.values()), 1e-12)
-        found = {name: value - hidden * beside[name] for name, value in found.items()} | {DISK: disk}
+        missing = work.experts * (1 - candidate.hits)
+        beside = phases(work.routed, 0, machine.limits, held.nbytes - held.mtp, captured)
+        found = with_disk(found, beside, missing * held.record / machine.disk.speed)
     return Speed(tokens / sum(found.values()), found)
 
 

@@ -19,7 +19,7 @@ from glimmer.backends.timed import Cost, Timed
 from glimmer.engine.engine import Clock, Engine
 from glimmer.engine.runner import Runner
 from glimmer.group import Group
-from glimmer.model.cost import seconds
+from glimmer.model.cost import phases, with_disk
 
 
 class Profile:
@@ -38,12 +38,16 @@ class Profile:
             for name, module in runner.model.named_modules()
             if getattr(module, "packed", None) is not None
         }
+        packed = (getattr(module, "packed", None) for module in runner.model.modules())
+        self._weights = sum(one.nbytes for one in packed if one is not None)
+        self.bytes_read = 0  # of experts that are on the disk
         self._timed = Timed(runner.backend, names, partial(devices.synchronize, runner.device))
         self._clock = StepClock(self._timed)
 
     def __enter__(self) -> "Profile":
         engine = self._engine
         self._before = engine.clock
+        self.bytes_read -= self._read()
         engine.clock = self._clock
         self._runner.model.use(self._timed, timed_group(engine.group, self._timed))
         return self
@@ -51,7 +55,12 @@ class Profile:
     def __exit__(self, *_: object) -> None:
         engine = self._engine
         engine.clock = self._before
+        self.bytes_read += self._read()
         self._runner.model.use(self._runner.backend, engine.group)
+
+    def _read(self) -> int:
+        paging = self._runner.paging
+        return 0 if paging is None else paging.bytes_read
 
     @property
     def steps(self) -> int:
@@ -71,9 +80,15 @@ class Profile:
             total.include(part)
         return total
 
-    def expected(self, limits: Mapping[str, float]) -> float:
-        """Seconds that the steps should take on a machine with these limits, by the cost model of `glimmer plan`."""
-        return seconds(self.total, self.steps, limits)
+    def expected(self, limits: Mapping[str, float], captured: bool) -> float:
+        """Seconds that the steps should take on a machine with these limits, by the cost model of `glimmer plan`;
+        captured: if they are repeated ones, without Python between their ops. Where experts were read from the disk,
+        limits["disk"] is how many bytes it reads in a second."""
+        found = phases(self.total, self.steps, limits, self._weights, captured)
+        if self.bytes_read:
+            routed = phases(self._timed.parts()["experts"], 0, limits, self._weights, captured)
+            found = with_disk(found, routed, self.bytes_read / limits["disk"])
+        return sum(found.values())
 
     @property
     def parts(self) -> dict[str, Cost]:

@@ -1,9 +1,9 @@
 """Cost: what a model holds and what its steps read and compute, from its shapes alone, and how long that should take.
 
 `Shapes` is the model itself (glm4_moe.py) with matrices that have no values: its steps run on torch's meta device, and
-the ops are counted as a profile counts real ones (backends/timed.py). `seconds` turns such counts into time by the
+the ops are counted as a profile counts real ones (backends/timed.py). `phases` turns such counts into time by the
 limits of a machine; `glimmer plan` and the predictions of `glimmer bench` are both its. Not here: what a machine has
-(cli/plan.py), how memory is divided (engine/runner.py).
+(cli/machine.py), how memory is divided (engine/runner.py).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,44 +26,54 @@ from glimmer.model.names import param_specs
 from glimmer.model_config import ModelConfig
 from glimmer.weight import GROUP_SIZE, ExpertWeights, Kind, Weight, layout
 
+FEW = 64  # rows up to which each layer draws experts of its own
 META = torch.device("meta")
 
-# What steps reach of a machine's limits, and what they take besides. Shares of the arithmetic: a least-squares fit of
-# the relative error to the twenty figures of README's tables for `air-quarter` (prefill of 512 and 2,048 tokens, decode
-# of 1, 8 and 32 sequences, in bfloat16, int8, int4 and FP8) with the limits that stand beside them. A call of an op and
-# a step: the demo model, whose reads and products take next to nothing. benchmarks/fit_cost.py repeats the fit.
-REACHED = {"read": 1.03, "bfloat16": 0.83, "int8": 0.58}
-CALL = 1.5e-6  # seconds
-STEP = 150e-6
+# What steps reach of a machine's limits. A least-squares fit of the relative error to the twenty figures of README's
+# tables for `air-quarter` (prefill of 512 and 2,048 tokens, decode of 1, 8 and 32 sequences, in bfloat16, int8, int4
+# and FP8) with the limits that stand beside them: benchmarks/fit_cost.py.
+REACHED = {"read": 1.1, "cached": 1.0, "bfloat16": 0.86, "int8": 0.62}
+# What they take besides, from the processor's time of one thread for the demo model, whose reads and products are few.
+ELEMENT = 215  # operations in bfloat16 that would take as long as one element of a norm, a rotation, a sum
+CALL, PYTHON_CALL = 2e-6, 30e-6  # seconds for a call of an op, repeated from a list of calls, and made by Python
+STEP = 140e-6  # seconds for a step: scheduling, sampling
 
 Kinds = Callable[[str, Layer, tuple[int, int]], tuple[Kind, int | None]]  # of a matrix: its name, layer, (out, in)
 
 
-def seconds(cost: Cost, steps: int, limits: Mapping[str, float], reached: Mapping[str, float] = REACHED) -> float:
-    """What `steps` that cost so much should take on a machine with these limits (Backend.limits)."""
-    return sum(phases(cost, steps, limits, reached).values())
+def phases(cost: Cost, steps: int, limits: Mapping[str, float], weights: int, captured: bool) -> dict[str, float]:
+    """Seconds that `steps` should take on a machine with these limits (Backend.limits), by what takes them.
 
-
-def phases(
-    cost: Cost, steps: int, limits: Mapping[str, float], reached: Mapping[str, float] = REACHED
-) -> dict[str, float]:
-    """The same by what takes the time: reads from memory, arithmetic, calls. They do not overlap: a kernel computes
-    what it has just read."""
-    within = {name: value * reached[name] for name, value in limits.items()}
+    These do not overlap: a kernel computes what it has just read. weights: bytes of all of them, which lie in the
+    processor's cache if that is large enough. captured: no Python runs between the ops, as in decoding.
+    """
+    within = {name: limits[name] * share for name, share in REACHED.items()}
+    within["read"] = within["cached"] if weights <= limits["cache"] else within["read"]
     reads, arithmetic = cost.at_best(within)
-    return {"memory bandwidth": reads, "arithmetic": arithmetic, "calls": cost.calls * CALL + steps * STEP}
+    arithmetic += cost.elements * ELEMENT / limits["bfloat16"]
+    calls = cost.calls * (CALL if captured else PYTHON_CALL) + steps * STEP
+    return {"memory bandwidth": reads, "arithmetic": arithmetic, "calls": calls}
+
+
+def with_disk(found: dict[str, float], routed: dict[str, float], disk: float) -> dict[str, float]:
+    """`phases` of steps whose experts are read from the disk in so many seconds: while some of them are read, others
+    are computed (routed: the phases of these), and nothing else is."""
+    whole = sum(routed.values())
+    hidden = min(disk, whole) / whole if whole else 0.0
+    return {name: value - hidden * routed[name] for name, value in found.items()} | {"disk": disk}
 
 
 def as_quantized(kind: Kind, group_size: int | None = None) -> Kinds:
     """A model whose matrices are all of one kind, as far as their layers allow it. As loading would quantise it, or,
     for FP8, as the official checkpoints are: what wants more than 4 bits stays plain there."""
 
-    def kinds(name: str, layer: Layer, shape: tuple[int, int]) -> tuple[Kind, int | None]:
-        if layer.plain or kind is Kind.PLAIN or (kind is Kind.FP8 and layer.min_bits > 4):
+    @cache
+    def of(plain: bool, min_bits: int, width: int) -> tuple[Kind, int | None]:
+        if plain or kind is Kind.PLAIN or (kind is Kind.FP8 and min_bits > 4):
             return Kind.PLAIN, None
-        return (kind, None) if kind.floating else layout(kind.at_least(layer.min_bits), shape[1], group_size)
+        return (kind, None) if kind.floating else layout(kind.at_least(min_bits), width, group_size)
 
-    return kinds
+    return lambda name, layer, shape: of(layer.plain, layer.min_bits, shape[1])
 
 
 @dataclass(frozen=True)
@@ -193,6 +203,7 @@ class Outline(Reference):
         super().__init__(META)
         self.packing, self.chosen = packing, 0
         self._sizes: dict[int, tuple[Weight, int]] = {}  # by id; most Weights are one and the same
+        self._draws: dict[int, Tensor] = {}  # by rows: where these are many, one draw is as good as another
         self._generator = torch.Generator().manual_seed(0)
 
     def embed(self, tokens: Tensor, table: Tensor, first: int) -> Tensor:
@@ -218,7 +229,11 @@ class Outline(Reference):
         return x.new_empty(len(x), weight.n, dtype=weight.dtype if weight.kind == Kind.PLAIN else x.dtype)
 
     def route(self, logits: Tensor, bias: Tensor, rule: RouteRule) -> tuple[Tensor, Tensor]:
-        ids = torch.rand(logits.shape, generator=self._generator).topk(rule.top_k).indices
+        rows, experts = logits.shape
+        ids = self._draws.get(rows)
+        if ids is None or rows <= FEW:
+            ids = torch.rand(rows, experts, generator=self._generator).topk(rule.top_k).indices
+            self._draws[rows] = ids
         self.chosen += len(ids.unique())
         return ids, logits.new_empty(ids.shape)
 

@@ -64,10 +64,10 @@ class Pager:
     def start(self) -> None:
         """All layers have been added: take up what an earlier run has counted, and watch the memory from now on."""
         path = self._packed.directory / STATS
-        counted = _read(path)
+        found = counted(path)
         for number, (layer, experts) in enumerate(self._layers):
-            values = counted.get(layer)
-            if isinstance(values, list) and len(values) == experts and all(_is_share(value) for value in values):
+            values = found.get(layer, ())
+            if len(values) == experts:
                 self.store.set_frequencies(number, values)
         self.store.warm()
         stop = threading.Event()
@@ -141,14 +141,16 @@ def _save(store: ExpertStore, layers: list[tuple[str, int]], path: Path) -> None
         log.info("which experts are in use is not kept in %s: %s", path, error)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def counted(path: Path) -> dict[str, list[float]]:
+    """How often each expert was chosen lately, by layer, as earlier runs have written; what is no such list is none."""
     if not path.is_file():
         return {}
     try:
-        return read_json(path, "which experts are in use", MAX_STATS)
+        table = read_json(path, "which experts are in use", MAX_STATS)
     except CheckpointError as error:
         log.warning("%s; it is not used, and written anew", error.found)
         return {}
+    return {name: list(row) for name, row in table.items() if isinstance(row, list) and all(map(_is_share, row))}
 
 
 def _is_share(value: Any) -> bool:

@@ -43,6 +43,7 @@ def test_every_figure_with_its_share_of_the_limits(run):
     else:
         assert set(figures["percent"]) == set(figures["limits"]) == keys
         assert all(share["bandwidth"] > 0 and "arithmetic" in share for share in figures["percent"].values())
+        assert set(figures["predicted"]) == keys and min(figures["predicted"].values()) > 0 and "predicted" in table
         assert "% of bandwidth" in table and "% of arithmetic" in table and "limit beside them: read" in table
 
 

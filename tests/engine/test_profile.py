@@ -87,4 +87,5 @@ def test_limits_where_there_are_kernels(llm):
     limits = llm.limits()
     assert (limits is None) == (llm.kernels is None)
     if limits is not None:
-        assert set(limits) == {"read", "bfloat16", "int8"} and min(limits.values()) > 1e8
+        assert limits.pop("cache") >= 0
+        assert set(limits) == {"read", "cached", "bfloat16", "int8"} and min(limits.values()) > 1e8

@@ -218,7 +218,7 @@ def test_the_layer_is_left_out_where_memory_is_short(checkpoint, caplog):
         ) as llm:
             spec = KVCacheSpec(len(llm._runner.kv), 16, llm.model_config.num_key_value_heads, 16, torch.float32)
             cache = runner.least_cache(llm.config, llm._runner.backend, spec)
-            needed[how] = told[-1][1] + runner._activation_bytes(llm.config, llm.model_config) + cache
+            needed[how] = told[-1][1] + runner.activation_bytes(llm.config, llm.model_config) + cache
     between = (needed["off"] + needed["mtp 1"]) // 2
     assert needed["off"] < between
     with LLM(directory, max_memory_bytes=between, **small) as llm:

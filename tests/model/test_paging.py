@@ -14,7 +14,7 @@ from glimmer.backends import selection
 from glimmer.backends.files import PackedFiles
 from glimmer.checkpoint.packed_file import Form, PackedFile
 from glimmer.config import EngineConfig
-from glimmer.engine.runner import _activation_bytes
+from glimmer.engine.runner import activation_bytes
 from glimmer.errors import NotEnoughMemory
 from glimmer.model import experts
 from glimmer.model.packed import prepare
@@ -60,7 +60,7 @@ def paged(model: Path, slots: int, **settings) -> LLM:
         slot = max(piece.nbytes for piece in experts)
         dense = sum(piece.nbytes for piece in packed.pieces() if piece not in experts)
     engine = EngineConfig(model=str(model), **settings)
-    beside = dense + _activation_bytes(engine, ModelConfig.load(str(model)))
+    beside = dense + activation_bytes(engine, ModelConfig.load(str(model)))
     memory = beside + -(-(CACHE + slots * slot) * 64 // 63) + 64
     return LLM(str(model), max_memory_bytes=memory, **settings)
 
