@@ -9,12 +9,12 @@ Not here: what is asked.
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import ssl
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,6 +27,7 @@ import msgspec
 from glimmer.cli import exits
 from glimmer.errors import ConfigError, EngineError, GlimmerError
 from glimmer.foreign import parse_json
+from glimmer.server.client import private_directory
 
 LINE = 8 << 20  # bytes of one event of a stream
 BODY = 256 << 20  # bytes of one response
@@ -234,7 +235,9 @@ def own_server(words: Sequence[str], quiet: bool = False) -> Iterator[Api]:
     Its messages go to this process's stderr; where it shall be quiet, only if it fails. Raises EngineError, or
     ConfigError, as the child's exit code says, if it ends before it is ready.
     """
-    with tempfile.TemporaryDirectory(prefix="glimmer-") as folder, ExitStack() as stack:
+    folder = private_directory()
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
         place, said = str(Path(folder) / "socket"), Path(folder) / "stderr"
         serve = [sys.executable, "-m", "glimmer", "serve", *words, "--uds", place]
         command = [sys.executable, "-c", BEGIN, str(os.getpid()), *serve]

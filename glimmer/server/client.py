@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from glimmer.errors import EngineError, GlimmerError
+from glimmer.errors import ConfigError, EngineError, GlimmerError
 from glimmer.server import wire
 
 log = logging.getLogger("glimmer.server")
@@ -50,9 +50,16 @@ class Receiver(Protocol):
 
 
 def private_directory() -> str:
-    """A new directory for a socket, which nobody but this user may enter."""
-    place = tempfile.gettempdir()
-    return tempfile.mkdtemp(prefix="glimmer-", dir=place if len(place) < MAX_PLACE else "/tmp")
+    """A new directory for a socket, which nobody but this user may enter. ConfigError if none can be made."""
+    try:
+        place = tempfile.gettempdir()
+        return tempfile.mkdtemp(prefix="glimmer-", dir=place if len(place) < MAX_PLACE else "/tmp")
+    except OSError as error:
+        raise ConfigError(
+            f"no directory for a socket: {error.strerror}",
+            "a directory for temporary files, such as /tmp",
+            "make /tmp writable, or name another in TMPDIR",
+        ) from None
 
 
 class EngineClient:
@@ -100,7 +107,9 @@ class EngineClient:
         if self._writer is not None:
             with contextlib.suppress(OSError):
                 self._writer.write(wire.frame(wire.Close()))
-        await self._end_process()
+            await self._end_process()
+        else:  # one that has not connected yet has nothing to end in order
+            await self._end_process((signal.SIGTERM, signal.SIGKILL))
         for task in list(self._tasks):
             task.cancel()
         if self._writer is not None:
@@ -178,6 +187,8 @@ class EngineClient:
             writer.close()
             return
         self._writer, self._heard = writer, time.monotonic()
+        if self._closing:
+            self._send(wire.Close())
         problem = EngineError("the engine process has ended", "an engine that runs", "see what the server says")
         try:
             while True:
@@ -248,10 +259,10 @@ class EngineClient:
         for receiver in receivers.values():
             receiver.end(problem)
 
-    async def _end_process(self) -> None:
+    async def _end_process(self, signals: Sequence[int | None] = (None, signal.SIGTERM, signal.SIGKILL)) -> None:
         """Wait until the engine process, and all that it has started, have ended; with force if need be."""
         process = self._process
-        for number in (None, signal.SIGTERM, signal.SIGKILL):
+        for number in signals:
             if process is None or process.returncode is not None:
                 return
             if number is not None:

@@ -31,7 +31,8 @@ from glimmer.server import wire
 from glimmer.text.answers import AnswerFormat
 from glimmer.text.budget import ThinkingBudget
 
-CONNECT = 60.0  # seconds that the HTTP process may take to listen
+CONNECT = 60.0  # seconds that the HTTP process may take to make its socket
+LISTEN = 2.0  # and then to listen; a socket where nobody listens for longer is that of a process that has ended
 COMPILERS = 2  # requests whose grammars are compiled at the same time
 LAST_WORDS = 2.0  # seconds that the last message may take
 
@@ -271,6 +272,7 @@ def follow(settings: dict[str, Any]) -> int:
 
 def _connect(path: str) -> socket.socket:
     deadline = time.monotonic() + CONNECT
+    seen = False
     while True:
         connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -278,6 +280,8 @@ def _connect(path: str) -> socket.socket:
             return connected
         except OSError as error:
             connected.close()
+            if isinstance(error, ConnectionRefusedError) and not seen:
+                seen, deadline = True, min(deadline, time.monotonic() + LISTEN)
             if time.monotonic() > deadline:
                 raise EngineError(
                     f"{path} does not answer: {error.strerror}",

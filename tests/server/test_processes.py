@@ -128,6 +128,15 @@ def test_ends_without_order():
         until(lambda: not killed.engine_processes(), 10)
 
 
+def test_an_end_before_the_engine_has_connected():
+    """SIGTERM waits for nothing then; and an engine whose HTTP process was killed does not look for it for long."""
+    with Server(ready=False) as told, Server(ready=False) as killed:
+        assert told.health() == 503
+        assert told.stop(timeout=5) == 0 and not told.engine_processes()
+        killed.process.kill()
+        until(lambda: not killed.engine_processes(), 20)  # it has begun, but may import for a while
+
+
 def test_a_unix_socket_and_a_death_that_is_the_end(tmp_path):
     path = tmp_path / "http.sock"
     with Server("--uds", str(path), "--on-engine-death", "exit", ready=False) as server:
