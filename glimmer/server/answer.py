@@ -39,7 +39,7 @@ Place = Sequence[Logprob]  # the token that came, and then the likeliest ones th
 class Delta:
     """What is new of answer `index`: its text as the model wrote it, and what it means.
 
-    events: of a conversation; of a raw prompt there are none.
+    events: of a conversation; of a raw prompt there are none. num_tokens, num_reasoning_tokens: of the answer so far.
     """
 
     index: int
@@ -48,6 +48,8 @@ class Delta:
     events: Sequence[parse.Event] = ()
     logprobs: Sequence[Place] = ()
     prompt_logprobs: Sequence[Place] = ()  # of each token of the prompt but the first, in their order
+    num_tokens: int = 0
+    num_reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,9 @@ class Answer:
             calls = self._calls and self._finish.reason == "stop"
             self.finished = replace(self._finish, reason="tool_calls") if calls else self._finish
         prompt = self._take_prompt()
-        return Delta(self._index, text, ids, events, places, prompt) if text or ids or events or prompt else None
+        if not (text or ids or events or prompt):
+            return None
+        return Delta(self._index, text, ids, events, places, prompt, self.num_tokens, self.num_reasoning_tokens)
 
     def _take_prompt(self) -> list[Place]:
         """The log-probabilities of the prompt that are new."""

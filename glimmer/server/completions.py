@@ -17,7 +17,16 @@ from starlette.responses import Response
 from glimmer.errors import RequestError, shown
 from glimmer.server.answer import Delta, Finished, Place
 from glimmer.server.exchange import EventStream, begun, chunks_of, convert, json_response, read_request, until_gone
-from glimmer.server.openai import LOWEST, Chunk, Head, sampling_params, structured_outputs, usage_of, usage_wanted
+from glimmer.server.openai import (
+    LOWEST,
+    Chunk,
+    Head,
+    UsageSoFar,
+    sampling_params,
+    structured_outputs,
+    usage_of,
+    usage_wanted,
+)
 from glimmer.server.openai_types import CompletionBody, DetokenizeBody, TokenizeBody, refuse_unsupported
 from glimmer.server.service import HUGE, ChatRequest, CompletionRequest, Done, Events, Service, Started, Usage
 
@@ -196,10 +205,11 @@ def _counted(usage: Usage, body: CompletionBody) -> Chunk:
 
 async def _chunks(events: Events, head: Head, body: CompletionBody, texts: list[_Text]) -> AsyncGenerator[Chunk, None]:
     """The chunks of a stream."""
-    others: Chunk = {"usage": None} if usage_wanted(body) else {}
+    so_far = UsageSoFar(body)
     n = body.n or 1
     async with aclosing(events):
         async for event in events:
+            others = so_far.after(event)
             if isinstance(event, Started):
                 for index in range(event.index, event.index + n):
                     if text := texts[index].begin(event, head.service):

@@ -144,11 +144,14 @@ class EngineProcess:
         self._compilers = ThreadPoolExecutor(COMPILERS, "glimmer-compilers")
         assert llm.tokenizer is not None, "a server has one"
         tags = [llm.tokenizer.token_to_id(tag) for tag in AnswerFormat().think or ()]
+        self._calls = all(llm.tokenizer.token_to_id(tag) is not None for tag in AnswerFormat().call or ())
         self._thoughts = tuple(-1 if id is None else id for id in tags)
 
     def run(self, incoming: "queue.SimpleQueue[wire.ToEngine | None]") -> bool:
         """Answer until the HTTP process says that it is enough (True), or is gone (False)."""
         threading.Thread(target=self._report, name="glimmer-heartbeat", daemon=True).start()
+        if self._calls:
+            self._compilers.submit(self._llm.grammars.prepare)
         while (message := incoming.get()) is not None:
             if isinstance(message, wire.Close):
                 self._leaving = True

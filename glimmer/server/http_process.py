@@ -81,7 +81,7 @@ async def _run(config: ServerConfig, model: str, command: Sequence[str] | None, 
         await client.start()
         serving = asyncio.ensure_future(server.serve(sockets=[listener]))
         _say(f"listening on {_address(config, listener)}; the model is being loaded")
-        announcing = asyncio.ensure_future(_announce(client, config, listener))
+        announcing = asyncio.ensure_future(_announce(service, config, listener))
         await _first(told.wait(), client.died.wait(), serving, *([_parent_gone()] if command is None else []))
         announcing.cancel()
         if told.is_set():
@@ -136,8 +136,9 @@ async def _drain(
         await asyncio.wait({serving}, timeout=LAST_WORDS)
 
 
-async def _announce(client: EngineClient, config: ServerConfig, listener: socket.socket) -> None:
+async def _announce(service: Service, config: ServerConfig, listener: socket.socket) -> None:
     """Say each time when the model is ready, and now and then how far it has been loaded."""
+    client = service.client
     while True:
         while not client.loaded.is_set():
             await _first(client.loaded.wait(), asyncio.sleep(PROGRESS))
@@ -145,6 +146,7 @@ async def _announce(client: EngineClient, config: ServerConfig, listener: socket
                 _say(f"{loading.done / 2**20:,.0f} of {loading.total / 2**20:,.0f} MiB of weights have been loaded")
         ready = client.ready
         assert ready is not None
+        await service.in_thread(service.prepare_grammars)
         tokens = ready.num_blocks * ready.block_size
         _say(
             f"ready on {_address(config, listener)}: {ready.device} x {ready.ranks}, context {ready.max_model_len} "

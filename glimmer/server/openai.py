@@ -26,7 +26,7 @@ from glimmer.server.openai_types import (
     Sampling,
     refuse_unsupported,
 )
-from glimmer.server.service import ChatRequest, Done, Events, Service, Usage
+from glimmer.server.service import ChatRequest, Done, Event, Events, Service, Started, Usage
 from glimmer.text import parse
 from glimmer.text.chat import template_kwargs
 
@@ -172,6 +172,33 @@ def _at_most(most: int, name: str, value: int) -> int:
     return value
 
 
+class UsageSoFar:
+    """`usage` of each chunk of a stream: None, the tokens so far (continuous_usage_stats), or no such field at all."""
+
+    def __init__(self, body: Sampling):
+        asked = body.stream_options
+        self._chunks = usage_wanted(body)
+        self._continuous = self._chunks and asked is not None and bool(asked.continuous_usage_stats)
+        self._prompts: dict[int, Started] = {}
+        self._answers: dict[int, Delta] = {}
+
+    def after(self, event: Event) -> Chunk:
+        """The field, after an event."""
+        if isinstance(event, Started):
+            self._prompts[event.index] = event
+        elif isinstance(event, Delta):
+            self._answers[event.index] = event
+        if not self._continuous:
+            return {"usage": None} if self._chunks else {}
+        usage = Usage(
+            sum(len(one.prompt_token_ids) for one in self._prompts.values()),
+            sum(one.cached_tokens for one in self._prompts.values()),
+            sum(one.num_tokens for one in self._answers.values()),
+            sum(one.num_reasoning_tokens for one in self._answers.values()),
+        )
+        return {"usage": usage_of(usage)}
+
+
 def usage_wanted(body: Sampling) -> bool:
     """Whether a stream ends with the numbers of tokens."""
     return body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -212,10 +239,11 @@ def usage_of(usage: Usage) -> Chunk:
 
 async def _chat_chunks(events: Events, head: Head, body: ChatBody, with_usage: bool) -> AsyncGenerator[Chunk, None]:
     """The chunks of a stream."""
-    others = {"usage": None} if with_usage else {}
+    so_far = UsageSoFar(body)
     n = body.n or 1
     async with aclosing(events):
         async for event in events:
+            others = so_far.after(event)
             if isinstance(event, Delta):
                 deltas = [delta for one in event.events for delta in _delta(one)]
                 logprobs = {"content": chat_logprobs(event.logprobs, body)} if body.logprobs else None

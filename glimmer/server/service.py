@@ -309,6 +309,11 @@ class Service:
             raise
         return spec
 
+    def prepare_grammars(self) -> None:
+        """Make what the first form or call needs, for as long as that takes. Once the engine is ready."""
+        if self.format.call is not None:
+            self._grammars.prepare()
+
     @cached_property
     def _grammars(self) -> grammar.Grammars:
         return grammar.Grammars(self.tokenizer, self.tokenizer.size, self._ready.eos_token_ids)

@@ -129,3 +129,16 @@ def test_several_answers_with_logprobs(client):
         p for c in streamed if c.choices[0].index == 1 and c.choices[0].logprobs for p in c.choices[0].logprobs.content
     ]
     assert [place.token for place in places] == [place.token for place in done.choices[1].logprobs.content]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_usage_so_far_in_each_chunk(server, path):
+    body = {"prompt": "Hi"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "Hi"}]}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    asked = body | {"max_tokens": 12, "ignore_eos": True, "stream": True, "stream_options": options, "n": 2, "seed": 3}
+    lines = [line[6:] for line in server.post(path, asked).text.splitlines() if line.startswith("data: {")]
+    usages = [json.loads(line)["usage"] for line in lines]
+    counts = [usage["completion_tokens"] for usage in usages]
+    assert counts == sorted(counts) and counts[0] < 24 and counts[-1] == 24  # what comes together is one chunk
+    assert len({usage["prompt_tokens"] for usage in usages}) == 1
+    assert usages[-2] == usages[-1]
