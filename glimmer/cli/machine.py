@@ -62,7 +62,7 @@ ACCELERATORS = {
         Accelerator("RTX5090", 32, 1792, 209, 419, "NVIDIA RTX Blackwell whitepaper"),
         Accelerator("MI300X", 192, 5300, 1307, 2615, "AMD Instinct MI300X data sheet"),
         Accelerator("Ascend910B", 64, 1600, 313, 626, ASCEND, "59GB"),
-        Accelerator("Ascend910B-32GB", 32, 1600, 280, 560, ASCEND.replace("800T", "800I"), "30GB"),
+        Accelerator("Ascend910B-32GB", 32, 800, 280, 560, ASCEND.replace("800T", "800I"), "30GB"),
     )
 }
 

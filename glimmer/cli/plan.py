@@ -243,6 +243,8 @@ def _commands(
     prepare = [f"glimmer prepare {shlex.quote(name)} {' '.join(flags)}".rstrip()]
     for key, value in given.items():
         flags.append(f"--{key.replace('_', '-')} {value}")
+    if chosen.where == planning.DISK and "max_model_len" not in given:
+        flags.append(f"--max-model-len {chosen.context}")  # else slots get more, and the cache less
     card = machine.accelerator
     if memory is not None:
         flags.append(f"--memory {memory // 2**20}MB")
@@ -252,10 +254,12 @@ def _commands(
         own = [] if card is not None or (planner.directory / "packed.json").is_file() else prepare
         return [*own, f"glimmer serve {shlex.quote(name)} {' '.join(flags)}".rstrip()]
     start = f"torchrun --nproc-per-node {machine.processes // machine.nodes}"
+    on_each = []
     if machine.nodes > 1:
+        on_each = [f"# on each machine, with RANK 0 to {machine.nodes - 1} and the ADDRESS of the first"]
         start += f" --nnodes {machine.nodes} --node-rank RANK --master-addr ADDRESS --master-port 29500"
     flags.append(f"--tensor-parallel-size {machine.processes}")
-    return [f"{start} -m glimmer serve {shlex.quote(name)} {' '.join(flags)}"]
+    return [*on_each, f"{start} -m glimmer serve {shlex.quote(name)} {' '.join(flags)}"]
 
 
 def _parallel_config(machine: "Machine") -> str:

@@ -184,6 +184,17 @@ def test_counted_choices_say_what_is_read(tmp_path, described):
     assert found.counted and found.hits > found.slots / found.experts
 
 
+def test_the_engine_divides_as_planned(capsys, described, monkeypatch):
+    """The command that is printed leads to the slots and the cache of the plan."""
+    monkeypatch.setattr(machine, "this_machine", lambda *_: a_machine(24))
+    plan = run(capsys, str(described(AIR)), "--memory", "24GB")
+    assert plan["commands"][0].startswith("glimmer prepare") and "--quantization int4" in plan["commands"][0]
+    asked = int(re.search(r"--max-model-len (\d+)", plan["commands"][-1])[1])
+    again = run(capsys, str(described(AIR)), "--memory", "24GB", "--max-model-len", str(asked))
+    first, second = (next(one for one in each["candidates"] if one["form"] == "int4") for each in (plan, again))
+    assert second["slots"] == first["slots"] and second["context"] == first["context"] == asked
+
+
 # ---------------------------------------------------------------------- the command
 
 
