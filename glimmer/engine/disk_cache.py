@@ -102,7 +102,6 @@ class Fetch:
     before: blocks that it had already. end: all pages before it are good when all readers are done.
     """
 
-    sequence: Sequence
     names: list[bytes]
     blocks: list[int]
     before: int
@@ -138,7 +137,7 @@ class DiskCache:
         self.page_tokens = self.num_blocks * size
         self.store = KVStore(directory, io.kv_identity, self.num_blocks, block_bytes, limit, io.checksum)
         self._hit_tokens = self._dropped_pages = 0
-        self.fetches: list[Fetch] = []
+        self.fetches: dict[Sequence, Fetch] = {}  # which hold their blocks and must not start
         self._readers = ThreadPoolExecutor(READERS, "glimmer-kv-read")
         self._writer = ThreadPoolExecutor(1, "glimmer-kv-write")
         self._written: Future[None] | None = None  # the last of what the writer has to do
@@ -178,36 +177,31 @@ class DiskCache:
         grown = self.blocks.allocate(sequence, end * self.page_tokens)
         assert grown, "the scheduler has counted the free blocks"
         coming = frozenset(digests[before:])
-        fetch = Fetch(sequence, names, list(sequence.blocks), before, first, end, coming, next=first)
+        fetch = Fetch(names, list(sequence.blocks), before, first, end, coming, next=first)
         fetch.readers = [self._readers.submit(self._read, fetch) for _ in range(min(READERS, end - first))]
-        self.fetches.append(fetch)
+        self.fetches[sequence] = fetch
         return True
 
     def coming(self) -> set[bytes]:
         """Hashes of the blocks that are being read."""
-        return {digest for fetch in self.fetches for digest in fetch.coming}
-
-    def holds(self, sequence: Sequence) -> bool:
-        """Whether pages of that sequence are being read."""
-        return any(fetch.sequence is sequence for fetch in self.fetches)
+        return {digest for fetch in self.fetches.values() for digest in fetch.coming}
 
     def forget(self, sequence: Sequence) -> bool:
         """Nobody waits for the sequence any more. False if it is not being read; else `collect` takes its blocks."""
-        for fetch in self.fetches:
-            if fetch.sequence is sequence:
-                fetch.stop(fetch.first)
-                return True
-        return False
+        fetch = self.fetches.get(sequence)
+        if fetch is not None:
+            fetch.stop(fetch.first)
+        return fetch is not None
 
     def collect(self) -> None:
         """Offer what has been read to `match_prefix`, and take their blocks from the sequences that waited for it."""
-        for fetch in list(self.fetches):
+        for sequence, fetch in list(self.fetches.items()):
             done = all(reader.done() for reader in fetch.readers)
             end = self.group.all_reduce_min(fetch.end if done else -1)
             if end < 0:
                 continue
-            self.fetches.remove(fetch)
-            sequence, num_blocks = fetch.sequence, max(fetch.before, end * self.num_blocks)
+            del self.fetches[sequence]
+            num_blocks = max(fetch.before, end * self.num_blocks)
             if self.rows is not None:
                 for page in range(fetch.first, end):
                     new = range(max(fetch.before, page * self.num_blocks), (page + 1) * self.num_blocks)
@@ -220,7 +214,7 @@ class DiskCache:
 
     def wait(self) -> None:
         """Give the readers a moment, since there is nothing else to do."""
-        wait([reader for fetch in self.fetches for reader in fetch.readers if not reader.done()], TURN)
+        wait([reader for fetch in self.fetches.values() for reader in fetch.readers if not reader.done()], TURN)
 
     def _read(self, fetch: Fetch) -> None:
         """A reader: page after page, until there is none."""
@@ -281,7 +275,7 @@ class DiskCache:
 
     def close(self) -> None:
         """Write what waits to be written, for LEAVE seconds at most, and end all threads."""
-        for fetch in self.fetches:
+        for fetch in self.fetches.values():
             fetch.stop(fetch.first)
         if self._written is not None:
             wait([self._written], LEAVE)

@@ -119,7 +119,7 @@ class Scheduler:
             if full and not few:
                 held.append(sequence)
                 continue
-            if self.disk is not None and self.disk.holds(sequence):
+            if self.disk is not None and sequence in self.disk.fetches:
                 held.append(sequence)
                 continue
             afresh = sequence.request.params.prompt_logprobs is not None

@@ -404,3 +404,24 @@ def test_rows_of_the_mtp_layer_come_back(tmp_path):
     assert [answer.num_cached_tokens for answer in answers] == [0, 384, 384]
     assert len({tuple(answer.outputs[0].token_ids) for answer in answers}) == 1
     assert counts[1] == counts[2]
+
+
+@pytest.mark.slow
+def test_what_another_model_or_setting_has_computed_is_not_found(tmp_path):
+    """The bits of a block depend on weights, configuration, dtypes and quantisation, not on how many run beside it."""
+    one = tiny_checkpoint(tmp_path / "one")
+    how = dict(max_model_len=512, threads=1, kv_cache_memory_bytes=8 << 20, skip_tokenizer_init=True)
+    prompt = {"prompt_token_ids": [i * 7 % 250 for i in range(300)]}
+
+    def cached(model: Path, **settings) -> int:
+        with LLM(model, kv_cache_dir=tmp_path / "kv", **how | settings) as llm:
+            (answer,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+        return answer.num_cached_tokens
+
+    assert cached(one) == 0
+    for other in (dict(seed=1), dict(rope_theta=10_000), dict(dtype="float32")):
+        assert cached(tiny_checkpoint(tmp_path / str(other), **other)) == 0, other
+    for setting in (dict(quantization="int8"), dict(kv_cache_dtype="int8"), dict(dtype="float32"), dict(block_size=32)):
+        assert cached(one, **setting) == 0, setting
+    for setting in (dict(), dict(max_num_seqs=2, threads=2, max_num_batched_tokens=64, seed=5)):
+        assert cached(one, **setting) == 256, setting
