@@ -179,7 +179,7 @@ def read_job(
     """
     given, take = settings.given, settings.take
     for word in settings.words:
-        if Path(word[:1000]).is_dir():
+        if os.path.isdir(word):  # False for what no path can be, such as a long text
             raise ConfigError(
                 f"{word!r}, which is a directory, as a prompt",
                 "a text, or a .txt file with one prompt a line",

@@ -35,7 +35,7 @@ log = logging.getLogger("glimmer")
 
 PAGE = 1 << 20  # bytes that a page has at least, where PAGE_TOKENS allow it
 PAGE_TOKENS = 128  # tokens of a page at most: what does not fill one is computed again
-READERS = 4  # threads
+READERS = 8  # threads
 QUEUE = 1 << 30  # bytes of pages that may wait for the writer
 TURN = 0.02  # seconds that an engine with nothing to compute waits for the readers at a time
 LEAVE = 5.0  # seconds that `close` leaves to the writer

@@ -821,6 +821,12 @@ def test_tools(run, tmp_path, monkeypatch):
     assert "add --chat" in refusal("why", "--tools", "t.json")
 
 
+@pytest.mark.parametrize("prompt", ["no file has such a name " * 20, "words/" * 500])
+def test_a_prompt_that_can_be_no_path(run, prompt):
+    code, out, err = run(prompt, "--max-model-len", "4000")
+    assert code == 0 and prompt[:5] in out and "Traceback" not in err
+
+
 def test_a_working_directory_that_cannot_be_written(run, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *a, **k: False)
     rows = tmp_path / "elsewhere.jsonl"
