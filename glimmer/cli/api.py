@@ -9,6 +9,7 @@ Not here: what is asked.
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -32,6 +33,7 @@ from glimmer.server.client import private_directory
 LINE = 8 << 20  # bytes of one event of a stream
 BODY = 256 << 20  # bytes of one response
 MAX_CALLS = 1024  # of tools, in one answer
+SENDABLE = re.compile(r"[\x21-\x7e]+")
 POLL = 0.1  # seconds between two questions whether a server is ready
 END = 15.0  # seconds that a server of one's own has to end
 
@@ -110,19 +112,21 @@ class _UnixConnection(http.client.HTTPConnection):
 class Api:
     """A server at `url`: http://HOST:PORT, https://HOST, or unix:PATH; /v1 at its end may be there or not.
 
-    key: sent as Bearer. timeout: seconds of silence after which a call fails. ConfigError for a url that is none.
+    key: sent as Bearer. timeout: seconds of silence after which a call fails. ConfigError for what is no url or key.
     """
 
     def __init__(self, url: str, key: str | None = None, timeout: float = 600.0):
         self.url, self._timeout = url, timeout
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._prefix = ""
+        if key and not SENDABLE.fullmatch(key):
+            raise ConfigError("api_key with other characters than visible ASCII", "a key", "correct the key")
         if url.startswith("unix:"):
             self._place: Any = url.removeprefix("unix:")
             return
         try:
             parts = urlsplit(url if "://" in url else f"http://{url}")
-            if parts.scheme not in ("http", "https") or not parts.hostname:
+            if parts.scheme not in ("http", "https") or not parts.hostname or not SENDABLE.fullmatch(url):
                 raise ValueError
             self._place = (parts.scheme == "https", parts.hostname, parts.port)
         except ValueError:

@@ -386,9 +386,8 @@ class Talk:
             raise ConfigError(f"/set {name}", f"one of {', '.join(SAMPLED)}", "e.g. /set temperature 0.7")
         changed = without(self._conversation.sampling, name)
         if value.strip():
-            words = shlex.split(value) if option.repeat else value.strip()
             try:
-                changed[name] = option.kind(words)
+                changed[name] = option.kind(shlex.split(value) if option.repeat else value.strip())
             except (ValueError, KeyError, TypeError, OverflowError):
                 raise ConfigError(
                     f"/set {name} {shown(value)}", str(option.kind.__doc__), "correct the value"

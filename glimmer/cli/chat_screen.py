@@ -4,6 +4,7 @@ What a model or a server has written is shown without control characters: it can
 write to the clipboard. Not here: what is said (chat.py).
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -230,6 +231,18 @@ def split_blocks(text: str) -> tuple[str, str]:
     return text[:end], text[end:]
 
 
+class History(FileHistory):
+    """What was typed, in a file as long as that can be written."""
+
+    def store_string(self, string: str) -> None:
+        """Keep a line; where there is no space, say so once, and keep no more."""
+        try:
+            super().store_string(string)
+        except OSError as error:
+            exits.to_stderr(f"glimmer chat: what is typed is not kept: {self.filename!s}: {error.strerror}")
+            self.filename = os.devnull
+
+
 class Input:
     """Where the user types: Enter sends, Esc Enter begins a new line, a pasted text keeps its lines."""
 
@@ -242,7 +255,7 @@ class Input:
 
         completer = WordCompleter(list(commands), sentence=True)
         self._session: PromptSession[str] = PromptSession(
-            history=FileHistory(str(history)), completer=completer, complete_while_typing=False, key_bindings=keys
+            history=History(str(history)), completer=completer, complete_while_typing=False, key_bindings=keys
         )
 
     def read(self, about: str) -> str:

@@ -53,7 +53,9 @@ def text(value: Any) -> str:
 
 
 def path(value: Any) -> str:
-    """a path"""
+    """a path, without a NUL character"""
+    if "\0" in text(value):
+        raise ValueError
     return os.path.expanduser(text(value))
 
 

@@ -284,7 +284,10 @@ def _difference(then: Any, now: Mapping[str, Any]) -> str:
 
 
 def save(file: Path, content: str) -> None:
-    """Write a file so that it is there wholly or not at all. ConfigError if it cannot be written."""
+    """Write a file so that it is there wholly or not at all. ConfigError if it cannot be written, or is no file."""
+    file = Path(os.path.realpath(file))
+    if file.exists() and not file.is_file():  # a device would be replaced
+        raise ConfigError(f"{file} is no regular file", "a file to write", "choose another name")
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         try:

@@ -128,6 +128,10 @@ def test_servers_that_fail(response, said, capsys):
         (["ftp://x"], "http://HOST:PORT"),
         (["http://x:99999999"], "http://HOST:PORT"),
         (["http://127.0.0.1:9"], "Connection refused"),
+        (["http://a b"], "http://HOST:PORT"),
+        (["http://x/中"], "http://HOST:PORT"),
+        (["--api-key", "a\nb"], "visible ASCII"),
+        (["--api-key", "中"], "visible ASCII"),
         (["unix:/nowhere"], "No such file"),
     ],
 )

@@ -15,7 +15,7 @@ import time
 import pytest
 
 from glimmer.cli.chat import COMMANDS, Conversation, Talk
-from glimmer.cli.chat_screen import harmless, split_blocks
+from glimmer.cli.chat_screen import History, harmless, split_blocks
 from glimmer.cli.main import main
 from glimmer.errors import ConfigError
 
@@ -94,6 +94,8 @@ def test_a_talk_in_a_terminal(server, tmp_path):
     terminal.wait("carry 1")
     terminal.type("/set temperature warm\r")
     terminal.wait("a number")
+    terminal.type('/set stop "open\r')
+    terminal.wait("expected")
     terminal.type("/fly\r")
     terminal.wait("one of /help")
     terminal.type(f"/tools {tools}\r")
@@ -222,6 +224,24 @@ def test_messages_in_no_known_form_are_refused(tmp_path, message, said):
     with pytest.raises(ConfigError, match=f"message 1: .*{said}"):
         talk.load(tmp_path / "x.json")
     assert talk.messages == [{"role": "user", "content": "kept"}]
+
+
+def test_a_device_is_not_replaced_by_a_conversation(tmp_path):
+    (tmp_path / "pipe").symlink_to(tmp_path / "fifo")
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("fifo", "pipe"):
+        with pytest.raises(ConfigError, match="no regular file"):
+            Conversation().save(tmp_path / name)
+    (tmp_path / "link").symlink_to(tmp_path / "talk.json")
+    Conversation().save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "talk.json").read_text())["messages"] == []
+
+
+def test_a_history_that_cannot_be_written_stops_nothing(capsys):
+    history = History("/dev/full")
+    history.store_string("a")
+    history.store_string("b")
+    assert capsys.readouterr().err.count("not kept: /dev/full: No space left") == 1
 
 
 def test_what_no_question_precedes_is_kept():

@@ -170,3 +170,11 @@ def test_what_is_refused(tmp_path, monkeypatch, capfd, words, said):
         assert main(["run-batch", *words]) in (1, 2)
     assert said in capfd.readouterr().err
     assert not (tmp_path / "out").exists() or not (tmp_path / "out").read_text()
+
+
+def test_a_name_that_no_file_can_have(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "in", [request("a")])
+    (tmp_path / "job.yaml").write_text('output_file: "a\\0b"\n')
+    assert main(["run-batch", "-i", "in", "--url", "http://127.0.0.1:9", "--config", "job.yaml"]) == 2
+    assert "NUL" in capsys.readouterr().err
