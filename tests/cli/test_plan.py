@@ -75,6 +75,7 @@ def run(capsys, *argv: str) -> dict:
 # ---------------------------------------------------------------------- what is counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 def test_bytes_and_work_are_those_of_the_engine(quantization):
     """Of the demo model: weights as loaded, reads and operations as a profile counts them."""
@@ -108,6 +109,7 @@ def test_bytes_and_work_are_those_of_the_engine(quantization):
     llm.close()
 
 
+@pytest.mark.slow
 def test_sizes_of_the_family(described):
     """Parameters as published: 106.85 B without the MTP layer for Air, 352.8 B for GLM-4.5; 184 and 368 KiB a token."""
     for config, billions, kib in ((AIR, 106.8, 46 * 4), (BIG, 352.8, 92 * 4)):
@@ -135,6 +137,7 @@ def test_pruned_models_and_community_quantisations(described):
 # ---------------------------------------------------------------------- what fits
 
 
+@pytest.mark.slow
 def test_the_most_bits_that_fit_and_are_fast_enough(described):
     one = planner(described(AIR))
     places = {}
@@ -154,12 +157,14 @@ def test_the_most_bits_that_fit_and_are_fast_enough(described):
     assert planning.recommended(one.candidates(fast)).name == "bf16"
 
 
+@pytest.mark.slow
 def test_more_memory_is_never_slower(described):
     one = planner(described(AIR))
     rates = [planning.recommended(one.candidates(a_machine(memory))).decode.rate for memory in (20, 30, 50, 70)]
     assert rates == sorted(rates) and rates[0] < rates[-1]
 
 
+@pytest.mark.slow
 def test_of_paged_experts_the_disk_is_waited_for(described):
     """Every second expert is read: half of 8 x 45 of them, each once, at the disk's speed."""
     one = planner(described(AIR))
@@ -184,6 +189,7 @@ def test_counted_choices_say_what_is_read(tmp_path, described):
     assert found.counted and found.hits > found.slots / found.experts
 
 
+@pytest.mark.slow
 def test_the_engine_divides_as_planned(capsys, described, monkeypatch):
     """The command that is printed leads to the slots and the cache of the plan."""
     monkeypatch.setattr(machine, "this_machine", lambda *_: a_machine(24))
@@ -198,6 +204,7 @@ def test_the_engine_divides_as_planned(capsys, described, monkeypatch):
 # ---------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_the_demo_on_this_machine(capsys):
     plan = run(capsys, str(DEMO), "--threads", "1")
     assert plan["recommended"] and plan["headers"] and plan["machine"]["memory"]["usable"] > 0
@@ -223,6 +230,7 @@ def test_headers_are_enough(capsys, tmp_path, checkpoint):
     assert fewer["needs"] == expected["needs"] and not fewer["headers"] and "lacks 1 of" in fewer["notes"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config, gpu, nodes, cards", [(BIG, "ascend910b:8", 2, 16), (AIR, "Ascend910B:8", 1, 8)])
 def test_the_parallel_configuration_of_the_guide(capsys, described, config, gpu, nodes, cards):
     directory = str(described(config))
@@ -233,6 +241,7 @@ def test_the_parallel_configuration_of_the_guide(capsys, described, config, gpu,
     assert "--nproc-per-node 8" in text and ("--nnodes 2" in text) == (nodes == 2)
 
 
+@pytest.mark.slow
 def test_what_would_be_enough(capsys, described):
     directory = str(described(AIR))
     assert main(["plan", directory, "--memory", "3GB", "--disk-speed", "2GB"]) == 0
