@@ -116,7 +116,7 @@ class LLM:
         max_memory_bytes: int | None = None,
         kv_cache_memory_bytes: int | None = None,
         kv_cache_dtype: str = "auto",
-        kv_cache_dir: str | Path | None = None,
+        kv_cache_dir: str | None = None,
         kv_cache_size_bytes: int = 16 << 30,
         enable_prefix_caching: bool = True,
         skip_tokenizer_init: bool = False,

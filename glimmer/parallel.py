@@ -49,6 +49,7 @@ T = TypeVar("T")
 
 ANSWER = 10.0  # seconds within which a store answers that is not lost
 GRACE = 3.0  # seconds that the survivors of a failed collective wait for a sign of life of each other
+LATE = 5.0  # seconds that the end of a program waits for a call of a library that is beyond its deadline
 SLICE = 1.0  # seconds between two looks at signals and at the deadline while a collective runs
 
 
@@ -138,14 +139,27 @@ def within(seconds: float, what: Callable[[], T]) -> T:
         except BaseException as error:
             results.put(error)
 
-    threading.Thread(target=call, name="glimmer-wait", daemon=True).start()
+    thread = threading.Thread(target=call, name="glimmer-wait", daemon=True)
+    thread.start()
     try:
         result = results.get(timeout=seconds)
     except queue.Empty:
+        _late.append(thread)
         raise RuntimeError(f"no answer within {seconds:g} s") from None
     if isinstance(result, BaseException):
         raise result
     return result
+
+
+_late: list[threading.Thread] = []  # calls that had not come back at their deadline
+
+
+@atexit.register
+def _wait_for_late_calls() -> None:
+    """Give calls that are late a moment to end: a library's error that comes while the interpreter ends aborts it."""
+    deadline = time.monotonic() + LATE
+    for thread in _late:
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 class JobStore:

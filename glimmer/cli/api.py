@@ -20,15 +20,20 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import msgspec
 
 from glimmer.cli import exits
+from glimmer.cli.lazy import lazy
 from glimmer.errors import ConfigError, EngineError, GlimmerError
 from glimmer.foreign import parse_json
-from glimmer.server.client import private_directory
+
+if TYPE_CHECKING:
+    from glimmer.server import client
+else:
+    client = lazy("glimmer.server.client")
 
 LINE = 8 << 20  # bytes of one event of a stream
 BODY = 256 << 20  # bytes of one response
@@ -239,7 +244,7 @@ def own_server(words: Sequence[str], quiet: bool = False) -> Iterator[Api]:
     Its messages go to this process's stderr; where it shall be quiet, only if it fails. Raises EngineError, or
     ConfigError, as the child's exit code says, if it ends before it is ready.
     """
-    folder = private_directory()
+    folder = client.private_directory()
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         place, said = str(Path(folder) / "socket"), Path(folder) / "stderr"

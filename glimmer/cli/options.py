@@ -570,7 +570,7 @@ class Command:
                     raise self._no_value(name, key)
                 self._add(given, key, values)
                 continue
-            elif not equals and (self.kind(key) is truth or key in self.foreign.switches):
+            elif not equals and ((option is not None and option.kind is truth) or key in self.foreign.switches):
                 value = words.pop(0) if words and words[0].lower() in ("true", "false") else "True"
             elif not equals:
                 if not words or words[0].startswith("--") or self.find(words[0]) is not None:

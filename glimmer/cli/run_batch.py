@@ -184,8 +184,7 @@ def _answer(api: Api, request: dict[str, Any], stop: threading.Event) -> dict[st
             status, body = 200, api.ask(request["url"], request["body"])
         except ServerRefusal as refusal:
             if refusal.status == 503 and not stop.wait(1.0):
-                api.ask("/health")  # EngineError, or a refusal, if it has died
-                continue
+                continue  # full, or starting its engine again; a server that is gone is an EngineError
             status, body = refusal.status, refusal.body
         return row | {"response": {"status_code": status, "request_id": uuid4().hex, "body": body}}
 

@@ -175,7 +175,8 @@ class Grammars:
 
     def prepare(self) -> None:
         """Make what the first constraint needs: a second or two, in which other threads wait now and then."""
-        self._matcher(ANY_KEY, "tools")
+        if self._eos:
+            self._matcher(ANY_KEY, "tools")
 
     def constraint(self, spec: ConstraintSpec) -> AnswerConstraint:
         """The constraint of one answer, at its beginning. RequestError as `check`."""
@@ -183,6 +184,13 @@ class Grammars:
         return AnswerConstraint(self._start(spec))
 
     def _start(self, spec: ConstraintSpec) -> Phase:
+        if not self._eos:
+            raise RequestError(
+                spec.field,
+                "a model without an end-of-sequence token",
+                "a token that ends the answer when its form is complete",
+                "add eos_token_id to the checkpoint's generation_config.json",
+            )
         needed = TAGS if spec.tools else TAGS[:2] if spec.chat or spec.thinking else ()
         if missing := next((tag for tag in needed if tag not in self._tags), None):
             raise RequestError(

@@ -27,7 +27,7 @@ def test_the_figures_of_a_run(server, capsys, tmp_path):
     assert [(run["concurrency"], run["rate"]) for run in found["runs"]] == [(1, "inf"), (1, 50), (4, "inf"), (4, 50)]
     for run in found["runs"]:
         assert run["requests"] == 4 and run["failed"] == 0 and run["seconds"] > 0
-        assert run["output_tokens_per_s"] == pytest.approx(16 / run["seconds"], rel=0.01)
+        assert run["output_tokens_per_s"] == pytest.approx(16 / run["seconds"], rel=0.03)  # seconds are rounded
         assert run["total_tokens_per_s"] > run["output_tokens_per_s"]
         assert 0 < run["first_token_ms"]["p50"] <= run["whole_ms"]["p99"]
     assert json.loads((tmp_path / "f.json").read_text()) == found

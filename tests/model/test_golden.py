@@ -348,7 +348,9 @@ def weights_of(packed: Packed | ExpertSet) -> list[Weight]:
 def test_fp8_stays_one_byte(fp8, engine, monkeypatch):
     """No layer widens its codes for good, and what the checkpoint leaves plain is left plain."""
     monkeypatch.setenv("GLIMMER_BACKEND", "reference")  # whose packed matrices show their codes
-    model = engine(fp8[0], seed=1)._runner.model  # an engine of its own, not one that other tests have loaded
+    model = engine(
+        fp8[0], seed=1, speculative_config="off"
+    )._runner.model  # an engine of its own, not one that other tests have loaded
     packed = {name: weights_of(layer.packed) for name, layer in model.named_modules() if hasattr(layer, "packed")}
     kinds = {name: {w.kind for w in weights} for name, weights in packed.items()}
     plain = {name for name, kind in kinds.items() if kind != {"fp8"}}

@@ -433,3 +433,11 @@ def test_costly_forms_end_within_limits(grammars, tokenizer):
         except (RequestError, EngineError) as error:
             assert "structured_outputs" in error.found or "grammar" in error.found
         assert time.monotonic() - started < 30, form
+
+
+def test_a_model_whose_answers_never_end_has_no_forms(tokenizer):
+    without = Grammars(tokenizer, tokenizer.size, [])
+    without.prepare()
+    spec = constraint_spec(StructuredOutputs(choice=["yes", "no"]), None, None, True, None)
+    with pytest.raises(RequestError, match="end-of-sequence"):
+        without.check(spec)
