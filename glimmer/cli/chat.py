@@ -252,15 +252,13 @@ class Talk:
         self._screen.welcome(self._conversation.model)
         session = chat_screen.Input(history_file(), [f"/{name}" for name in COMMANDS])
         while not self._over:
-            calls = self._conversation.open_calls
             try:
-                typed = session.read(f"result of {calls[0]['function']['name']}" if calls else "")
-            except KeyboardInterrupt:
+                calls = self._conversation.open_calls
+                self._take(session.read(f"result of {calls[0]['function']['name']}" if calls else ""))
+            except KeyboardInterrupt:  # in an answer it is met there; here there is nothing to stop
                 continue
             except EOFError:
                 break
-            try:
-                self._take(typed)
             except (ServerRefusal, EngineError) as error:
                 self._screen.error(str(error))
                 self._screen.note("/retry asks again")
