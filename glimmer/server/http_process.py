@@ -146,12 +146,13 @@ async def _announce(service: Service, config: ServerConfig, listener: socket.soc
                 _say(f"{loading.done / 2**20:,.0f} of {loading.total / 2**20:,.0f} MiB of weights have been loaded")
         ready = client.ready
         assert ready is not None
-        await service.in_thread(service.prepare_grammars)
         tokens = ready.num_blocks * ready.block_size
         _say(
             f"ready on {_address(config, listener)}: {ready.device} x {ready.ranks}, context {ready.max_model_len} "
             f"tokens, cache {tokens} tokens"
         )
+        with contextlib.suppress(GlimmerError):  # whoever asks for a form is told why there is none
+            await service.in_thread(service.prepare_grammars)
         while client.loaded.is_set():
             await asyncio.sleep(1)
 

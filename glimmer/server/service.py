@@ -311,8 +311,7 @@ class Service:
 
     def prepare_grammars(self) -> None:
         """Make what the first form or call needs, for as long as that takes. Once the engine is ready."""
-        if self.format.call is not None:
-            self._grammars.prepare()
+        self._grammars.prepare()
 
     @cached_property
     def _grammars(self) -> grammar.Grammars:
