@@ -14,7 +14,7 @@ import queue
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -36,6 +36,7 @@ from glimmer.engine.runner import Runner
 from glimmer.engine.sequence import Constraint
 from glimmer.engine.speculation import make_speculation
 from glimmer.engine.stats import Stats
+from glimmer.engine_load import EngineLoad
 from glimmer.errors import CheckpointError, ConfigError, EngineError, RequestError, shown
 from glimmer.group import Group
 from glimmer.hub import model_directory
@@ -56,32 +57,6 @@ OnLoad = Callable[[int, int], None]
 MAX_LOGPROBS = 1 << 23  # log-probabilities of one request; each takes some 200 bytes
 PROMPT_KEYS = ("prompt", "prompt_token_ids")
 RENDERING = rendering.OPTIONS
-
-
-@dataclass(frozen=True)
-class Load:
-    """What an engine has to do: answers that are computed and that wait, and blocks of the cache; and sums since it
-    began: preemptions, steps in which drafts of an answer were checked, these drafts, and those that were accepted,
-    also by their place. tokens_per_step: that a step brings to an answer; draft_gain: how much faster drafts make the
-    engine just now, as far as is known. disk_...: what has come of kv_cache_dir (engine/disk_cache.py:DiskStats)."""
-
-    running: int
-    waiting: int
-    free_blocks: int
-    num_blocks: int
-    preemptions: int
-    drafts: int
-    draft_tokens: int
-    accepted_tokens: int
-    accepted_by_place: tuple[int, ...]
-    tokens_per_step: float
-    draft_gain: float
-    disk_hit_tokens: int
-    disk_read_bytes: int
-    disk_written_bytes: int
-    disk_stored_bytes: int
-    disk_damaged_files: int
-    disk_dropped_pages: int
 
 
 class LLM:
@@ -240,10 +215,10 @@ class LLM:
         return self._runner.backend.limits()
 
     @property
-    def load(self) -> Load:
+    def load(self) -> EngineLoad:
         """How much there is to do at this moment, and how much has been done; other threads change it all the while."""
         scheduler, stats, disk = self._engine.scheduler, self._engine.stats, self.disk or DiskStats()
-        return Load(
+        return EngineLoad(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + self._loop.num_waiting,
             free_blocks=scheduler.blocks.free,

@@ -14,7 +14,7 @@ LEVELS = (
     ("errors",),
     ("foreign", "vllm_names"),
     ("model_config",),
-    ("config", "weight", "batch", "group", "hub"),
+    ("config", "weight", "batch", "group", "hub", "engine_load"),
     ("checkpoint", "backends", "parallel", "device", "text"),
     ("model",),
     ("engine",),

@@ -8,7 +8,6 @@ Not here: what is asked.
 
 import http.client
 import json
-import os
 import re
 import shutil
 import signal
@@ -26,6 +25,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from glimmer.cli import exits
+from glimmer.cli.child import ends_with_parent
 from glimmer.cli.lazy import lazy
 from glimmer.errors import ConfigError, EngineError, GlimmerError
 from glimmer.foreign import parse_json
@@ -226,17 +226,6 @@ def _json(content: bytes) -> Any:
         return content.decode(errors="replace")
 
 
-# What the child does before it becomes a server: it asks Linux to be ended with this process, however that ends.
-BEGIN = """\
-import ctypes, os, signal, sys
-if sys.platform == "linux":
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-if os.getppid() == int(sys.argv[1]):
-    os.execvp(sys.argv[2], sys.argv[2:])
-"""
-
-
 @contextmanager
 def own_server(words: Sequence[str], quiet: bool = False) -> Iterator[Api]:
     """`glimmer serve WORDS` as a child on a socket in a private directory, until the end of the block.
@@ -249,7 +238,7 @@ def own_server(words: Sequence[str], quiet: bool = False) -> Iterator[Api]:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         place, said = str(Path(folder) / "socket"), Path(folder) / "stderr"
         serve = [sys.executable, "-m", "glimmer", "serve", *words, "--uds", place]
-        command = [sys.executable, "-c", BEGIN, str(os.getpid()), *serve]
+        command = [sys.executable, *ends_with_parent(serve)]
         stderr = stack.enter_context(said.open("wb")) if quiet else None
         # A session of its own: Ctrl-C is for this process, which then ends the server.
         child = subprocess.Popen(

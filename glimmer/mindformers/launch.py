@@ -35,6 +35,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.multiprocessing.tail_log import TailLog
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
+from glimmer.cli.child import ends_with_parent
 from glimmer.errors import ConfigError, EngineError, GlimmerError
 from glimmer.parallel import JobStore, collective_timeout, first_line, interface_towards, within
 
@@ -61,17 +62,6 @@ example
     --use_parallel True --parallel_config.model_parallel 2 --pretrained_model_dir DIR --predict_data 'Hello'" 2
 """
 
-# What each process does before it becomes COMMAND: it asks Linux to be ended with the launcher, and joins its streams,
-# for which the agent would open a file each.
-BEGIN = """\
-import ctypes, os, signal, sys
-if sys.platform == "linux":
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-if os.getppid() == int(sys.argv[1]):
-    os.dup2(1, 2)
-    os.execvp(sys.argv[2], sys.argv[2:])
-"""
 ROOT = Path(__file__).resolve().parents[2]
 SELF = 5.0  # seconds that node 0 tries to reach itself at the address that it has been given
 REPORTING = 0.5  # seconds that a node takes at most to report why it ends
@@ -468,8 +458,8 @@ def run(job: Job) -> int:
         role="worker",
         local_world_size=job.local_worker,
         entrypoint=sys.executable,
-        # The agent substitutes $names: doubled.
-        args=("-ISc", BEGIN, str(os.getpid()), *(word.replace("$", "$$") for word in job.command)),
+        # The agent would open a file for each stream. It substitutes $names: doubled.
+        args=tuple(ends_with_parent([word.replace("$", "$$") for word in job.command], join_streams=True)),
         rdzv_handler=rendezvous,
         max_restarts=0,
         monitor_interval=0.1,

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from glimmer.engine_load import EngineLoad
 from glimmer.errors import ConfigError, EngineError, GlimmerError
 from glimmer.server import wire
 
@@ -77,7 +78,7 @@ class EngineClient:
         self._path = path or os.path.join(str(self._directory), "engine.sock")
         self.state = "loading"
         self.ready: wire.Ready | None = None
-        self.alive: wire.Alive | None = None
+        self.alive: EngineLoad | None = None  # as of the last sign of life
         self.loading: wire.Loading | None = None
         self.problem: GlimmerError | None = None
         self.exit_code = EngineError.exit_code
@@ -216,7 +217,7 @@ class EngineClient:
             if receiver is not None:
                 receiver.end(message.problem.error())
         elif isinstance(message, wire.Alive):
-            self.alive = message
+            self.alive = message.load
         elif isinstance(message, wire.Loading):
             self.loading = message
         elif isinstance(message, wire.Ready):

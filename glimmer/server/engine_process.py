@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple
 from typing import Any
 
 from glimmer.engine.ranks import Call
@@ -144,14 +143,12 @@ class EngineProcess:
         self._compilers = ThreadPoolExecutor(COMPILERS, "glimmer-compilers")
         assert llm.tokenizer is not None, "a server has one"
         tags = [llm.tokenizer.token_to_id(tag) for tag in AnswerFormat().think or ()]
-        self._calls = all(llm.tokenizer.token_to_id(tag) is not None for tag in AnswerFormat().call or ())
         self._thoughts = tuple(-1 if id is None else id for id in tags)
 
     def run(self, incoming: "queue.SimpleQueue[wire.ToEngine | None]") -> bool:
         """Answer until the HTTP process says that it is enough (True), or is gone (False)."""
         threading.Thread(target=self._report, name="glimmer-heartbeat", daemon=True).start()
-        if self._calls:
-            self._compilers.submit(self._llm.grammars.prepare)
+        self._compilers.submit(self._llm.grammars.prepare)
         while (message := incoming.get()) is not None:
             if isinstance(message, wire.Close):
                 self._leaving = True
@@ -211,8 +208,7 @@ class EngineProcess:
     def _report(self) -> None:
         """Signs of life; and the last word where the engine has ended, such as with another rank."""
         while (reason := self._llm.ended) is None:
-            load = self._llm.load
-            self._connection.send(wire.Alive(*astuple(load)))
+            self._connection.send(wire.Alive(self._llm.load))
             time.sleep(wire.HEARTBEAT)
         if not self._leaving:
             self._connection.send(wire.Failed(wire.Problem.of(reason), reason.exit_code))

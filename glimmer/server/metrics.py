@@ -11,7 +11,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from glimmer.server import wire
+from glimmer.engine_load import EngineLoad
 
 FIRST_TOKEN = (
     0.001,
@@ -40,7 +40,7 @@ BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2
 WHOLE_REQUEST = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
 TOKENS = tuple(float(n * 10**e) for e in range(6) for n in (1, 2, 5))
 
-Now = Callable[[], wire.Alive | None]
+Now = Callable[[], EngineLoad | None]
 
 
 class AcceptedByPlace(Collector):
@@ -71,7 +71,7 @@ class Metrics:
             made = Histogram(name, what, ["model_name"], registry=self._registry, buckets=buckets)
             return made.labels(model)
 
-        def gauge(name: str, what: str, value: Callable[[wire.Alive], float]) -> None:
+        def gauge(name: str, what: str, value: Callable[[EngineLoad], float]) -> None:
             made = Gauge(name, what, ["model_name"], registry=self._registry).labels(model)
 
             def current() -> float:
@@ -97,7 +97,7 @@ class Metrics:
         gauge("glimmer:tokens_per_step", "Tokens that a step brings to an answer.", lambda sign: sign.tokens_per_step)
         gauge("glimmer:draft_gain", "How much faster drafts make the engine just now.", lambda sign: sign.draft_gain)
         self._registry.register(AcceptedByPlace(model, alive))
-        disk: dict[str, tuple[str, Callable[[wire.Alive], float]]] = {
+        disk: dict[str, tuple[str, Callable[[EngineLoad], float]]] = {
             "hit_tokens": ("Tokens read from disk, and not computed.", lambda sign: sign.disk_hit_tokens),
             "read_bytes": ("Bytes of KV blocks read from disk.", lambda sign: sign.disk_read_bytes),
             "written_bytes": ("Bytes of KV blocks written to disk.", lambda sign: sign.disk_written_bytes),

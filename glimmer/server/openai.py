@@ -55,8 +55,7 @@ async def chat_completions(request: Request) -> Response:
     events = service.chat(asked)
     head = Head("chatcmpl", "chat.completion", service)
     if body.stream:
-        usage = usage_wanted(body)
-        return EventStream(chunks_of(_chat_chunks(await begun(events), head, body, usage)), service)
+        return EventStream(chunks_of(_chat_chunks(await begun(events), head, body)), service)
     return json_response(await until_gone(request, _chat_answer(events, head, body)))
 
 
@@ -237,7 +236,7 @@ def usage_of(usage: Usage) -> Chunk:
     }
 
 
-async def _chat_chunks(events: Events, head: Head, body: ChatBody, with_usage: bool) -> AsyncGenerator[Chunk, None]:
+async def _chat_chunks(events: Events, head: Head, body: ChatBody) -> AsyncGenerator[Chunk, None]:
     """The chunks of a stream."""
     so_far = UsageSoFar(body)
     n = body.n or 1
@@ -254,7 +253,7 @@ async def _chat_chunks(events: Events, head: Head, body: ChatBody, with_usage: b
                 choice = _choice(event.index, {}, None, event)
                 yield head([choice], chunk=True, **others)
             elif isinstance(event, Done):
-                if with_usage:
+                if usage_wanted(body):
                     yield head([], chunk=True, usage=usage_of(event.usage))
             else:
                 for index in range(n):

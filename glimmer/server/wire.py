@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from glimmer.config import SamplingParams
+from glimmer.engine_load import EngineLoad
 from glimmer.errors import CheckpointError, ConfigError, EngineError, GlimmerError, NotEnoughMemory, RequestError
 from glimmer.text.grammar import ConstraintSpec
 
@@ -146,23 +147,7 @@ class Ended(Message, frozen=True, tag="ended"):
 class Alive(Message, frozen=True, tag="alive"):
     """A sign of life, with what LLM.load says."""
 
-    running: int
-    waiting: int
-    free_blocks: int
-    num_blocks: int
-    preemptions: int
-    drafts: int
-    draft_tokens: int
-    accepted_tokens: int
-    accepted_by_place: tuple[int, ...]
-    tokens_per_step: float
-    draft_gain: float
-    disk_hit_tokens: int
-    disk_read_bytes: int
-    disk_written_bytes: int
-    disk_stored_bytes: int
-    disk_damaged_files: int
-    disk_dropped_pages: int
+    load: EngineLoad
 
 
 class Failed(Message, frozen=True, tag="failed"):

@@ -16,21 +16,9 @@ import pytest
 
 from glimmer.cli.chat import COMMANDS, Conversation, Talk
 from glimmer.cli.chat_screen import History, harmless, split_blocks
+from glimmer.cli.demo import TOOL
 from glimmer.cli.main import main
 from glimmer.errors import ConfigError
-
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Get the weather",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "description": "City"}},
-            "required": ["city"],
-        },
-    },
-}
 
 
 class Terminal:
@@ -83,7 +71,7 @@ class Terminal:
 @pytest.mark.slow
 def test_a_talk_in_a_terminal(server, tmp_path):
     tools = tmp_path / "tools.json"
-    tools.write_text(json.dumps([WEATHER]))
+    tools.write_text(json.dumps([TOOL]))
     terminal = Terminal("--url", server.url, "--temperature", "0", home=tmp_path)
     terminal.wait("/help")
     terminal.type("What is 347 + 586?\r")
@@ -197,14 +185,14 @@ def test_a_conversation_goes_back_and_on(tmp_path):
 
 
 def test_a_saved_conversation_brings_its_tools(tmp_path):
-    saved = Conversation(messages=[{"role": "user", "content": "a"}], tools=[WEATHER])
+    saved = Conversation(messages=[{"role": "user", "content": "a"}], tools=[TOOL])
     saved.save(tmp_path / "x.json")
     again = Conversation()
     again.load(tmp_path / "x.json")
-    assert again.tools == [WEATHER]
+    assert again.tools == [TOOL]
     (tmp_path / "x.json").write_text(json.dumps(saved.messages))
     again.load(tmp_path / "x.json")
-    assert again.tools == [WEATHER]  # a bare list of messages says nothing of tools
+    assert again.tools == [TOOL]  # a bare list of messages says nothing of tools
 
 
 @pytest.mark.parametrize(

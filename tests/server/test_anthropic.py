@@ -5,10 +5,12 @@ import json
 import anthropic
 import pytest
 
+from glimmer.cli import demo
+
 pytestmark = pytest.mark.slow
 SUM = [{"role": "user", "content": "What is 347 + 586?"}]
 WEATHER = [{"role": "user", "content": "巴黎今天天气怎么样？"}]
-CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "City"}}, "required": ["city"]}
+CITY = demo.TOOL["function"]["parameters"]
 TOOL = {"name": "get_weather", "description": "Get the weather", "input_schema": CITY}
 THINK = {"type": "enabled", "budget_tokens": 1024}
 RAW = {"model": "any", "max_tokens": 400, "temperature": 0}

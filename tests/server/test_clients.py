@@ -7,6 +7,8 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
+from glimmer.cli.demo import TOOL
+
 pytestmark = pytest.mark.slow
 WEATHER = [{"role": "user", "content": "巴黎的天气怎么样？"}]
 CITY = [{"role": "user", "content": "请介绍一下北京"}]
@@ -17,20 +19,6 @@ class City(BaseModel):
 
     name: str = Field(max_length=12)
     old: bool
-
-
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Get the weather",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "description": "City"}},
-            "required": ["city"],
-        },
-    },
-}
 
 
 def test_the_asynchronous_client(server):

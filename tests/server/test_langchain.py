@@ -2,11 +2,11 @@
 
 import pytest
 
+from glimmer.cli.demo import TOOL
+
 pytestmark = pytest.mark.slow
 openai = pytest.importorskip("langchain_openai")
 SUM, WEATHER = "What is 347 + 586?", "巴黎今天天气怎么样？"
-CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "City"}}, "required": ["city"]}
-TOOL = {"type": "function", "function": {"name": "get_weather", "description": "Get the weather", "parameters": CITY}}
 AGE = {
     "title": "age",
     "description": "An age",

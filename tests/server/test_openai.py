@@ -5,14 +5,11 @@ import json
 import pytest
 from servers import events
 
+from glimmer.cli.demo import TOOL
+
 pytestmark = pytest.mark.slow
 SUM = [{"role": "user", "content": "What is 347 + 586?"}]
 WEATHER = [{"role": "user", "content": "巴黎今天天气怎么样？"}]
-PARAMETERS = {"type": "object", "properties": {"city": {"type": "string", "description": "City"}}, "required": ["city"]}
-TOOL = {
-    "type": "function",
-    "function": {"name": "get_weather", "description": "Get the weather", "parameters": PARAMETERS},
-}
 
 
 @pytest.fixture(scope="module")

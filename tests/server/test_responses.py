@@ -6,11 +6,12 @@ import httpx
 import openai
 import pytest
 
+from glimmer.cli import demo
 from glimmer.server.responses_store import ResponseStore
 
 SUM = "What is 347 + 586?"
 WEATHER = "巴黎今天天气怎么样？"
-CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "City"}}, "required": ["city"]}
+CITY = demo.TOOL["function"]["parameters"]
 TOOL = {"type": "function", "name": "get_weather", "description": "Get the weather", "parameters": CITY}
 PATCH = {
     "type": "custom",
