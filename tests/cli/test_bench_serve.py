@@ -61,6 +61,13 @@ def test_percentiles(values, wanted):
     assert bench_serve._percentiles(values) == wanted
 
 
+def complete(request: bytes) -> bool:
+    """Whether these are all bytes of a request: its head, and a body as long as the head says."""
+    head, end, body = request.partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)content-length: *(\d+)", head)
+    return bool(end) and len(body) >= int(length[1] if length else 0)
+
+
 def canned(response: bytes):
     """A server that answers every request with these bytes."""
     listener = socket.create_server(("127.0.0.1", 0))
@@ -72,7 +79,10 @@ def canned(response: bytes):
             except OSError:
                 return
             with connection:
-                connection.recv(1 << 16)
+                request = b""
+                # All of it: a connection that is closed with bytes unread is reset, which is another failure.
+                while not complete(request) and (piece := connection.recv(1 << 16)):
+                    request += piece
                 connection.sendall(response)
 
     threading.Thread(target=serve, daemon=True).start()
