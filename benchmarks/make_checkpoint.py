@@ -6,9 +6,9 @@ usage: make_checkpoint.py OUT
 written: `glimmer bench` sends token ids.
 """
 
+import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -98,4 +98,6 @@ def main(out: Path, config: dict) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), CONFIG)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    main(parser.parse_args().out, CONFIG)

@@ -47,6 +47,12 @@ def test_a_path_comes_before_an_id(repository, tmp_path, monkeypatch):
     assert str(model_directory("zai-org/GLM-4.5-Air")) == "zai-org/GLM-4.5-Air"
 
 
+@pytest.mark.parametrize("name", ["a b", "nothing", "/nowhere/at all", "./a/b", "a/b/c"])
+def test_what_is_no_path_and_no_id(name):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        model_directory(name)
+
+
 def test_commands_take_an_id(checkpoint, tmp_path, repository, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)

@@ -216,6 +216,18 @@ def digest_of(model: Path) -> str | None:
     return str(read_json(model / MANIFEST, "the manifest of a packed file", MAX_MANIFEST).get("digest"))
 
 
+def check_space(directory: Path, nbytes: int) -> None:
+    """CheckpointError unless the disk has room for so many bytes more in a directory, which need not exist yet."""
+    place = next(path for path in (directory, *directory.parents) if path.exists())
+    free, wanted = shutil.disk_usage(place).free, nbytes + SLACK
+    if free < wanted:
+        raise CheckpointError(
+            f"{place} has {free / 1e9:.2f} GB free",
+            f"{wanted / 1e9:.2f} GB for the packed weights",
+            "free some space, or choose another place (--out, or GLIMMER_CACHE)",
+        )
+
+
 class PackedWriter:
     """Writes a packed file into `directory`, piece by piece; again where an earlier attempt has stopped.
 
@@ -294,13 +306,7 @@ class PackedWriter:
 
     def check_space(self, nbytes: int) -> None:
         """CheckpointError unless the disk has room for a file of so many bytes."""
-        free, wanted = shutil.disk_usage(self.directory).free, nbytes - self.end + SLACK
-        if free < wanted:
-            raise CheckpointError(
-                f"{self.directory} has {free / 1e9:.2f} GB free",
-                f"{wanted / 1e9:.2f} GB for the packed weights",
-                "free some space, or choose another place (--out, or GLIMMER_CACHE)",
-            )
+        check_space(self.directory, nbytes - self.end)
 
     def add(self, layer: str, name: str, description: dict[str, Any], records: "Callable[[int], Any]", n: int) -> None:
         """One more piece: n records, of which records(i) gives the i-th as uint8, all of one length."""

@@ -5,6 +5,7 @@ A command NAME is the file NAME.py (its words joined by `_`) with `COMMAND`, the
 torch.
 """
 
+import difflib
 import importlib
 import os
 import re
@@ -76,7 +77,9 @@ def command(name: str, argv: list[str]) -> int:
         print(f"glimmer {__version__}")
         return 0
     if name not in COMMANDS:
-        refusal = ConfigError(f"no command {name!r}", " or ".join(COMMANDS), "see glimmer --help")
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        todo = f"did you mean {near[0]!r}? See glimmer --help" if near else "see glimmer --help"
+        refusal = ConfigError(f"no command {name!r}", " or ".join(COMMANDS), todo)
         exits.to_stderr(f"glimmer: {refusal}")
         return refusal.exit_code
     code: int = importlib.import_module(module(name)).main(argv)

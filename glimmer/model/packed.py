@@ -19,7 +19,17 @@ from glimmer.backends.base import Backend, ExpertSet, Packed
 from glimmer.backends.files import MappedFile, PackedFiles
 from glimmer.checkpoint import packed_file
 from glimmer.checkpoint.files import INDEX, Checkpoint
-from glimmer.checkpoint.packed_file import Form, PackedFile, PackedWriter, Piece, damaged, head, places, source_of
+from glimmer.checkpoint.packed_file import (
+    Form,
+    PackedFile,
+    PackedWriter,
+    Piece,
+    check_space,
+    damaged,
+    head,
+    places,
+    source_of,
+)
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.group import Group
 from glimmer.model import names
@@ -242,8 +252,11 @@ def prepare(
         mtp = has_mtp(config, checkpoint)
         empty = build_model(config, checkpoint, Group(), backend, torch.float32, mtp)
         loader = WeightLoader(empty, checkpoint, dtype, form.quantization, form.group_size)
+        total = int(loader.nbytes * ROUNDED_UP)
+        if not directory.exists():  # and none is made for nothing
+            check_space(directory, total)
         with PackedWriter(directory, head(form, backend.packed_layout, source), backend.checksums) as writer:
-            writer.check_space(int(loader.nbytes * ROUNDED_UP))
+            writer.check_space(total)
             done = 0
 
             def progress(nbytes: int) -> None:

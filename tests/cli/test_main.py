@@ -49,6 +49,13 @@ def test_a_refusal_of_the_command_line_imports_nothing_heavy(argv):
     assert done.returncode == 2 and "expected: " in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize("typed, meant", [("predictt", "predict"), ("server", "serve"), ("runbatch", "run-batch")])
+def test_a_mistyped_command_is_told_the_near_one(typed, meant, capsys):
+    assert main([typed]) == 2
+    assert f"did you mean {meant!r}?" in capsys.readouterr().err
+    assert main(["xyzzy"]) == 2 and "did you mean" not in capsys.readouterr().err
+
+
 def test_version(capsys):
     for word in ("--version", "-V"):
         assert main([word]) == 0

@@ -271,7 +271,7 @@ def test_a_full_disk_is_seen_first(model, monkeypatch):
     with pytest.raises(CheckpointError, match=r"0\.00 GB free"):
         pack(directory)
     monkeypatch.undo()
-    assert not list(directory.glob("packed-*/packed.json"))
+    assert not list(directory.glob("packed-*"))
 
 
 def test_where_the_model_cannot_be_written_the_cache_has_it(model, cache, monkeypatch):
