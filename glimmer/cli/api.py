@@ -9,7 +9,6 @@ Not here: what is asked.
 import http.client
 import json
 import re
-import shutil
 import signal
 import socket
 import ssl
@@ -19,21 +18,16 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import msgspec
 
 from glimmer.cli import exits
 from glimmer.cli.child import ends_with_parent
-from glimmer.cli.lazy import lazy
 from glimmer.errors import ConfigError, EngineError, GlimmerError
 from glimmer.foreign import parse_json
-
-if TYPE_CHECKING:
-    from glimmer.server import client
-else:
-    client = lazy("glimmer.server.client")
+from glimmer.server.socket_directory import SocketDirectory
 
 LINE = 8 << 20  # bytes of one event of a stream
 BODY = 256 << 20  # bytes of one response
@@ -233,10 +227,10 @@ def own_server(words: Sequence[str], quiet: bool = False) -> Iterator[Api]:
     Its messages go to this process's stderr; where it shall be quiet, only if it fails. Raises EngineError, or
     ConfigError, as the child's exit code says, if it ends before it is ready.
     """
-    folder = client.private_directory()
+    directory = SocketDirectory()
     with ExitStack() as stack:
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        place, said = str(Path(folder) / "socket"), Path(folder) / "stderr"
+        stack.callback(directory.close)
+        place, said = f"{directory.path}/socket", Path(directory.path) / "stderr"
         serve = [sys.executable, "-m", "glimmer", "serve", *words, "--uds", place]
         command = [sys.executable, *ends_with_parent(serve)]
         stderr = stack.enter_context(said.open("wb")) if quiet else None

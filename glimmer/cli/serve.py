@@ -9,7 +9,6 @@ Not here: what the processes do (server/).
 import json
 import logging
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,13 +22,14 @@ from glimmer.config import EngineConfig
 from glimmer.errors import EngineError
 from glimmer.hub import download, model_directory
 from glimmer.server.settings import ServerConfig
+from glimmer.server.socket_directory import SocketDirectory
 
 if TYPE_CHECKING:
     from glimmer import parallel
-    from glimmer.server import client, engine_process, http_process
+    from glimmer.server import engine_process, http_process
 else:
     parallel, http_process = lazy("glimmer.parallel"), lazy("glimmer.server.http_process")
-    client, engine_process = lazy("glimmer.server.client"), lazy("glimmer.server.engine_process")
+    engine_process = lazy("glimmer.server.engine_process")
 
 LAST_WORDS = 10.0  # seconds that the HTTP process may take to end after the engine
 
@@ -111,9 +111,9 @@ def rank(config: ServerConfig, engine: dict[str, Any]) -> int:
     if number > 0:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return engine_process.follow(engine)
-    directory = client.private_directory()
+    directory = SocketDirectory()
     try:
-        path = f"{directory}/engine.sock"
+        path = f"{directory.path}/engine.sock"
         words = [sys.executable, "-m", "glimmer.server.http_process", path]
         http = subprocess.Popen(words, stdin=subprocess.PIPE, text=True, start_new_session=True)
         signal.signal(signal.SIGTERM, lambda *_: http.terminate())
@@ -130,4 +130,4 @@ def rank(config: ServerConfig, engine: dict[str, Any]) -> int:
             http.kill()
             http.wait()
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        directory.close()

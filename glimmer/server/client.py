@@ -12,21 +12,19 @@ import contextlib
 import itertools
 import logging
 import os
-import shutil
 import signal
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from glimmer.engine_load import EngineLoad
-from glimmer.errors import ConfigError, EngineError, GlimmerError
+from glimmer.errors import EngineError, GlimmerError
 from glimmer.server import wire
+from glimmer.server.socket_directory import SocketDirectory
 
 log = logging.getLogger("glimmer.server")
 
-MAX_PLACE = 70  # characters of a directory for sockets, whose paths have 107 at most
 STDERR = 2  # the descriptor
 SILENCE = 60.0  # seconds without a sign of life after which an engine that has loaded counts as dead
 RESTARTS = 3  # deaths within RECENT seconds after which the engine is not started again
@@ -50,19 +48,6 @@ class Receiver(Protocol):
         """Nothing more will come, for this reason."""
 
 
-def private_directory() -> str:
-    """A new directory for a socket, which nobody but this user may enter. ConfigError if none can be made."""
-    try:
-        place = tempfile.gettempdir()
-        return tempfile.mkdtemp(prefix="glimmer-", dir=place if len(place) < MAX_PLACE else "/tmp")
-    except OSError as error:
-        raise ConfigError(
-            f"no directory for a socket: {error.strerror}",
-            "a directory for temporary files, such as /tmp",
-            "make /tmp writable, or name another in TMPDIR",
-        ) from None
-
-
 class EngineClient:
     """The engine process, as the HTTP process sees it.
 
@@ -74,8 +59,8 @@ class EngineClient:
 
     def __init__(self, command: Sequence[str] | None, path: str | None = None, restart: bool = False):
         self._command, self._restart = command, restart and command is not None
-        self._directory = None if path else private_directory()
-        self._path = path or os.path.join(str(self._directory), "engine.sock")
+        self._directory = None if path else SocketDirectory()
+        self._path = path or (f"{self._directory.path}/engine.sock" if self._directory else "")
         self.state = "loading"
         self.ready: wire.Ready | None = None
         self.alive: EngineLoad | None = None  # as of the last sign of life
@@ -118,7 +103,7 @@ class EngineClient:
         if self._server is not None:
             self._server.close()
         if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory.close()
 
     # ------------------------------------------------------------------ requests
 

@@ -3,12 +3,10 @@
 import asyncio
 import os
 import sys
-import tempfile
 
 import pytest
 
-from glimmer.errors import ConfigError
-from glimmer.server.client import EngineClient, private_directory
+from glimmer.server.client import EngineClient
 
 
 @pytest.mark.parametrize(
@@ -30,14 +28,3 @@ def test_an_engine_that_has_never_begun_is_not_started_again(program, told):
     client = asyncio.run(life())
     assert client.deaths == 1 and client.state == "dead" and told in client.problem.found
     assert not os.path.exists(client._path)
-
-
-def test_places_for_sockets(tmp_path, monkeypatch):
-    """A long place is not used, since a socket's path is short; none at all is refused."""
-    monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 100)
-    made = private_directory()
-    os.rmdir(made)
-    assert made.startswith("/tmp/")
-    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
-    with pytest.raises(ConfigError, match="No such file"):
-        private_directory()
