@@ -215,10 +215,13 @@ def _to_json(output: SamplerOutput) -> list[Any]:
         [[(id, found.logprob, found.rank) for id, found in place.items()] for place in places]
         for places in (output.logprobs, output.prompt_logprobs)
     ]
-    return [output.tokens, output.problem and output.problem.args, *logprobs]
+    problem = output.problem
+    field = problem.field if isinstance(problem, RequestError) else None
+    return [output.tokens, problem and (field, *problem.args), *logprobs]
 
 
 def _from_json(output: list[Any]) -> SamplerOutput:
-    tokens, problem, *logprobs = output
+    tokens, told, *logprobs = output
     places = [tuple({id: Logprob(*found) for id, *found in place} for place in places) for places in logprobs]
-    return SamplerOutput(tuple(tokens), None if problem is None else EngineError(*problem), *places)
+    problem = told and (EngineError(*told[1:]) if told[0] is None else RequestError(*told))
+    return SamplerOutput(tuple(tokens), problem, *places)

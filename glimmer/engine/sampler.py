@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from glimmer.config import SamplingParams
-from glimmer.engine.sequence import Chunk, Constraint, Logprob, SamplerOutput, Sequence, Step, failure
+from glimmer.engine.sequence import Chunk, Constraint, Logprob, SamplerOutput, Sequence, Step, problem_of
 from glimmer.errors import EngineError, RequestError
 
 log = logging.getLogger("glimmer")
@@ -86,7 +86,7 @@ class Sampler:
                 outputs.append(SamplerOutput(prompt_logprobs=_prompt_logprobs(logits, first, finite, chunk)))
                 places.append(_places(chunk, first, finite))
             except Exception as error:
-                outputs[len(places) :] = [SamplerOutput(problem=failure("sampling", error))]
+                outputs[len(places) :] = [SamplerOutput(problem=problem_of("sampling", error))]
                 places.append([])
         try:
             drawn = iter(self._tokens([place for own in places for place in own], logits))
@@ -106,7 +106,7 @@ class Sampler:
                 )
                 outputs[i] = SamplerOutput(tuple(tokens), None, logprobs, outputs[i].prompt_logprobs)
             except Exception as error:
-                outputs[i] = SamplerOutput(problem=failure("sampling", error))
+                outputs[i] = SamplerOutput(problem=problem_of("sampling", error))
         return outputs
 
     def _tokens(self, places: list[Place], raw: Tensor) -> list[int]:

@@ -11,7 +11,7 @@ from itertools import islice
 
 from glimmer.engine.blocks import Blocks
 from glimmer.engine.disk_cache import DiskCache
-from glimmer.engine.sequence import Chunk, FinishReason, Output, SamplerOutput, Sequence, Step, failure
+from glimmer.engine.sequence import Chunk, FinishReason, Output, SamplerOutput, Sequence, Step, problem_of
 
 # With prompt_logprobs every prompt row has logits, a vocabulary wide each: 128 rows of 151,552 float32 are 78 MB.
 PROMPT_LOGPROB_ROWS = 128
@@ -235,7 +235,7 @@ class Scheduler:
             try:
                 finish = sequence.append(token)
             except Exception as error:  # of its constraint: it ends this answer only
-                problem = failure("a request's constraint", error)
+                problem = problem_of("a request's constraint", error)
             if finish is not None or problem is not None:
                 break  # what was accepted beyond the end is no part of the answer
         if sampled.problem is None:  # keys and values are right for the known tokens and the accepted drafts

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from glimmer.config import SamplingParams
-from glimmer.errors import EngineError, GlimmerError
+from glimmer.errors import EngineError, GlimmerError, RequestError
 
 Bits = bytes | bytearray  # a set of token ids
 
@@ -193,7 +193,7 @@ class SamplerOutput:
     """
 
     tokens: tuple[int, ...] = ()
-    problem: EngineError | None = None
+    problem: EngineError | RequestError | None = None
     logprobs: tuple[dict[int, Logprob], ...] = ()
     prompt_logprobs: tuple[dict[int, Logprob], ...] = ()
 
@@ -207,8 +207,13 @@ class Output:
     logprobs: tuple[dict[int, Logprob], ...] = ()
     prompt_logprobs: tuple[dict[int, Logprob], ...] = ()
     finish_reason: FinishReason | None = None
-    problem: EngineError | None = None
+    problem: EngineError | RequestError | None = None
     num_cached_tokens: int | None = None  # of the prompt: they were found in the cache
+
+
+def problem_of(what: str, error: BaseException) -> EngineError | RequestError:
+    """Why one answer ends: what cannot be done for this request stays a RequestError, all else is a `failure`."""
+    return error if isinstance(error, RequestError) else failure(what, error)
 
 
 def failure(what: str, error: BaseException) -> EngineError:

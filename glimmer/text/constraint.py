@@ -23,12 +23,17 @@ from typing import NamedTuple, Protocol
 
 from llguidance import LLMatcher
 
-from glimmer.errors import EngineError
+from glimmer.errors import EngineError, RequestError
 
 MASK_SECONDS = 2.0  # that an answer may wait for one mask; the library's own limits end it about then
+WRONG_TOKEN = "doesn't satisfy the grammar"  # said by the library of a token that the mask forbids; all else are limits
 _threads = ThreadPoolExecutor(2, "glimmer-masks")
 
 Next = Callable[[], "Phase"]
+
+
+class TooComplex(EngineError):
+    """A grammar that the library cannot follow within its limits: no failure of the engine's, but of what was asked."""
 
 
 class Phase(Protocol):
@@ -45,18 +50,24 @@ class Phase(Protocol):
 
 
 class AnswerConstraint:
-    """The constraint of one answer, from its first phase on."""
+    """The constraint of one answer, from its first phase on. field: the parameter that asks for it, for errors."""
 
-    def __init__(self, phase: Phase):
-        self._phase = phase
+    def __init__(self, phase: Phase, field: str):
+        self._phase, self._field = phase, field
         self._before: list[Phase] = []  # the phase before each token of the answer
         self._problem: Exception | None = None
 
     def mask(self) -> bytes | bytearray | None:
-        """As engine/sequence.py:Constraint. Raises EngineError, also for what went wrong in accept."""
-        if self._problem is not None:
-            raise self._problem
-        return self._phase.mask()
+        """As engine/sequence.py:Constraint. Raises EngineError, also for what went wrong in accept.
+
+        RequestError if a grammar turns out to be beyond the library's limits, which only following it may show.
+        """
+        try:
+            if self._problem is not None:
+                raise self._problem
+            return self._phase.mask()
+        except TooComplex as error:
+            raise RequestError(self._field, f"{self._field}: {error.found}", error.expected, error.todo) from error
 
     def accept(self, token: int) -> None:
         """The answer has one more token."""
@@ -316,7 +327,7 @@ class Text:
         try:
             return self._result.result(MASK_SECONDS)
         except TimeoutError:
-            raise EngineError(
+            raise TooComplex(
                 f"a grammar's next tokens were not known after {MASK_SECONDS:g} s",
                 "a grammar that is simple enough",
                 "ask for a simpler schema, expression or grammar",
@@ -325,7 +336,7 @@ class Text:
 
 @contextmanager
 def contained() -> Iterator[None]:
-    """A panic of the library's Rust code, which is no Exception, becomes an EngineError."""
+    """A panic of the library's Rust code, which is no Exception, becomes a TooComplex."""
     try:
         yield
     except Exception:
@@ -333,7 +344,7 @@ def contained() -> Iterator[None]:
     except BaseException as problem:
         if type(problem).__name__ != "PanicException":
             raise
-        raise EngineError(
+        raise TooComplex(
             f"the library of grammars failed: {problem}"[:300],
             "a grammar that it can follow",
             "ask for a simpler schema, expression or grammar",
@@ -342,7 +353,8 @@ def contained() -> Iterator[None]:
 
 def _problem(matcher: LLMatcher) -> EngineError:
     reason = matcher.get_error().partition("\n")[0][:300]
-    return EngineError(
+    kind = EngineError if WRONG_TOKEN in reason else TooComplex
+    return kind(
         f"a grammar could not be followed: {reason}",
         "a grammar within the limits of its library",
         "ask for a simpler schema, expression or grammar",

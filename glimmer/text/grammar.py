@@ -181,7 +181,7 @@ class Grammars:
     def constraint(self, spec: ConstraintSpec) -> AnswerConstraint:
         """The constraint of one answer, at its beginning. RequestError as `check`."""
         self.check(spec)  # while the answer is written, nothing has to be compiled
-        return AnswerConstraint(self._start(spec))
+        return AnswerConstraint(self._start(spec), "tools" if spec.content is None else spec.field)
 
     def _start(self, spec: ConstraintSpec) -> Phase:
         if not self._eos:

@@ -16,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glimmer.config import StructuredOutputs
+from glimmer.engine.engine import _from_json, _to_json
+from glimmer.engine.sequence import SamplerOutput, problem_of
 from glimmer.errors import EngineError, RequestError
 from glimmer.text.grammar import Grammars, answer_begins, constraint_spec
 from glimmer.text.parse import AnswerFormat, AnswerParser, collect
@@ -411,6 +413,18 @@ def test_a_token_that_is_not_allowed_fails_at_the_next_mask(grammars, tokenizer)
     with pytest.raises(EngineError, match="could not be followed"):
         wrong.mask()
     assert ord("5") in ids(right.mask(), tokenizer.size), "a copy of the same grammar goes on"
+
+
+@pytest.mark.parametrize("field, form", [("regex", "(a{9999}){9999}"), ("json", {"pattern": "^(a{9999}){9999}$"})])
+def test_what_only_following_shows_to_be_beyond_the_limits_is_the_request_s_fault(grammars, tokenizer, field, form):
+    """Its error names the field, also as the reason why an answer ends."""
+    constraint = grammars.constraint(asked(**{field: form}))
+    with pytest.raises(RequestError, match="could not be followed") as refusal:
+        for _ in range(4):
+            constraint.accept(next(id for id in ids(constraint.mask(), tokenizer.size) if id in b'"a'))
+    assert refusal.value.field == f"structured_outputs.{field}"
+    problem = problem_of("sampling", refusal.value)
+    assert _from_json(_to_json(SamplerOutput(problem=problem))).problem.field == refusal.value.field
 
 
 def test_costly_forms_end_within_limits(grammars, tokenizer):
