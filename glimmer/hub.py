@@ -21,21 +21,15 @@ _ID = re.compile(r"[\w.-]+/[\w.-]+")
 def model_directory(name: str | Path) -> Path:
     """The directory that a path, a Hub id such as zai-org/GLM-4.5-Air, or a models--OWNER--NAME folder stands for.
 
-    A path that exists is taken before an id. Raises CheckpointError for a path that does not exist, an id that is not
-    in the local cache, and a folder of the cache without a snapshot.
+    A path that exists is taken before an id. Raises CheckpointError for an id that is not in the local cache, and for a
+    folder of the cache without a snapshot.
     """
     path = Path(name)
     if path.is_dir():
         is_repository = path.name.startswith("models--") and not (path / "config.json").exists()
         return _snapshot(path) if is_repository else path
-    if path.exists():
+    if path.exists() or not _ID.fullmatch(str(name)) or str(name).startswith("."):
         return path
-    if not _ID.fullmatch(str(name)) or str(name).startswith("."):
-        raise CheckpointError(
-            f"model directory {str(name)!r} does not exist",
-            "a Hugging Face model directory (config.json, tokenizer.json, *.safetensors)",
-            "check the path; glimmer downloads nothing by itself",
-        )
     repository = cache() / f"models--{str(name).replace('/', '--')}"
     if repository.is_dir():
         return _snapshot(repository)
@@ -50,13 +44,25 @@ def model_directory(name: str | Path) -> Path:
     )
 
 
+def existing_directory(name: str | Path) -> Path:
+    """The same, which must be there. CheckpointError if nothing is."""
+    path = model_directory(name)
+    if not path.exists():
+        raise CheckpointError(
+            f"model directory {str(name)!r} does not exist",
+            "a Hugging Face model directory (config.json, tokenizer.json, *.safetensors)",
+            "check the path; glimmer downloads nothing by itself",
+        )
+    return path
+
+
 def download(name: str) -> Path:
     """The directory of a Hub id, whose files are downloaded from Hugging Face unless they are here. Never any code.
 
     Raises ConfigError without the library, CheckpointError if the download fails.
     """
     if not _ID.fullmatch(name) or Path(name).exists():
-        return model_directory(name)
+        return existing_directory(name)
     try:
         library = importlib.import_module("huggingface_hub")
     except ImportError:

@@ -6,7 +6,7 @@ import pytest
 
 from glimmer.cli.main import main
 from glimmer.errors import CheckpointError
-from glimmer.hub import download, model_directory
+from glimmer.hub import download, existing_directory, model_directory
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -50,7 +50,7 @@ def test_a_path_comes_before_an_id(repository, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["a b", "nothing", "/nowhere/at all", "./a/b", "a/b/c"])
 def test_what_is_no_path_and_no_id(name):
     with pytest.raises(CheckpointError, match="does not exist"):
-        model_directory(name)
+        existing_directory(name)
 
 
 def test_commands_take_an_id(checkpoint, tmp_path, repository, monkeypatch, capsys):
