@@ -32,7 +32,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -482,21 +482,29 @@ class World:
 def lost_peer(rank: int, members: Sequence[int], store: Any, symptom: str) -> EngineError:
     """The error that names the lost members: those that write no sign of life into the store within GRACE seconds."""
     try:
-        store.set(f"alive/{rank}", "1")
-        deadline = time.monotonic() + GRACE
-        missing = set(members)
-        while missing and time.monotonic() < deadline:
-            missing = {r for r in missing if not store.check([f"alive/{r}"])}
-            time.sleep(0.05)
+        missing = _silent(store, "alive", rank, set(members))
         where = {r: store.get(f"host/{r}").decode() for r in sorted(missing)}
     except RuntimeError as error:
         return _lost_store(rank, error)
+    with suppress(RuntimeError):  # the store may end with this process: the other survivors learn the names first
+        _silent(store, "named", rank, set(members) - missing)
     culprits = ", ".join(f"rank {r} on {host}" for r, host in where.items()) or "a rank that has failed by itself"
     return EngineError(
         f"rank {rank} on {socket.gethostname()} lost {culprits} ({first_line(symptom)})",
         f"all {len(members)} ranks to compute each step together",
         "read the log of the rank named above: it holds the first error; then start the job again",
     )
+
+
+def _silent(store: Any, key: str, rank: int, members: set[int]) -> set[int]:
+    """Write that this rank has come to `key`; which of the members do not write the same within GRACE seconds."""
+    store.set(f"{key}/{rank}", "1")
+    deadline = time.monotonic() + GRACE
+    silent = set(members)
+    while silent and time.monotonic() < deadline:
+        silent = {r for r in silent if not store.check([f"{key}/{r}"])}
+        time.sleep(0.05)
+    return silent
 
 
 def _waits_on_host(device: torch.device, handle: dist.ProcessGroup | None) -> bool:

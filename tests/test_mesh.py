@@ -148,16 +148,11 @@ def test_ranks_wait_for_all(ranks):
 
 
 def test_a_stopped_rank_is_named_after_the_timeout(ranks):
-    """A process that is stopped keeps its connections open: only the deadline finds it.
-
-    Rank 2 may be so late, on a busy machine, that rank 0 has ended with the meeting point: it points to that one's log.
-    """
+    """A process that is stopped keeps its connections open: only the deadline finds it."""
     others = ranks(3, "stopped", GLIMMER_COLLECTIVE_TIMEOUT="2")
     stopped = others.pop(1)
-    named = f"lost rank 1 on {socket.gethostname()} ("
-    (_, first), (_, third) = ended(others, 1)
-    assert named in first
-    assert named in third or ("lost rank 0" in third and "it holds the first error" in third), third
+    for _, err in ended(others, 1):
+        assert f"lost rank 1 on {socket.gethostname()} (" in err
     assert stopped.poll() is None
 
 
