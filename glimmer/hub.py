@@ -44,25 +44,13 @@ def model_directory(name: str | Path) -> Path:
     )
 
 
-def existing_directory(name: str | Path) -> Path:
-    """The same, which must be there. CheckpointError if nothing is."""
-    path = model_directory(name)
-    if not path.exists():
-        raise CheckpointError(
-            f"model directory {str(name)!r} does not exist",
-            "a Hugging Face model directory (config.json, tokenizer.json, *.safetensors)",
-            "check the path; glimmer downloads nothing by itself",
-        )
-    return path
-
-
 def download(name: str) -> Path:
     """The directory of a Hub id, whose files are downloaded from Hugging Face unless they are here. Never any code.
 
     Raises ConfigError without the library, CheckpointError if the download fails.
     """
     if not _ID.fullmatch(name) or Path(name).exists():
-        return existing_directory(name)
+        return model_directory(name)
     try:
         library = importlib.import_module("huggingface_hub")
     except ImportError:

@@ -108,14 +108,7 @@ class ModelConfig:
     @staticmethod
     def load(directory: str | Path) -> "ModelConfig":
         """Read `directory`/config.json. CheckpointError: it is missing or not JSON; ConfigError: a value is refused."""
-        directory = Path(directory)
-        if not directory.is_dir():
-            kind = "is a file in GGUF, llama.cpp's format" if directory.suffix == ".gguf" else "is a file"
-            raise CheckpointError(
-                f"model directory {str(directory)!r} {kind if directory.exists() else 'does not exist'}",
-                "a Hugging Face model directory (config.json, tokenizer.json, *.safetensors)",
-                "check the path; glimmer downloads nothing by itself",
-            )
+        directory = check_directory(directory)
         return ModelConfig.from_dict(read_json(directory / "config.json", "the model's configuration"))
 
     @staticmethod
@@ -346,6 +339,19 @@ class _Reader:
         if value not in ("bfloat16", "float16", "float32"):
             raise self._refuse("dtype", value, "'bfloat16', 'float16' or 'float32'")
         return str(value)
+
+
+def check_directory(directory: str | Path) -> Path:
+    """The directory of a model, which must be one. CheckpointError if it is a file, or nothing."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        kind = "is a file in GGUF, llama.cpp's format" if directory.suffix == ".gguf" else "is a file"
+        raise CheckpointError(
+            f"model directory {str(directory)!r} {kind if directory.exists() else 'does not exist'}",
+            "a Hugging Face model directory (config.json, tokenizer.json, *.safetensors)",
+            "check the path; glimmer downloads nothing by itself",
+        )
+    return directory
 
 
 def token_ids(value: Any, where: str) -> tuple[int, ...]:

@@ -6,7 +6,8 @@ import pytest
 
 from glimmer.cli.main import main
 from glimmer.errors import CheckpointError
-from glimmer.hub import download, existing_directory, model_directory
+from glimmer.hub import download, model_directory
+from glimmer.model_config import check_directory
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -50,7 +51,17 @@ def test_a_path_comes_before_an_id(repository, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["a b", "nothing", "/nowhere/at all", "./a/b", "a/b/c"])
 def test_what_is_no_path_and_no_id(name):
     with pytest.raises(CheckpointError, match="does not exist"):
-        existing_directory(name)
+        check_directory(model_directory(name))
+
+
+@pytest.mark.parametrize(
+    "command", ["serve X", "serve X --download", "plan X", "prepare X", "doctor X", "quantize X Y"]
+)
+def test_every_command_says_that_a_directory_does_not_exist(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["a b" if word == "X" else word for word in command.split()]
+    assert main([*words, "--quantization", "int8"] if "quantize" in words else words) == 2
+    assert "model directory 'a b' does not exist" in capsys.readouterr().err
 
 
 def test_commands_take_an_id(checkpoint, tmp_path, repository, monkeypatch, capsys):

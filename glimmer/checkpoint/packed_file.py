@@ -304,10 +304,6 @@ class PackedWriter:
         """Bytes that have been written."""
         return self._chunk + self._filled
 
-    def check_space(self, nbytes: int) -> None:
-        """CheckpointError unless the disk has room for a file of so many bytes."""
-        check_space(self.directory, nbytes - self.end)
-
     def add(self, layer: str, name: str, description: dict[str, Any], records: "Callable[[int], Any]", n: int) -> None:
         """One more piece: n records, of which records(i) gives the i-th as uint8, all of one length."""
         checksums, begin, nbytes = [], self.end, 0

@@ -11,7 +11,7 @@ from glimmer import __version__
 from glimmer.cli.lazy import lazy
 from glimmer.cli.options import ENGINE, Command, pick
 from glimmer.config import EngineConfig, generation_defaults
-from glimmer.hub import existing_directory
+from glimmer.hub import model_directory
 from glimmer.model_config import ModelConfig
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
 
 def _model(name: str) -> list[tuple[str, str]]:
     """What the small files of a model say. Raises CheckpointError and ConfigError for what cannot be served."""
-    directory = existing_directory(name)
+    directory = model_directory(name)
     config = ModelConfig.load(directory)
     defaults, generation = generation_defaults(directory)
     tokens = tokenizer.Tokenizer.load(directory)

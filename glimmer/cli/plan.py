@@ -13,7 +13,8 @@ from glimmer.cli.lazy import lazy
 from glimmer.cli.options import ENGINE, Command, Option, count, pick, size, text, truth
 from glimmer.config import EngineConfig
 from glimmer.errors import CheckpointError, ConfigError
-from glimmer.hub import existing_directory
+from glimmer.hub import model_directory
+from glimmer.model_config import check_directory
 
 if TYPE_CHECKING:
     from glimmer.cli import machine as machines
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
     card = None if gpu is None else machines.accelerator(gpu)
     given = settings.fields(pick(ENGINE, "max_model_len", "kv_cache_dtype", "kv_cache_memory_bytes"))
     name = settings.take("model") or str(demo.default_model(COMMAND.name))
-    directory = existing_directory(name)
+    directory = check_directory(model_directory(name))
     if not (directory / "config.json").is_file():
         raise CheckpointError(
             f"there is no config.json in {directory}", "a model's directory, or a config.json alone", "check the path"

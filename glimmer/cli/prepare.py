@@ -16,7 +16,7 @@ from glimmer.cli.lazy import lazy
 from glimmer.cli.options import ENGINE, Command, Option, path, pick
 from glimmer.config import EngineConfig
 from glimmer.errors import ConfigError
-from glimmer.hub import existing_directory
+from glimmer.hub import model_directory
 from glimmer.model_config import ModelConfig
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     given, out = settings.fields(ENGINE), settings.take("out")
     if given.get("quantization") == "none":
         del given["quantization"]
-    model = existing_directory(given["model"])
+    model = model_directory(given["model"])
     config = settings.check(EngineConfig, given | {"model": str(model)})
     if packed_file.is_packed(model):
         raise ConfigError(f"{model} is a packed file", "a checkpoint, to be packed", "use it as it is")

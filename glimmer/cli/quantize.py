@@ -24,7 +24,7 @@ from glimmer.cli.options import ENGINE, Command, Option, path, pick
 from glimmer.config import check_quantization
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.foreign import read_json
-from glimmer.hub import existing_directory
+from glimmer.hub import model_directory
 from glimmer.model_config import ModelConfig
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     model, out, quantization = (settings.take(name) for name in ("model", "out", "quantization"))
     group_size = settings.take("group_size")
     check_quantization(quantization, group_size)
-    nbytes = quantize(existing_directory(model), Path(out), quantization, group_size)
+    nbytes = quantize(model_directory(model), Path(out), quantization, group_size)
     print(f"{out}: {tqdm.format_sizeof(nbytes, 'B')} of weights in {quantization}")
     return 0
 

@@ -20,7 +20,8 @@ from glimmer.cli.lazy import lazy
 from glimmer.cli.options import ENGINE, SERVER, Command, Foreign, Option, truth, without
 from glimmer.config import EngineConfig
 from glimmer.errors import EngineError
-from glimmer.hub import download, existing_directory
+from glimmer.hub import download, model_directory
+from glimmer.model_config import check_directory
 from glimmer.server.settings import ServerConfig
 from glimmer.server.socket_directory import SocketDirectory
 
@@ -79,8 +80,8 @@ def main(argv: list[str]) -> int:
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # clients that leave are no news
     given = settings.fields(ENGINE_OPTIONS)
     named = given.get("model")
-    find = download if settings.take("download") else existing_directory
-    engine = given | {"model": str(find(named) if named else demo.default_model(COMMAND.name))}
+    find = download if settings.take("download") else model_directory
+    engine = given | {"model": str(check_directory(find(named) if named else demo.default_model(COMMAND.name)))}
     settings.check(EngineConfig, engine)
     server = settings.fields(SERVER)
     server.setdefault("served_model_name", [named or "glimmer-demo"])

@@ -256,7 +256,7 @@ def prepare(
         if not directory.exists():  # and none is made for nothing
             check_space(directory, total)
         with PackedWriter(directory, head(form, backend.packed_layout, source), backend.checksums) as writer:
-            writer.check_space(total)
+            check_space(directory, total - writer.end)
             done = 0
 
             def progress(nbytes: int) -> None:

@@ -59,8 +59,11 @@ class EngineClient:
 
     def __init__(self, command: Sequence[str] | None, path: str | None = None, restart: bool = False):
         self._command, self._restart = command, restart and command is not None
-        self._directory = None if path else SocketDirectory()
-        self._path = path or (f"{self._directory.path}/engine.sock" if self._directory else "")
+        self._directory: SocketDirectory | None = None
+        if path is None:
+            self._directory = SocketDirectory()
+            path = f"{self._directory.path}/engine.sock"
+        self._path = path
         self.state = "loading"
         self.ready: wire.Ready | None = None
         self.alive: EngineLoad | None = None  # as of the last sign of life

@@ -348,9 +348,8 @@ def weights_of(packed: Packed | ExpertSet) -> list[Weight]:
 def test_fp8_stays_one_byte(fp8, engine, monkeypatch):
     """No layer widens its codes for good, and what the checkpoint leaves plain is left plain."""
     monkeypatch.setenv("GLIMMER_BACKEND", "reference")  # whose packed matrices show their codes
-    model = engine(
-        fp8[0], seed=1, speculative_config="off"
-    )._runner.model  # an engine of its own, not one that other tests have loaded
+    own = engine(fp8[0], seed=1, speculative_config="off")  # not one that other tests have loaded
+    model = own._runner.model
     packed = {name: weights_of(layer.packed) for name, layer in model.named_modules() if hasattr(layer, "packed")}
     kinds = {name: {w.kind for w in weights} for name, weights in packed.items()}
     plain = {name for name, kind in kinds.items() if kind != {"fp8"}}

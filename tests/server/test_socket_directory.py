@@ -24,7 +24,7 @@ sys.stdin.read()
 
 
 @pytest.fixture
-def place(tmp_path_factory, monkeypatch):
+def place(monkeypatch):
     """A directory for temporary files whose path is short."""
     with tempfile.TemporaryDirectory(dir="/tmp") as place:
         monkeypatch.setattr(tempfile, "tempdir", place)
