@@ -14,6 +14,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from jobs import until
 from servers import ROOT, Server
 
 from glimmer.server import page as served
@@ -234,7 +235,7 @@ def test_a_conversation_with_thinking_figures_and_reload(tab):
     one.page.click("#title")
     one.page.fill(".title-input", "A sum")
     one.page.keyboard.press("Enter")
-    one.page.wait_for_function("document.title.startsWith('A sum')")
+    until(lambda: one.page.title().startswith("A sum"))
     one.page.reload()
     assert one.answered() == "347+586=933" and one.page.locator(".turn").count() == 4
     assert one.page.inner_text("#title") == "A sum" == one.page.inner_text(".conversation")
@@ -396,7 +397,7 @@ def test_the_api_key_is_asked_for(tab):
         one.expected = "401"
         one.page.fill("[name=key]", "wrong")
         one.page.keyboard.press("Enter")
-        one.page.wait_for_function("document.querySelector('[name=key]')?.value === ''")
+        until(lambda: one.page.input_value("[name=key]") == "")
         one.page.fill("[name=key]", "the-key")
         one.page.keyboard.press("Enter")
         one.page.wait_for_selector("#model:not(:empty)")
