@@ -369,7 +369,10 @@ def test_processes_find_what_others_have_written(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("block_size", [16, 5], ids=["kernels", "blocks of 5"])
 def test_the_demo_models_longest_context(tmp_path, block_size):
-    """The same answers from disk as computed; an int8 cache needs half as much of it."""
+    """The same answers from disk as computed; an int8 cache needs half as much of it.
+
+    The same bits with our kernels. With blocks of 5 torch multiplies, whose last bits may depend on the number of rows.
+    """
     written = {}
     for dtype in ("auto", "int8"):
         how = SMALL | dict(kv_cache_dir=tmp_path / dtype, kv_cache_dtype=dtype, block_size=block_size)
@@ -379,7 +382,14 @@ def test_the_demo_models_longest_context(tmp_path, block_size):
             with LLM(str(DEMO), **how) as llm:
                 answers += llm.generate([{"prompt_token_ids": ids}], SamplingParams(**PARAMS))
                 page = llm.disk.page_tokens
-        assert said(answers[0]) == said(answers[1])
+        if block_size == 16:
+            assert said(answers[0]) == said(answers[1])
+        computed, found = (answer.outputs[0] for answer in answers)
+        assert computed.token_ids == found.token_ids
+        for one, other in zip(computed.logprobs, found.logprobs, strict=True):
+            assert {i: x.logprob for i, x in one.items()} == pytest.approx(
+                {i: x.logprob for i, x in other.items()}, abs=0.05
+            )
         assert [answer.num_cached_tokens for answer in answers] == [0, 999 // page * page]
         assert llm.disk.hit_tokens == 999 // page * page and llm.disk.damaged_files == 0
         written[dtype] = llm.disk.stored_bytes
