@@ -1,9 +1,10 @@
 """Write the benchmarks' checkpoint: random weights of GLM-4.5-Air's shape at a quarter of its width and depth.
 
-usage: make_checkpoint.py OUT
+usage: make_checkpoint.py [--mtp] [--layers N] OUT
 
 `air-quarter`: 3.2 GiB in bfloat16, the same bytes on every machine with the same version of torch. No tokenizer is
-written: `glimmer bench` sends token ids.
+written: `glimmer bench` sends token ids. --mtp adds a multi-token-prediction layer, whose drafts are wrong nearly
+always since all weights are random: what drafts cost where they bring nothing. --layers: fewer than 12.
 """
 
 import argparse
@@ -49,7 +50,7 @@ CONFIG = {
 
 
 def main(out: Path, config: dict) -> None:
-    """Write config.json, the index, and one file for each layer and for the rest."""
+    """Write config.json, the index, and one file for each layer, the MTP layer included, and for the rest."""
     out.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     hidden, head_dim = config["hidden_size"], config["head_dim"]
@@ -71,7 +72,7 @@ def main(out: Path, config: dict) -> None:
         index.update(dict.fromkeys(tensors, file))
         tensors.clear()
 
-    for i in range(config["num_hidden_layers"]):
+    def decoder_layer(i: int) -> None:
         layer = f"model.layers.{i}."
         put(layer + "input_layernorm.weight", hidden, std=0.1, mean=1.0)
         put(layer + "post_attention_layernorm.weight", hidden, std=0.1, mean=1.0)
@@ -88,16 +89,30 @@ def main(out: Path, config: dict) -> None:
             for expert in range(experts):
                 mlp(layer + f"mlp.experts.{expert}.", width)
             mlp(layer + "mlp.shared_experts.", width)
+
+    for i in range(config["num_hidden_layers"]):
+        decoder_layer(i)
         write(f"layer-{i:02d}.safetensors")
     put("model.embed_tokens.weight", config["vocab_size"], hidden, std=1.0)
     put("model.norm.weight", hidden, std=0.1, mean=1.0)
     put("lm_head.weight", config["vocab_size"], hidden)
     write("rest.safetensors")
+    if config["num_nextn_predict_layers"]:  # last, so that it changes no byte of the others
+        last = config["num_hidden_layers"]
+        decoder_layer(last)
+        for name in ("enorm", "hnorm", "shared_head.norm"):
+            put(f"model.layers.{last}.{name}.weight", hidden, std=0.1, mean=1.0)
+        put(f"model.layers.{last}.eh_proj.weight", hidden, 2 * hidden)
+        write(f"layer-{last:02d}.safetensors")
     (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     (out / "config.json").write_text(json.dumps(config, indent=2))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mtp", action="store_true", help="with a multi-token-prediction layer")
+    parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"], metavar="N")
     parser.add_argument("out", type=Path)
-    main(parser.parse_args().out, CONFIG)
+    given = parser.parse_args()
+    own = {"num_hidden_layers": given.layers, "num_nextn_predict_layers": int(given.mtp)}
+    main(given.out, CONFIG | own)

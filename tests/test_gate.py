@@ -230,3 +230,10 @@ def test_the_checkpoint_of_the_benchmarks(monkeypatch, tmp_path):
     assert len(index) == 2 * (2 + 6 + 1) + 3 + 2 + 3 * 3 + 3 + 3
     with safe_open(tmp_path / "out" / index["model.layers.1.mlp.experts.2.down_proj.weight"], "pt") as file:
         assert list(file.get_slice("model.layers.1.mlp.experts.2.down_proj.weight").get_shape()) == [8, 352]
+    maker.main(tmp_path / "mtp", maker.CONFIG | small | {"num_nextn_predict_layers": 1})
+    more = json.loads((tmp_path / "mtp/model.safetensors.index.json").read_text())["weight_map"]
+    layer = {name.replace("layers.1.", "layers.2.") for name in index if "layers.1." in name}
+    own = {f"model.layers.2.{name}.weight" for name in ("enorm", "hnorm", "eh_proj", "shared_head.norm")}
+    assert more.keys() - index.keys() == layer | own
+    for file in set(index.values()):
+        assert (tmp_path / "mtp" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
