@@ -1,12 +1,13 @@
 # For users: demo · test · bench. For developers: quick · lint · format · stub · docs · coverage · gate · sanitize.
 # Each target first sets up .venv, so any of them may be the first.
 # PYTHON chooses the interpreter (3.11 or newer); TORCH the build of torch, e.g. make TORCH=torch on a CUDA machine
-# for the newest one, or TORCH=torch==2.11.0 beside torch-npu.
+# for the newest one, or TORCH=torch==2.11.0 beside torch-npu. WORKERS: processes that run tests (0: one, in the foreground).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 MODEL ?= glimmer/demo
 BASE ?= HEAD^
+WORKERS ?= 2
 BIN = .venv/bin
 CSRC = $(wildcard csrc/*.h csrc/*.cpp csrc/*.inc)
 
@@ -16,8 +17,9 @@ CSRC = $(wildcard csrc/*.h csrc/*.cpp csrc/*.inc)
 demo: .venv/ready
 	$(BIN)/glimmer demo $(MODEL)
 
+# Two processes, which share the test files: much of what is tested starts processes and waits for them.
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # While editing: without the tests that are marked slow. These are the ops of every backend against the reference, the
 # model against transformers, what starts processes, and what measures time or memory.

@@ -396,7 +396,8 @@ class World:
                     raise self._left(members) from None
                 self.abort()
                 self.store.set_timeout(timedelta(seconds=ANSWER))
-                raise lost_peer(self.rank, members, self.store, str(error)) from None
+                lost = lost_peer(self.rank, members, self.store, str(error), lambda: self._closed)
+                raise (self._left(members) if self._closed else lost) from None
             except BaseException:  # an interrupt: the others must not wait for a rank that has left the collective
                 self.abort()
                 raise
@@ -479,15 +480,20 @@ class World:
             dist.destroy_process_group()
 
 
-def lost_peer(rank: int, members: Sequence[int], store: Any, symptom: str) -> EngineError:
-    """The error that names the lost members: those that write no sign of life into the store within GRACE seconds."""
+def lost_peer(
+    rank: int, members: Sequence[int], store: Any, symptom: str, closed: Callable[[], bool] = lambda: False
+) -> EngineError:
+    """The error that names the lost members: those that write no sign of life into the store within GRACE seconds.
+
+    closed: whether this rank is being closed, when nobody wants to know and the interpreter may be about to end.
+    """
     try:
-        missing = _silent(store, "alive", rank, set(members))
+        missing = _silent(store, "alive", rank, set(members), closed)
         where = {r: store.get(f"host/{r}").decode() for r in sorted(missing)}
     except RuntimeError as error:
         return _lost_store(rank, error)
     with suppress(RuntimeError):  # the store may end with this process: the other survivors learn the names first
-        _silent(store, "named", rank, set(members) - missing)
+        _silent(store, "named", rank, set(members) - missing, closed)
     culprits = ", ".join(f"rank {r} on {host}" for r, host in where.items()) or "a rank that has failed by itself"
     return EngineError(
         f"rank {rank} on {socket.gethostname()} lost {culprits} ({first_line(symptom)})",
@@ -496,12 +502,12 @@ def lost_peer(rank: int, members: Sequence[int], store: Any, symptom: str) -> En
     )
 
 
-def _silent(store: Any, key: str, rank: int, members: set[int]) -> set[int]:
+def _silent(store: Any, key: str, rank: int, members: set[int], closed: Callable[[], bool]) -> set[int]:
     """Write that this rank has come to `key`; which of the members do not write the same within GRACE seconds."""
     store.set(f"{key}/{rank}", "1")
     deadline = time.monotonic() + GRACE
     silent = set(members)
-    while silent and time.monotonic() < deadline:
+    while silent and time.monotonic() < deadline and not closed():
         silent = {r for r in silent if not store.check([f"{key}/{r}"])}
         time.sleep(0.05)
     return silent

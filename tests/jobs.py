@@ -106,6 +106,14 @@ def processes_in(directory: Path) -> list[int]:
 
 
 def rank_in(directory: Path, rank: int) -> int:
-    """The process of that rank."""
-    mark = f"\0RANK={rank}\0".encode()
-    return next(p for p in processes_in(directory) if mark in b"\0" + Path(f"/proc/{p}/environ").read_bytes())
+    """The process of that rank, and none that it has started: their numbers may be lower."""
+    mark, parents = f"\0RANK={rank}\0".encode(), {}
+    for process in processes_in(directory):
+        try:
+            if mark in b"\0" + Path(f"/proc/{process}/environ").read_bytes():
+                stat = Path(f"/proc/{process}/stat").read_text()
+                parents[process] = int(stat.rpartition(")")[2].split()[1])
+        except OSError:  # it has ended
+            continue
+    (found,) = (process for process, parent in parents.items() if parent not in parents)
+    return found

@@ -1,7 +1,7 @@
 """One rank of a job without a model, run by test_mesh.py: does what its first argument says and prints what it found.
 
-usage: ranks.py mesh TP EP DP | equal | models CASES | stopped | interrupted | late | thread store|collective |
-exit CODE
+usage: ranks.py mesh TP EP DP | equal | models CASES | stopped | interrupted | late | thread store|collective
+SECONDS | exit CODE
 """
 
 import contextlib
@@ -100,6 +100,7 @@ def main(what: str, *words: str) -> int:
 
         if group.rank == 0:
             threading.Thread(target=wait, daemon=True).start()
+            time.sleep(float(words[1]))  # in between rank 1 may have left, and the thread looks for who is lost
         time.sleep(1)
     elif what == "exit":
         for _ in range(5):

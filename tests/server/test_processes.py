@@ -53,6 +53,7 @@ def metric(server: Server, name: str) -> float:
 
 
 def test_a_client_that_leaves_frees_its_blocks(server):
+    until(lambda: metric(server, "vllm:num_requests_running") == 0, 10)  # of those who have left before
     free, body = metric(server, "glimmer:free_blocks"), LONG | {"n": 16}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body | {"stream": True}, timeout=60) as response:
         lines = response.iter_lines()
@@ -117,7 +118,7 @@ def test_ends_without_order():
     """The second SIGTERM does not wait; a killed HTTP process leaves no orphan."""
     with Server(ready=False) as hasty, Server(ready=False) as killed:
         hasty.wait_until_ready()
-        stream = Stream(hasty)
+        stream = Stream(hasty, n=16)  # for longer than the two signals take
         hasty.process.send_signal(signal.SIGTERM)
         hasty.wait_for("a second signal ends")
         hasty.process.send_signal(signal.SIGTERM)
@@ -130,9 +131,10 @@ def test_ends_without_order():
 
 def test_an_end_before_the_engine_has_connected():
     """SIGTERM waits for nothing then; and an engine whose HTTP process was killed does not look for it for long."""
-    with Server(ready=False) as told, Server(ready=False) as killed:
+    with Server(ready=False) as told:
         assert told.health() == 503
         assert told.stop(timeout=5) == 0 and not told.engine_processes()
+    with Server(ready=False) as killed:
         killed.process.kill()
         until(lambda: not killed.engine_processes(), 20)  # it has begun, but may import for a while
 
