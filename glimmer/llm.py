@@ -44,9 +44,10 @@ from glimmer.model.experts import PagingStats
 from glimmer.model_config import ModelConfig
 from glimmer.outputs import Delta, Event, Reader, RequestMetrics, RequestOutput
 from glimmer.text import rendering
+from glimmer.text.answers import answer_format
 from glimmer.text.chat import ChatTemplate
 from glimmer.text.constraint import AnswerConstraint
-from glimmer.text.grammar import ConstraintSpec, Grammars, answer_begins, constraint_spec
+from glimmer.text.grammar import Calls, ConstraintSpec, Grammars, prompt_constraint
 from glimmer.text.hf_tokenizer import HFTokenizer
 from glimmer.text.tokenizer import Tokenizer
 
@@ -55,8 +56,8 @@ Prompt = str | Mapping[str, Any]
 OnLoad = Callable[[int, int], None]
 
 MAX_LOGPROBS = 1 << 23  # log-probabilities of one request; each takes some 200 bytes
-PROMPT_KEYS = ("prompt", "prompt_token_ids")
-RENDERING = rendering.OPTIONS
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "calls")
+RENDERING = (*rendering.OPTIONS, "tool_choice", "parallel_tool_calls")
 
 
 class LLM:
@@ -344,6 +345,8 @@ class LLM:
         use_tqdm: bool | Callable[..., Any] = False,
         *,
         tools: Sequence[dict[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
@@ -357,7 +360,7 @@ class LLM:
         """Answer one conversation, or several, through the checkpoint's chat template; the rest as `generate`.
 
         sampling_params: None is generation_config.json's, and an answer may be as long as the context allows.
-        What becomes of the messages is said at `render`.
+        What becomes of messages and tools is said at `render`.
         """
         own = ("messages", "sampling_params", "use_tqdm", *RENDERING, "errors", "on_finish", "on_step")
         _settle_call("chat", unknown, own)
@@ -367,6 +370,8 @@ class LLM:
             conversation,
             tools,
             chat_template_kwargs,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
             chat_template=chat_template,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -395,9 +400,11 @@ class LLM:
         if errors not in ("raise", "return"):
             raise ConfigError(f"errors={shown(errors)}", "'raise' or 'return'", "choose one of these")
         outputs: list[RequestOutput] = []
+        specs: dict[int, ConstraintSpec | None] = {}
         for i, one in enumerate(asked):
             try:
-                outputs.append(self._checked(prompt_of(one), params[i]))
+                output, specs[i] = self._checked(prompt_of(one), params[i])
+                outputs.append(output)
             except RequestError as error:
                 if errors == "raise":
                     raise RequestError(
@@ -410,7 +417,7 @@ class LLM:
         started = [i for i, output in enumerate(outputs) if output.error is None]
         events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
         reader = Reader([(outputs[i], params[i]) for i in started], self.tokenizer, events.put, on_step=on_step)
-        requests = [self._parent_request(outputs[i], params[i]) for i in started]
+        requests = [self._parent_request(outputs[i], params[i], specs[i]) for i in started]
         call = Call(requests, reader, ordered=True, watches=on_step is not None)
         make_bar = use_tqdm if callable(use_tqdm) else tqdm
         bar = make_bar(total=len(requests), desc=f"{word}s") if use_tqdm and self.rank == 0 else None
@@ -443,13 +450,19 @@ class LLM:
         tools: Sequence[dict[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         *,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         special_tokens_in_content: str = "control",
     ) -> dict[str, Any]:
-        """A conversation as the prompt {"prompt", "prompt_token_ids"} that `generate` and `stream` take.
+        """A conversation as the prompt that `generate` and `stream` take: "prompt", "prompt_token_ids" and, with tools,
+        "calls".
 
+        tools, tool_choice, parallel_tool_calls: what may be called, in OpenAI's form. Where the template writes calls
+            as this family does, the answer's calls are those of the tools, with arguments of their schemas. Tools of
+            another template are its own affair, unless there is a tool_choice.
         chat_template: a Jinja template in place of the checkpoint's.
         continue_final_message: the last message is the beginning of the answer (with add_generation_prompt=False).
         special_tokens_in_content: what names of control tokens in the messages of users and tools are, such as
@@ -469,10 +482,26 @@ class LLM:
             continue_final_message=continue_final_message,
             special_tokens_in_content=special_tokens_in_content,
         )
+        calls = self._calls(template, tools, tool_choice, parallel_tool_calls)
         if not mark or self.tokenizer is None:
-            return {"prompt": text, "prompt_token_ids": self._encode(text, add_special_tokens=False)}
+            return {"prompt": text, "prompt_token_ids": self._encode(text, add_special_tokens=False)} | calls
         ids = rendering.encode(self.tokenizer, text, mark, self.max_model_len)
-        return {"prompt": text.replace(mark, ""), "prompt_token_ids": ids}
+        return {"prompt": text.replace(mark, ""), "prompt_token_ids": ids} | calls
+
+    def _calls(
+        self,
+        template: ChatTemplate,
+        tools: Sequence[dict[str, Any]] | None,
+        tool_choice: str | Mapping[str, Any] | None,
+        parallel_tool_calls: bool | None,
+    ) -> dict[str, Calls]:
+        """What may be called in the answer to a conversation, as a part of its prompt."""
+        if self.tokenizer is None or (not tools and tool_choice is None):
+            return {}
+        format = answer_format(template.source, self.tokenizer.added_names)
+        if tool_choice is None and (format is None or format.call is None):
+            return {}
+        return {"calls": Calls(tools, tool_choice, parallel_tool_calls, format)}
 
     # ------------------------------------------------------------------ piece by piece
 
@@ -483,8 +512,7 @@ class LLM:
         RequestError at once, and whatever stopped an answer after its last piece.
         """
         params = self._params(sampling_params, 1)[0]
-        output = self._checked(prompt, params)
-        return self._stream(output, params)
+        return self._stream(*self._checked(prompt, params), params)
 
     def stream_chat(
         self, messages: Sequence[dict[str, Any]], sampling_params: SamplingParams | None = None, **options: Any
@@ -503,9 +531,9 @@ class LLM:
         _settle_call(method, {name: options[name] for name in options if name not in RENDERING}, RENDERING)
         return self.render(messages, **{name: options[name] for name in options if name in RENDERING})
 
-    def _stream(self, output: RequestOutput, params: SamplingParams) -> Iterator[Delta]:
+    def _stream(self, output: RequestOutput, spec: ConstraintSpec | None, params: SamplingParams) -> Iterator[Delta]:
         events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
-        call = self._streaming(output, params, events.put)
+        call = self._streaming(output, spec, params, events.put)
         left = params.n
         try:
             self._loop.submit(call)
@@ -526,10 +554,10 @@ class LLM:
         for the same on another rank gets what was there. Cancelled on another rank, only this caller gets no more.
         """
         params = self._params(sampling_params, 1)[0]
-        output = self._checked(prompt, params)
+        output, spec = self._checked(prompt, params)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[list[Event]]()
         deliver = lambda new: loop.call_soon_threadsafe(events.put_nowait, new)
-        call = self._streaming(output, params, deliver)
+        call = self._streaming(output, spec, params, deliver)
         left = params.n
         try:
             self._loop.submit(call)
@@ -544,11 +572,15 @@ class LLM:
             self._loop.cancel(call, wait=False)
 
     def _streaming(
-        self, output: RequestOutput, params: SamplingParams, deliver: Callable[["list[Event]"], object]
+        self,
+        output: RequestOutput,
+        spec: ConstraintSpec | None,
+        params: SamplingParams,
+        deliver: Callable[["list[Event]"], object],
     ) -> Call:
         """A call whose pieces are delivered as they come."""
         reader = Reader([(output, params)], self.tokenizer, deliver, piecewise=True)
-        return Call([self._parent_request(output, params)], reader)
+        return Call([self._parent_request(output, params, spec)], reader)
 
     # ------------------------------------------------------------------ token ids, for a client of one's own
 
@@ -566,8 +598,10 @@ class LLM:
         cache_salt: as in ParentRequest. Raises RequestError if the prompt cannot be served, EngineError if the engine
         has ended.
         """
-        output = self._checked({"prompt_token_ids": prompt_token_ids}, params)
-        parent = replace(self._parent_request(output, params), constraints=tuple(constraints), cache_salt=cache_salt)
+        output, spec = self._checked({"prompt_token_ids": prompt_token_ids}, params)
+        parent = replace(
+            self._parent_request(output, params, spec), constraints=tuple(constraints), cache_salt=cache_salt
+        )
         call = Call([parent], client)
         self._loop.submit(call)
         return call
@@ -603,9 +637,10 @@ class LLM:
             )
         return list(params)
 
-    def _checked(self, prompt: Any, params: SamplingParams) -> RequestOutput:
-        """The prompt as token ids, in an output still empty. RequestError if it cannot be served."""
-        text, ids = (prompt.get(k) for k in PROMPT_KEYS) if isinstance(prompt, Mapping) else (prompt, None)
+    def _checked(self, prompt: Any, params: SamplingParams) -> tuple[RequestOutput, ConstraintSpec | None]:
+        """The prompt as token ids, in an output still empty; and what its answers must look like. RequestError if it
+        cannot be served."""
+        text, ids, calls = (prompt.get(k) for k in PROMPT_KEYS) if isinstance(prompt, Mapping) else (prompt, None, None)
         others = [k for k in prompt if k not in PROMPT_KEYS] if isinstance(prompt, Mapping) else []
         if others and any(prompt[k] is not None for k in others):
             raise RequestError(
@@ -632,8 +667,12 @@ class LLM:
                     "prompt_token_ids", "ids that are not whole numbers", "a list of token ids", "pass ints"
                 )
             ids = list(map(int, ids))
-        if self.tokenizer is None and (params.stop or params.bad_words or params.structured_outputs):
-            name = "stop" if params.stop else "bad_words" if params.bad_words else "structured_outputs"
+        if calls is not None and not isinstance(calls, Calls):
+            found = f"calls of type {type(calls).__name__} in a prompt"
+            raise RequestError("prompt", found, "what LLM.render has made", "render the conversation with its tools")
+        named = {name: getattr(params, name) for name in ("stop", "bad_words", "structured_outputs")} | {"tools": calls}
+        if self.tokenizer is None and any(named.values()):
+            name = next(name for name, asked in named.items() if asked)
             raise RequestError(
                 name,
                 f"{name} with skip_tokenizer_init",
@@ -643,19 +682,14 @@ class LLM:
         output = RequestOutput(text, list(ids))
         self._engine.check(ParentRequest("", tuple(ids), params, "", tuple(self.eos_token_ids)).child(0))
         self._check_logprobs(len(ids), params)
-        if self._grammars is not None and (spec := self._constraint_spec(output, params)) is not None:
-            self._grammars.check(spec)
-        return output
-
-    def _constraint_spec(self, output: RequestOutput, params: SamplingParams) -> ConstraintSpec | None:
-        """The form of the answer that params ask for, after its reasoning in a conversation."""
+        if self._grammars is None or self.tokenizer is None:
+            return output, None
         asked = params.structured_outputs
-        if not isinstance(asked, StructuredOutputs) or self.tokenizer is None:
-            return None
-        spec = constraint_spec(asked)
-        assert spec is not None, "it has a content"
-        chat, thinking, may_think = answer_begins(output.prompt_token_ids, self.tokenizer)
-        return replace(spec, chat=chat, thinking=thinking, may_think=may_think)
+        assert asked is None or isinstance(asked, StructuredOutputs), "SamplingParams has made it one"
+        spec = prompt_constraint(output.prompt_token_ids, self.tokenizer, asked, calls)
+        if spec is not None:
+            self._grammars.check(spec)
+        return output, spec
 
     def _check_logprobs(self, length: int, params: SamplingParams) -> None:
         """RequestError if a request could bring more log-probabilities than memory holds."""
@@ -685,14 +719,16 @@ class LLM:
             )
         return self.tokenizer.encode(text, add_special_tokens, self.max_model_len if whole else None)
 
-    def _parent_request(self, output: RequestOutput, params: SamplingParams) -> ParentRequest:
+    def _parent_request(
+        self, output: RequestOutput, params: SamplingParams, spec: ConstraintSpec | None
+    ) -> ParentRequest:
         """The n answers to a checked prompt, still empty; and what the engine is asked for."""
         number = next(self._numbers)
         output.request_id, output.metrics = str(number), RequestMetrics(time.time())
         seed = f"request {self.config.seed}.{number}" if params.seed is None else str(params.seed)
         bad_words = () if self.tokenizer is None else self.tokenizer.spellings(params.bad_words or ())
         constraints: tuple[AnswerConstraint, ...] = ()
-        if self.rank == 0 and self._grammars is not None and (spec := self._constraint_spec(output, params)):
+        if self.rank == 0 and self._grammars is not None and spec is not None:
             constraints = tuple(self._grammars.constraint(spec) for _ in range(params.n))
         return ParentRequest(
             str(number), tuple(output.prompt_token_ids), params, seed, tuple(self.eos_token_ids), bad_words, constraints

@@ -93,8 +93,9 @@ def main(argv: list[str]) -> int:
         (f"A tool: {json.dumps(TOOL, ensure_ascii=False)}", WEATHER, model.render(_user(WEATHER), [TOOL])),
     ):
         _show(f"## {title}\n> {question}\n")
+        pieces = model.stream(prompt, params)
         begin, tokens = time.perf_counter(), 0
-        for piece in model.stream(prompt, params):
+        for piece in pieces:
             _show(piece.text)
             tokens += len(piece.token_ids)
         seconds = time.perf_counter() - begin

@@ -47,6 +47,7 @@ INPUT = {
     "system": Option(text, "TEXT", "with --chat: the system message"),
     "no_think": Option(truth, "", "with --chat: ask for an answer without thinking"),
     "tools": Option(path, "FILE.json", "with --chat: a JSON list of the tools that the model may call"),
+    "tool_choice": Option(text, "NAME", "with --tools: auto, required, none, or the tool to call", "auto"),
     "special_tokens_in_content": Option(
         text,
         "NAME",
@@ -64,6 +65,7 @@ NEEDS = {  # options that mean nothing without another one
     "system": "chat",
     "no_think": "chat",
     "tools": "chat",
+    "tool_choice": "tools",
     "special_tokens_in_content": "chat",
     "resume": "output",
     "logprobs": "output",
@@ -158,6 +160,7 @@ class Job:
     system: str | None
     think: bool
     tools: list[dict[str, Any]] | None
+    tool_choice: str | dict[str, Any] | None
     special_tokens: str
     output: Path | None
     resume: bool
@@ -217,6 +220,7 @@ def read_job(
         system=take("system"),
         think=not take("no_think", False),
         tools=read_tools(Path(take("tools"))) if take("tools") else None,
+        tool_choice=read_tool_choice(take("tool_choice")),
         special_tokens=special_tokens,
         output=Path(take("output")) if take("output") else None,
         resume=take("resume", False),
@@ -240,6 +244,11 @@ def read_tools(file: Path) -> list[dict[str, Any]]:
     return tools
 
 
+def read_tool_choice(given: str | None) -> str | dict[str, Any] | None:
+    """A word of OpenAI's, or the name of a tool in OpenAI's form."""
+    return given if given in (None, "auto", "required", "none") else {"type": "function", "function": {"name": given}}
+
+
 def made_by(job: Job) -> dict[str, Any]:
     """What decides an answer besides its prompt, in JSON's types: it is kept with each row of --output."""
     settings = {name: value for name, value in (job.engine | job.sampling).items() if name in (*MAKERS, *ANSWERS)}
@@ -248,6 +257,8 @@ def made_by(job: Job) -> dict[str, Any]:
         settings["special_tokens_in_content"] = job.special_tokens
     if job.tools is not None:
         settings["tools"] = blake2b(json.dumps(job.tools).encode(), digest_size=8).hexdigest()
+    if job.tool_choice is not None:
+        settings["tool_choice"] = job.tool_choice
     if job.do_sample is None and "temperature" not in job.sampling:
         settings["do_sample"] = "as in MindSpore Transformers" if job.of_mindformers else "as in the checkpoint"
     chosen = {name: value for name, value in settings.items() if value not in (None, False)}
@@ -396,7 +407,13 @@ def rendered(model: "llm.LLM", prompt: Prompt, job: Job) -> "llm.Prompt":
     if job.system and messages[0].get("role") != "system":
         messages = [{"role": "system", "content": job.system}, *messages]
     kwargs = {} if job.think else {"enable_thinking": False}
-    return model.render(messages, job.tools, kwargs, special_tokens_in_content=job.special_tokens)
+    return model.render(
+        messages,
+        job.tools,
+        kwargs,
+        tool_choice=job.tool_choice,
+        special_tokens_in_content=job.special_tokens,
+    )
 
 
 def sampling_params(job: Job, model: "llm.LLM", progress: "Progress") -> SamplingParams:

@@ -270,7 +270,7 @@ class Service:
             return parse.AnswerParser(self.format, tools, thinking, continues=request.continue_final_message)
 
         parser()  # RequestError for tools that are none
-        asked = (request.tools, request.tool_choice, request.parallel_tool_calls)
+        calls = grammar.Calls(request.tools, request.tool_choice, request.parallel_tool_calls, self.format)
         return _Prompt(
             prompt,
             ids,
@@ -278,31 +278,20 @@ class Service:
             request.cache_salt,
             parser,
             thinking,
-            self._constraint(request.params, request.form_field, ids, *asked),
+            self._constraint(request.params, request.form_field, ids, calls),
             self._budget(request.thinking_token_budget),
         )
 
     def _constraint(
-        self,
-        params: SamplingParams,
-        field: str,
-        ids: list[int],
-        tools: Sequence[dict[str, Any]] | None = None,
-        tool_choice: str | Mapping[str, Any] | None = None,
-        parallel_tool_calls: bool = True,
+        self, params: SamplingParams, field: str, ids: list[int], calls: grammar.Calls | None = None
     ) -> grammar.ConstraintSpec | None:
         """What answers must look like. RequestError that names the field, and what cannot be enforced."""
         asked = params.structured_outputs
         assert asked is None or isinstance(asked, StructuredOutputs), "SamplingParams has made it one"
-        if asked is None and not tools and tool_choice is None:
-            return None
         try:
-            spec = grammar.constraint_spec(asked, tools, tool_choice, parallel_tool_calls, self.format)
-            if spec is None:
-                return None
-            chat, thinking, may_think = grammar.answer_begins(ids, self.tokenizer)
-            spec = replace(spec, chat=chat, thinking=thinking, may_think=may_think)
-            self._grammars.check(spec)
+            spec = grammar.prompt_constraint(ids, self.tokenizer, asked, calls)
+            if spec is not None:
+                self._grammars.check(spec)
         except RequestError as error:
             if error.field.startswith("structured_outputs") and field != "structured_outputs":
                 raise RequestError(field, error.found, error.expected, error.todo) from None

@@ -1,6 +1,6 @@
 """Constrained decoding: what an answer must look like (ConstraintSpec), and the constraint that makes it so (Grammars).
 
-    structured outputs, tools, tool_choice --constraint_spec()--> ConstraintSpec --Grammars--> Constraint of an answer
+    structured outputs, tools, tool_choice --prompt_constraint()--> ConstraintSpec --Grammars--> Constraint of an answer
 
     [reasoning] content                     content: free, or of a form (forms.py)
     [reasoning] [content] call call ...     <tool_call>name, then <arg_key>key</arg_key><arg_value>value</arg_value> for
@@ -14,7 +14,7 @@ Not here: reading answers (parse.py).
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from threading import Lock
 from typing import Any
@@ -23,6 +23,7 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from glimmer.config import StructuredOutputs
 from glimmer.errors import EngineError, RequestError, shown
+from glimmer.text.answers import AnswerFormat
 from glimmer.text.constraint import (
     AnswerConstraint,
     Beginning,
@@ -74,12 +75,40 @@ class ConstraintSpec:
     may_think: bool = False
 
 
+@dataclass(frozen=True)
+class Calls:
+    """What may be called in an answer, in OpenAI's form. format: how the chat template writes its calls."""
+
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any] | None
+    parallel_tool_calls: bool | None
+    format: AnswerFormat | None
+
+
+def prompt_constraint(
+    prompt_token_ids: Sequence[int],
+    tokenizer: Tokenizer,
+    structured_outputs: StructuredOutputs | None,
+    calls: Calls | None = None,
+) -> ConstraintSpec | None:
+    """What the answer to this prompt must look like, or None if any text will do. RequestError as constraint_spec.
+
+    calls: None if no tools have been offered.
+    """
+    asked = calls or Calls(None, None, None, None)
+    spec = constraint_spec(structured_outputs, asked.tools, asked.tool_choice, asked.parallel_tool_calls, asked.format)
+    if spec is None:
+        return None
+    chat, thinking, may_think = answer_begins(prompt_token_ids, tokenizer)
+    return replace(spec, chat=chat, thinking=thinking, may_think=may_think)
+
+
 def constraint_spec(
     structured_outputs: StructuredOutputs | None,
     tools: Sequence[Mapping[str, Any]] | None = None,
     tool_choice: str | Mapping[str, Any] | None = None,
     parallel_tool_calls: bool | None = None,
-    format: object | None = None,
+    format: AnswerFormat | None = None,
     thinking: bool = False,
     may_think: bool = True,
 ) -> ConstraintSpec | None:
@@ -98,7 +127,7 @@ def constraint_spec(
         raise RequestError("parallel_tool_calls", found, "True or False", "change parallel_tool_calls")
     if content is None and not forms:
         return None
-    if forms and getattr(format, "call", None) is None:
+    if forms and (format is None or format.call is None):
         raise RequestError(
             "tools",
             "tools, where the checkpoint's chat template writes no calls",

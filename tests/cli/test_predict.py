@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from checkpoints import DEMO
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -819,6 +820,17 @@ def test_tools(run, tmp_path, monkeypatch):
         code, _, err = run("why", "--chat", "--tools", "t.json")
         assert code == 2 and "t.json holds no tools" in err
     assert "add --chat" in refusal("why", "--tools", "t.json")
+    assert "add --tools" in refusal("why", "--chat", "--tool-choice", "f")
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"), [("f", "<tool_call>f"), ("required", "<tool_call>f"), ("nobody", "one of the tools (f)")]
+)
+def test_tool_choice(run, choice, said):
+    Path("t.json").write_text(json.dumps([{"type": "function", "function": {"name": "f", "parameters": {}}}]))
+    words = ("--chat", "--no-think", "--tools", "t.json", "--tool-choice", choice, "--max-tokens", "8")
+    code, out, _ = run("Hello", *words, "--model", str(DEMO), "--max-model-len", "1024")
+    assert code == (2 if choice == "nobody" else 0) and said in out
 
 
 @pytest.mark.parametrize("prompt", ["no file has such a name " * 20, "words/" * 500])
