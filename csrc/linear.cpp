@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 #include <vector>
 
@@ -226,17 +227,28 @@ void check_pair(const Packed& gate_up, const Packed& down) {
 }
 
 constexpr size_t MAX_MISSES = 16;  // experts that are read in one wave
+constexpr size_t MAX_AHEAD = 64;   // and for the next layer: what a disk reads while attention is computed
 
 // The wave that begins with used[at]: experts in ascending order, not more than can be held while another wave is.
-std::vector<long> wave(const std::vector<long>& used, size_t at, ExpertStore& store, int layer) {
+std::vector<long> wave(const std::vector<long>& used, size_t at, ExpertStore& store, int layer,
+                       size_t max_misses = MAX_MISSES) {
     std::vector<long> found;
     size_t misses = 0;
     const size_t most = (size_t)(store.half() < 1 ? 1 : store.half());
     for (; at < used.size() && found.size() < most; at++) {
-        if (!store.present(layer, used[at]) && ++misses > MAX_MISSES) break;
+        if (!store.present(layer, used[at]) && ++misses > max_misses) break;
         found.push_back(used[at]);
     }
     return found;
+}
+
+// Begins to read the first experts of a layer that nearly all will be wanted of: the disk has nothing to do otherwise until
+// that layer's attention has been computed and its router has spoken.
+void fetch_ahead(ExpertStore& store, int layer) {
+    if (layer >= store.num_layers()) return;
+    std::vector<long> all(store.gate_up(layer).count);
+    std::iota(all.begin(), all.end(), 0L);
+    store.fetch(layer, wave(all, 0, store, layer, MAX_AHEAD));
 }
 
 }  // namespace
@@ -267,6 +279,7 @@ void stored_experts(Values x, long rows, const int64_t* ids, const float* scores
         if (!held) throw std::runtime_error("has more experts in one step than there are slots");
         after = wave(pairs.used, done + now.size(), store, layer);
         if (!after.empty()) next = store.hold(layer, after, false);
+        else if (pairs.used.size() * 8 >= (size_t)gate_up.count * 7) fetch_ahead(store, layer + 1);
         for (std::vector<long> some = held.arrived(); !some.empty(); some = held.arrived()) all.up(some);
         all.add(now, done == 0);
     }

@@ -15,7 +15,6 @@
 namespace glimmer {
 namespace {
 
-constexpr double MAX_STEP = 1e100;  // frequencies are scaled down before they leave the range of a double
 constexpr double NO_LIMIT = std::numeric_limits<double>::infinity();
 
 uint32_t from_hex(const std::string& digits, int quarter) {
@@ -29,7 +28,7 @@ ExpertStore::ExpertStore(int descriptor, long slots, size_t slot_bytes, int read
     : slots(slots),
       slot_bytes(slot_bytes),
       arena((size_t)(slots > 0 ? slots : 1) * slot_bytes),
-      growth(std::exp2(1 / half_life)),
+      decay(std::exp2(-1 / half_life)),
       table(slots > 0 ? slots : 0),
       enabled(slots) {
     if (slots < 2 || slot_bytes == 0 || slot_bytes % 4096 || readers < 1 || !(half_life > 0))
@@ -71,7 +70,7 @@ int ExpertStore::add_layer(std::shared_ptr<Packed> gate_up, std::shared_ptr<Pack
         for (int q = 0; q < QUARTERS; q++) records[e].sums[q] = from_hex(checksums[e], q);
     }
     std::lock_guard<std::mutex> lock(mutex);
-    layers.push_back({std::move(gate_up), std::move(down), layout, std::move(records), 1});
+    layers.push_back({std::move(gate_up), std::move(down), layout, std::move(records)});
     return (int)layers.size() - 1;
 }
 
@@ -212,15 +211,11 @@ void ExpertStore::fetch(int number, const std::vector<long>& experts) {
 void ExpertStore::count(int number, const std::vector<long>& experts, const std::vector<long>& tokens, long rows) {
     std::lock_guard<std::mutex> lock(mutex);
     Layer& layer = layers[number];
-    layer.step *= std::min(std::pow(growth, (double)rows), MAX_STEP);
+    // A token in the middle of the step has aged by those after it; here each counts as the mean of them.
+    const double aged = std::pow(decay, (double)rows), each = rows > 1 ? (1 - aged) / ((1 - decay) * (double)rows) : 1;
+    for (Record& record : layer.records) record.frequency *= aged;
     chosen += (long)experts.size();
-    for (size_t i = 0; i < experts.size(); i++) layer.records[experts[i]].frequency += layer.step * (double)tokens[i];
-    if (layer.step < MAX_STEP) return;
-    const double scale = 1 / layer.step;
-    for (Layer& each : layers) {
-        each.step *= scale;
-        for (Record& record : each.records) record.frequency *= scale;
-    }
+    for (size_t i = 0; i < experts.size(); i++) layer.records[experts[i]].frequency += each * (double)tokens[i];
 }
 
 void ExpertStore::resize(long count) {
@@ -258,10 +253,9 @@ std::vector<double> ExpertStore::frequencies(int number) {
     std::lock_guard<std::mutex> lock(mutex);
     double most = 0;
     for (const Layer& layer : layers)
-        for (const Record& record : layer.records) most = std::max(most, record.frequency / layer.step);
+        for (const Record& record : layer.records) most = std::max(most, record.frequency);
     std::vector<double> found;
-    for (const Record& record : layers[number].records)
-        found.push_back(most > 0 ? record.frequency / layers[number].step / most : 0);
+    for (const Record& record : layers[number].records) found.push_back(most > 0 ? record.frequency / most : 0);
     return found;
 }
 
@@ -269,7 +263,7 @@ void ExpertStore::set_frequencies(int number, const std::vector<double>& values)
     std::lock_guard<std::mutex> lock(mutex);
     Layer& layer = layers[number];
     if (values.size() != layer.records.size()) throw std::invalid_argument("a frequency for each expert");
-    for (size_t e = 0; e < values.size(); e++) layer.records[e].frequency = values[e] * layer.step;
+    for (size_t e = 0; e < values.size(); e++) layer.records[e].frequency = values[e];
 }
 
 void ExpertStore::read_all() {

@@ -95,7 +95,7 @@ private:
     struct Record {
         size_t begin = 0;
         uint32_t sums[QUARTERS] = {};
-        double frequency = 0;
+        double frequency = 0;  // tokens that have chosen it, those of long ago less
         long slot = -1;
         int held = 0, left = 0;  // holders; quarters that are still to come
         bool bad = false;        // whether one of them has failed
@@ -105,7 +105,6 @@ private:
         std::shared_ptr<Packed> gate_up, down;
         Layout layout;
         std::vector<Record> records;
-        double step = 1;  // what a token adds to a frequency now
     };
     struct Read {
         Record* record;
@@ -129,7 +128,7 @@ private:
     Arena arena;
     int file = -1;
     bool is_direct = false;
-    const double growth;
+    const double decay;        // of a frequency with each token of its layer
     std::deque<Layer> layers;  // addresses of records stay
     std::vector<Slot> table;
     std::atomic<long> enabled;
