@@ -381,6 +381,12 @@ NB_MODULE(_native, m) {
         },
         "descriptor", "offset", "nbytes", "memory");
     op(
+        m, "forbid", "x (rows, n) = -infinity where the bit of `allowed` (rows, bytes) is not set.",
+        [](uintptr_t x, long stride, long rows, long n, uintptr_t allowed, long bytes) {
+            forbid(at<float>(x), stride, rows, n, at<uint8_t>(allowed), bytes);
+        },
+        "x", "stride", "rows", "n", "allowed", "bytes");
+    op(
         m, "store_kv", "Write keys and values of new tokens into their slots of the paged cache.",
         [](uintptr_t k, long k_stride, uintptr_t v, long v_stride, bool is_bf16, long rows, uintptr_t slot_mapping,
            uintptr_t keys, uintptr_t values, bool codes, long blocks, int block_size, int heads, int width) {

@@ -132,6 +132,12 @@ void route(const float* logits, const float* bias, long rows, long experts, cons
          [&](long t) { route_one(logits + t * experts, bias, experts, rule, ids + t * rule.top_k, scores + t * rule.top_k); });
 }
 
+void forbid(float* x, long stride, long rows, long n, const uint8_t* allowed, long bytes) {
+    if (bytes < (n + 7) / 8) throw std::invalid_argument("fewer bits than numbers");
+    const SmallLoops& ops = kernels().small;
+    over(rows, n, [&](long r) { ops.forbid(x + r * stride, n, allowed + r * bytes); });
+}
+
 void quantize(Values x, long stride, long rows, long inner, long group_size, uint8_t* codes, float* scales,
               uint8_t* zero_points) {
     if (inner < 2 || inner % 2 || group_size < 2 || group_size % 2) throw std::invalid_argument("columns that do not pair");

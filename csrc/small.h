@@ -1,4 +1,5 @@
-// The ops that read and write each number once: embedding, norms, rotary embedding, SwiGLU, routing, and quantising a weight.
+// The ops that read and write each number once: embedding, norms, rotary embedding, SwiGLU, routing, tokens that are not
+// allowed, and quantising a weight.
 // Not here: matrix products, attention.
 #pragma once
 
@@ -28,6 +29,8 @@ struct SmallLoops {
     // Quantises a group of n numbers, n even, to int4: codes two per byte, the even one in the low bits. As _to_int4 in
     // glimmer/weight.py.
     void (*to_int4)(Values x, long n, uint8_t* codes, float* scale, uint8_t* zero_point);
+    // x (n) = -infinity where bit i % 8 of byte i / 8 of `allowed` is not set.
+    void (*forbid)(float* x, long n, const uint8_t* allowed);
 };
 
 // The address of element n of x.
@@ -59,6 +62,10 @@ void rope(Heads q, Heads k, long rows, long width, const float* cos, const float
 // ids, scores (rows, top_k), the best first, equals in ascending order; a NaN counts as best and its score is NaN. Throws
 // std::invalid_argument if the rule does not fit the experts.
 void route(const float* logits, const float* bias, long rows, long experts, const Rule& rule, int64_t* ids, float* scores);
+
+// x (rows, n), rows `stride` elements apart, = -infinity where the row's bit i % 8 of byte i / 8 of allowed (rows, bytes) is
+// not set. Throws std::invalid_argument if there are fewer bits than n.
+void forbid(float* x, long stride, long rows, long n, const uint8_t* allowed, long bytes);
 
 // x (rows, inner), rows `stride` elements apart, inner even -> codes (rows, inner / 2), scales and zero_points (rows, groups).
 void quantize(Values x, long stride, long rows, long inner, long group_size, uint8_t* codes, float* scales,

@@ -488,6 +488,14 @@ def pread(pool: Pool, descriptor: int, offset: int, nbytes: int, memory: int) ->
     Read bytes of an open file with all threads: how many there are before its end, or -errno.
     """
 
+def forbid(pool: Pool, x: int, stride: int, rows: int, n: int, allowed: int, bytes: int) -> None:
+    """
+    x (rows, n) = -infinity where the bit of `allowed` (rows, bytes) is not set.
+    """
+
+def queue_forbid(call_list: CallList, x: int, stride: int, rows: int, n: int, allowed: int, bytes: int) -> None:
+    """Append a call of `forbid` to call_list; nothing is computed yet."""
+
 def store_kv(
     pool: Pool,
     k: int,

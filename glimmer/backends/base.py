@@ -31,7 +31,7 @@ LAYOUTS = {
 WEIGHT_OPS = ("linear", "experts")  # which one backend may serve for some kinds of weights, another for others
 OPS = (
     "embed", "rms_norm", "add_rms_norm", "linear", "add_", "swiglu", "rope_", "store_kv_", "attention", "route",
-    "experts", "quantize", "pack_linear", "pack_experts",
+    "experts", "forbid_", "quantize", "pack_linear", "pack_experts",
 )  # fmt: skip
 
 
@@ -183,6 +183,10 @@ class Backend(ABC):
     @abstractmethod
     def rope_(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Rotate pairs (i, i + R/2) of the first R dimensions of q (T, h, D) and k (T, g, D) by cos, sin (T, R/2)."""
+
+    @abstractmethod
+    def forbid_(self, logits: Tensor, allowed: Tensor) -> None:
+        """logits (T, V) float32 = -infinity at id i where bit i % 8 of byte i // 8 of allowed (T, V/8 or more) is 0."""
 
     # ------------------------------------------------------------------ weights
 

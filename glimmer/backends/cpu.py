@@ -235,6 +235,13 @@ class Cpu(Reference, PackedFiles):
             width, cos.data_ptr(), sin.data_ptr(), half,
         )  # fmt: skip
 
+    def forbid_(self, logits: Tensor, allowed: Tensor) -> None:
+        fits = logits.ndim == allowed.ndim == 2 and len(logits) == len(allowed) and logits.stride(1) == 1
+        if not fits or logits.dtype != torch.float32 or allowed.dtype != torch.uint8:
+            _refuse("forbid_", logits, allowed)
+        allowed, (rows, n) = self._contiguous(allowed), logits.shape
+        self._run("forbid", logits.data_ptr(), logits.stride(0), rows, n, allowed.data_ptr(), allowed.shape[1])
+
     def route(self, logits: Tensor, bias: Tensor, rule: RouteRule) -> tuple[Tensor, Tensor]:
         """The best expert first; of equals the one with the lowest number."""
         rows, experts = logits.shape

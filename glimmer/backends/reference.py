@@ -93,6 +93,10 @@ class Reference(Backend):
             rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
             x[..., : 2 * half] = rotated
 
+    def forbid_(self, logits: Tensor, allowed: Tensor) -> None:
+        bits = allowed[:, :, None] >> torch.arange(8, device=allowed.device) & 1
+        logits.masked_fill_(bits.flatten(1)[:, : logits.shape[1]] == 0, float("-inf"))
+
     def linear(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         """For a quantised weight, x is quantised first, and both sides' codes are multiplied exactly."""
         assert isinstance(weight, PackedWeights)

@@ -119,6 +119,9 @@ class Timed(Backend):
             part.elements += q.numel() + k.numel()
             self.inner.rope_(q, k, cos, sin)
 
+    def forbid_(self, logits: Tensor, allowed: Tensor) -> None:
+        self.inner.forbid_(logits, allowed)  # a part of sampling, which is no part of the model
+
     def linear(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         with self.measure(self.names[id(weight)]) as part:
             y = self.inner.linear(x, weight, bias)

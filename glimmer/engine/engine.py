@@ -50,6 +50,9 @@ class StepRunner(BlockIO, Protocol):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Hidden states (T, H) of all rows, and logits (R, V) of those that the batch wants; None if it wants none."""
 
+    def forbid(self, logits: Tensor, allowed: Tensor) -> None:
+        """logits (N, V) = -infinity at id i where bit i % 8 of byte i // 8 of allowed (N, V/8 or more) is 0."""
+
 
 class Drafter(BlockRows, Protocol):
     """What guesses the tokens that come next. lookahead: see Scheduler."""
@@ -105,7 +108,7 @@ class Engine:
         if config.kv_cache_dir is not None:
             limit = config.kv_cache_size_bytes
             self.scheduler.disk = DiskCache(Path(config.kv_cache_dir), limit, runner, blocks, group, drafter)
-        self.sampler = Sampler(sampling_vocab_size)
+        self.sampler = Sampler(sampling_vocab_size, runner.forbid)
         self.clock = Clock()
         self.stats = Stats()
 

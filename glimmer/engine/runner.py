@@ -201,6 +201,11 @@ class Runner:
         batch = self.backend.prepare(batch)
         return self.draft_capture.run(self.model.embed_draft(hidden, batch.tokens, batch), batch)
 
+    @torch.inference_mode()
+    def forbid(self, logits: Tensor, allowed: Tensor) -> None:
+        """See Backend.forbid_; allowed in the host's memory."""
+        self.backend.forbid_(logits, allowed.to(logits.device))
+
     def export_blocks(self, blocks: Sequence[int]) -> Tensor:
         """What the blocks hold: (blocks, kv_block_bytes) uint8."""
         return self.backend.export_blocks(self.kv, blocks)

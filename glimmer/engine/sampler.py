@@ -9,12 +9,14 @@ last id are never chosen. Not here: when an answer ends (sequence.py), and stop 
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import accumulate, islice, takewhile
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from glimmer.config import SamplingParams
@@ -31,14 +33,14 @@ CANDIDATES = 1024  # top-k and top-p look at that many likeliest first, and sort
 class Place:
     """A place of an answer that gets a token from row `row` of the logits: the one after `drafts`.
 
-    allowed: bool for each id, what the request's constraint allows there; None: everything. It may be longer than the
-    vocabulary, for it comes in whole bytes.
+    allowed: what the request's constraint allows there, a bit for each id, as Constraint.mask has them in bytes; None:
+    everything. It may be longer than the vocabulary.
     """
 
     row: int
     sequence: Sequence
     drafts: tuple[int, ...]
-    allowed: Tensor | None
+    allowed: NDArray[np.uint8] | None
 
     @property
     def params(self) -> SamplingParams:
@@ -61,17 +63,23 @@ class Place:
 
     def allows(self, token: int) -> bool:
         """Whether the constraint allows this token."""
-        return self.allowed is None or (0 <= token < len(self.allowed) and bool(self.allowed[token]))
+        if self.allowed is None:
+            return True
+        return 0 <= token < 8 * len(self.allowed) and bool(self.allowed[token >> 3] >> (token & 7) & 1)
 
 
 class Sampler:
-    """sampling_vocab_size: ids below it may be sampled; the model's vocabulary may be padded beyond them."""
+    """sampling_vocab_size: ids below it may be sampled; the model's vocabulary may be padded beyond them.
 
-    def __init__(self, sampling_vocab_size: int):
-        self.sampling_vocab_size = sampling_vocab_size
+    forbid(logits, allowed) makes tokens impossible: see StepRunner.
+    """
+
+    def __init__(self, sampling_vocab_size: int, forbid: Callable[[Tensor, Tensor], None]):
+        self.sampling_vocab_size, self._forbid = sampling_vocab_size, forbid
 
     def sample(self, logits: Tensor | None, step: Step) -> list[SamplerOutput]:
         """One SamplerOutput a chunk. logits: (R, V) float32, the wanted rows of all chunks in order; None if R is 0.
+        Afterwards what constraints do not allow may be impossible in them.
 
         What cannot be computed for one request is the `problem` of its own output.
         """
@@ -115,10 +123,9 @@ class Sampler:
             return []
         logits = raw if len(places) == len(raw) else raw[[place.row for place in places]]
         logits = logits[:, : self.sampling_vocab_size]
-        if any(_adjusts(place) for place in places):
+        if any(_shifts(place) or (place.allowed is not None and _is_read(place)) for place in places):
             logits = logits.clone()
-            for row, place in zip(logits, places):
-                _adjust_(row, place)
+        self._adjust_(logits, places)
         tokens = likeliest(logits)
         drawn = [i for i, place in enumerate(places) if place.params.temperature > 0]
         # Apart, because they number their tokens differently: no row may notice which kind its neighbours are.
@@ -128,6 +135,29 @@ class Sampler:
                 for i, token in zip(rows, draw(logits[rows], [places[i] for i in rows])):
                     tokens[i] = token
         return tokens
+
+    def _adjust_(self, logits: Tensor, places: list[Place]) -> None:
+        """Biases, then penalties, then what must not come here, as in vLLM; logits (N, V) are changed in place.
+
+        RequestError if nothing may come at one of the places.
+        """
+        shifted = [(row, place) for row, place in zip(logits, places) if _shifts(place)]
+        for row, place in shifted:
+            _shift_(row, place)
+        masks = {i: place.allowed for i, place in enumerate(places) if place.allowed is not None}
+        if masks:
+            allowed = np.full((len(places), -(-logits.shape[-1] // 8)), 0xFF, np.uint8)
+            for i, mask in masks.items():
+                allowed[i] = mask[: allowed.shape[-1]]
+            self._forbid(logits, torch.from_numpy(allowed))
+        for row, place in shifted:
+            if row.amax() < -LARGEST:  # all of them are -inf
+                raise RequestError(
+                    "allowed_token_ids",
+                    f"no token may come after {place.num_output_tokens} tokens of the answer",
+                    "allowed_token_ids that bad_words, min_tokens and a constraint leave some of",
+                    "allow more tokens",
+                )
 
     def _tokens_alone(self, places: list[Place], raw: Tensor) -> list[int]:
         """The same for places of one sequence, up to one that fails after a draft. Raises what the first one does."""
@@ -173,14 +203,17 @@ def _places(chunk: Chunk, first: int, finite: list[bool]) -> list[Place]:
     return places
 
 
-def _allowed(sequence: Sequence, constraint: Constraint, drafts: int) -> Tensor | None:
-    """(V,) bool: what the constraint allows after that many drafts; None: everything. RequestError if it is nothing."""
+def _allowed(sequence: Sequence, constraint: Constraint, drafts: int) -> NDArray[np.uint8] | None:
+    """What the constraint allows after that many drafts, as in Place. RequestError if it is nothing."""
     bits = constraint.mask()
     if bits is None:
         return None
-    allowed = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little").view(np.bool_)
+    allowed = np.frombuffer(bits, np.uint8)
     if sequence.num_output_tokens + drafts < sequence.request.params.min_tokens:
-        allowed[[i for i in sequence.request.stop_ids if i < len(allowed)]] = False
+        allowed = allowed.copy()
+        for id in sequence.request.stop_ids:
+            if id < 8 * len(allowed):
+                allowed[id >> 3] &= 0xFF ^ (1 << (id & 7))
     if not allowed.any():
         raise RequestError(
             "min_tokens",
@@ -189,7 +222,7 @@ def _allowed(sequence: Sequence, constraint: Constraint, drafts: int) -> Tensor 
             "min_tokens that the constraint leaves room for",
             "lower min_tokens, or allow longer answers",
         )
-    return torch.from_numpy(allowed)
+    return allowed
 
 
 def _accepted(tokens: list[int], drafts: tuple[int, ...]) -> int:
@@ -210,8 +243,9 @@ def _finite(logits: Tensor) -> list[bool]:
     return logits.isfinite().all(-1).tolist()
 
 
-def _adjusts(place: Place) -> bool:
-    return place.allowed is not None or _shifts(place)
+def _is_read(place: Place) -> bool:
+    """Whether the raw logits of this place are read after it has its token."""
+    return place.params.logprobs is not None
 
 
 def _shifts(place: Place) -> bool:
@@ -228,34 +262,8 @@ def _shifts(place: Place) -> bool:
     )
 
 
-def _adjust_(logits: Tensor, place: Place) -> None:
-    """Biases, then penalties, then what must not come here, as in vLLM; logits (V,) are changed in place.
-
-    RequestError if nothing may come here.
-    """
-    if _shifts(place):
-        _shift_(logits, place)
-    if place.allowed is not None:
-        _forbid_(logits, ~place.allowed[: len(logits)])
-    if _shifts(place) and logits.amax() < -LARGEST:  # all of them are -inf
-        raise RequestError(
-            "allowed_token_ids",
-            f"no token may come after {place.num_output_tokens} tokens of the answer",
-            "allowed_token_ids that bad_words, min_tokens and a constraint leave some of",
-            "allow more tokens",
-        )
-
-
-def _forbid_(logits: Tensor, forbidden: Tensor) -> None:
-    """Tokens (V,) bool, on the host, become impossible. By numpy there, which takes a third of the time."""
-    if logits.is_cpu:
-        np.copyto(logits.numpy(), -np.inf, where=forbidden.numpy())
-    else:
-        logits.masked_fill_(forbidden.to(logits.device), float("-inf"))
-
-
 def _shift_(logits: Tensor, place: Place) -> None:
-    """`_adjust_` but for the constraint."""
+    """What adjusts the logits (V,) of this place, but for its constraint; in place."""
     p, request = place.params, place.sequence.request
     if p.logit_bias:
         ids, biases = request.biases

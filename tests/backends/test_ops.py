@@ -107,6 +107,20 @@ def call(op, device: torch.device, *inputs, changes: tuple[int, ...] = ()):
 # ---- small ones ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("width, rows", [(1, 1), (63, 2), (64, 1), (200, 3), (40_009, 5)])
+def test_forbid(width, rows, served, noise):
+    ops, device = served
+    padded = noise(rows, width + 7)
+    padded[0, 0], padded[-1, width - 1] = float("nan"), float("inf")
+    allowed = torch.randint(256, (rows, -(-width // 8) + 1), dtype=torch.uint8)
+    allowed[:, : allowed.shape[1] // 3] = 255  # words without anything to do, and words with nothing else
+    allowed[:, -(allowed.shape[1] // 3) :] = 0
+    [found] = call(lambda x, bits: ops.forbid_(x[:, :width], bits), device, padded, allowed, changes=(0,))
+    for row, bits, before in zip(found, allowed.tolist(), padded):
+        expected = [x if bits[i // 8] >> i % 8 & 1 else float("-inf") for i, x in enumerate(before[:width].tolist())]
+        assert torch.equal(row.nan_to_num(9), torch.tensor(expected + before[width:].tolist()).nan_to_num(9))
+
+
 @pytest.mark.parametrize("rows", [1, 7])
 @pytest.mark.parametrize("first, held", [(0, 50), (10, 5), (49, 1)])
 def test_embed(rows, first, held, served, dtype, noise):

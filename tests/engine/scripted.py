@@ -6,6 +6,7 @@ from hashlib import blake2b
 
 import torch
 
+from glimmer.backends.reference import Reference
 from glimmer.config import EngineConfig
 from glimmer.engine.engine import Engine
 from glimmer.engine.runner import KVCacheConfig, Runner
@@ -44,6 +45,9 @@ class ScriptedRunner:
 
     def checksum(self, data):
         return blake2b(data, digest_size=32).digest()
+
+    def forbid(self, logits, allowed):
+        Reference(self.device).forbid_(logits, allowed)
 
     def running(self):
         return nullcontext()

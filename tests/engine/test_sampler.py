@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glimmer.backends.reference import Reference
 from glimmer.config import SamplingParams
 from glimmer.engine.sampler import CANDIDATES, Sampler
 from glimmer.engine.sequence import Chunk, Request, Sequence, Step
@@ -22,7 +23,8 @@ def chunk(prompt=(1, 2), answer=(), seed="s", eos=(), **params) -> Chunk:
 
 def choose(logits, *chunks, sampling_vocab_size=None):
     logits = torch.as_tensor(logits, dtype=torch.float32)
-    return Sampler(sampling_vocab_size or logits.shape[-1]).sample(logits, Step(chunks))
+    forbid = Reference(torch.device("cpu")).forbid_
+    return Sampler(sampling_vocab_size or logits.shape[-1], forbid).sample(logits, Step(chunks))
 
 
 def draws(logits, count, **params) -> Counter:
