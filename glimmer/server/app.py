@@ -10,7 +10,8 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from glimmer import __version__
 from glimmer.errors import GlimmerError
@@ -33,7 +34,6 @@ def make_app(service: Service) -> FastAPI:
     app = FastAPI(
         title="glimmer",
         version=__version__,
-        root_path=config.root_path,
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
@@ -55,7 +55,25 @@ def make_app(service: Service) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(config.allowed_origins), allow_methods=["*"], allow_headers=["*"]
         )
+    if config.prefix:
+        app.add_middleware(WithoutPrefix, prefix=config.prefix)
     return app
+
+
+class WithoutPrefix:
+    """Takes the prefix off a request's path where the proxy has left it there: all else knows paths without it."""
+
+    def __init__(self, app: ASGIApp, prefix: str):
+        self._app, self._prefix = app, prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI wants it. The prefix alone leads to the page, whose files are named relatively to the slash."""
+        path = scope.get("path", "")
+        if path == self._prefix:
+            return await RedirectResponse(f"{self._prefix}/")(scope, receive, send)
+        if path.startswith(f"{self._prefix}/"):
+            path = path.removeprefix(self._prefix)
+        await self._app({**scope, "path": path, "root_path": self._prefix}, receive, send)
 
 
 def _add_general(app: FastAPI, service: Service) -> None:

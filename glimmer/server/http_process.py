@@ -230,7 +230,7 @@ def _address(config: ServerConfig, listener: socket.socket) -> str:
     if config.uds is not None:
         return f"unix:{Path(config.uds).absolute()}"
     host, port = listener.getsockname()[:2]
-    return f"http{'s' * bool(config.ssl_certfile)}://{f'[{host}]' if ':' in host else host}:{port}{config.root_path}"
+    return f"http{'s' * bool(config.ssl_certfile)}://{f'[{host}]' if ':' in host else host}:{port}{config.prefix}"
 
 
 def _say(line: str) -> None:

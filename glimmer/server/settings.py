@@ -79,6 +79,11 @@ class ServerConfig:
         if self.root_path and not self.root_path.startswith("/"):
             raise ConfigError(f"root_path={shown(self.root_path)}", "a path that begins with /", "correct it")
 
+    @property
+    def prefix(self) -> str:
+        """root_path without a slash at its end."""
+        return self.root_path.rstrip("/")
+
 
 class Keys:
     """The keys that open the server, as digests: a comparison takes the same time whatever a client sends."""

@@ -1,8 +1,15 @@
-"""The settings of `glimmer serve`: names of other servers, refusals before anything is loaded."""
+"""The settings of `glimmer serve`: names of other servers, refusals before anything is loaded, TLS, prefixes."""
 
+import re
+import shutil
 import socket
+import ssl
+import subprocess
+import warnings
 
+import httpx
 import pytest
+from servers import Server
 
 from glimmer.cli import serve
 from glimmer.cli.main import main
@@ -11,6 +18,8 @@ from glimmer.errors import ConfigError
 from glimmer.mindformers import launch
 from glimmer.server import http_process
 from glimmer.server.settings import Keys, ServerConfig
+
+OPENSSL = shutil.which("openssl")
 
 
 @pytest.mark.parametrize(
@@ -74,6 +83,79 @@ def test_certificates_that_are_none(tmp_path, capsys):
         assert main(["serve", "--port", "0", "--ssl-certfile", str(file), "--ssl-keyfile", str(file)]) == 2
         said = capsys.readouterr().err
         assert "PEM" in said and "expected:" in said and "Traceback" not in said and "listening" not in said
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """(certificate, its key, another key), PEM files."""
+    if OPENSSL is None:
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("certificates")
+    files = certificate, key, other = [folder / name for name in ("c.pem", "k.pem", "other.pem")]
+    curve = [OPENSSL, "ecparam", "-name", "prime256v1", "-genkey", "-noout"]
+    for command in (
+        [*curve, "-out", key],
+        [*curve, "-out", other],
+        [OPENSSL, "req", "-x509", "-key", key, "-out", certificate, "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=IP:127.0.0.1"],
+    ):  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True, timeout=30)
+    return files
+
+
+def test_a_key_of_another_certificate(certificates, capsys):
+    certificate, _, other = map(str, certificates)
+    assert main(["serve", "--port", "0", "--ssl-certfile", certificate, "--ssl-keyfile", other]) == 2
+    said = capsys.readouterr().err
+    assert "PEM" in said and other in said and "listening" not in said
+
+
+@pytest.mark.slow
+def test_https_below_a_prefix(certificates):
+    """One server for both: its own TLS, and a proxy's prefix, which is in a request's path or is not."""
+    certificate, key = map(str, certificates[:2])
+    words = ["--ssl-certfile", certificate, "--ssl-keyfile", key, "--root-path", "/llm/", "--api-key", "secret"]
+    with Server(*words) as server:
+        assert re.fullmatch(r"https://127.0.0.1:\d+/llm", server.url)
+        host = server.url.removesuffix("/llm")
+        body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+        with httpx.Client(verify=ssl.create_default_context(cafile=certificate), timeout=60) as client:
+            for url in (host, server.url):
+                assert client.get(f"{url}/health").status_code == 200  # and needs no key
+                page = client.get(f"{url}/")
+                assert page.status_code == 200 and client.get(page.url.join("web/main.js")).status_code == 200
+                refused = client.post(f"{url}/v1/messages", json={})
+                assert refused.status_code == 401 and refused.json()["type"] == "error"  # Anthropic's shape
+                refused = client.post(f"{url}/v1/messages", json={}, headers={"x-api-key": "secret"})
+                assert refused.status_code == 400 and refused.json()["type"] == "error"
+                answer = client.post(f"{url}/v1/chat/completions", json=body, headers={"x-api-key": "secret"})
+                assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] > 0
+                assert client.get(f"{url}/nothing", headers={"x-api-key": "secret"}).status_code == 404
+            alone = client.get(server.url)
+            assert alone.is_redirect and alone.headers["location"] == "/llm/"
+            assert client.get(f"{server.url}more/v1/models", headers={"x-api-key": "secret"}).status_code == 404
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{server.url}/health")  # nobody has vouched for this certificate
+        port = int(host.rpartition(":")[2])
+        for version, spoken in ((ssl.TLSVersion.TLSv1_1, False), (ssl.TLSVersion.TLSv1_2, True)):
+            assert speaks(port, version) == spoken, version
+
+
+def speaks(port: int, version: ssl.TLSVersion) -> bool:
+    """Whether the server on this port greets a client that knows no newer version of TLS."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that is what the test is about
+        context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1, version
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as plain:
+        try:
+            with context.wrap_socket(plain):
+                return True
+        except ssl.SSLError as error:
+            assert "NO_PROTOCOLS" not in str(error)  # the server has refused, and not this client
+            return False
 
 
 def test_a_socket_s_path_that_another_has(tmp_path, capsys):
