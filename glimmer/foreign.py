@@ -200,6 +200,15 @@ def _check(value: Any, strings: bool) -> None:
     raise ValueError(f"lists and objects are nested more than {MAX_DEPTH} deep")
 
 
+def typed_text(word: str) -> str:
+    """A word of the command line or the environment as text.
+
+    Under a locale whose encoding is not UTF-8 (LC_ALL=C, with Python's own UTF-8 mode switched off) Python hands on the
+    bytes that it cannot read as lone surrogates. ValueError if those bytes are no UTF-8.
+    """
+    return word if is_unicode(word) else os.fsencode(word).decode()
+
+
 def is_unicode(text: str) -> bool:
     """Whether UTF-8 can express a text: whether it is free of lone surrogates."""
     if text.isascii():

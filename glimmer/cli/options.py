@@ -29,7 +29,7 @@ from glimmer.cli.exits import say
 from glimmer.cli.lazy import lazy
 from glimmer.config import EngineConfig, SamplingParams
 from glimmer.errors import ConfigError, RequestError
-from glimmer.foreign import parse_json, read_text
+from glimmer.foreign import parse_json, read_text, typed_text
 from glimmer.server.settings import ServerConfig
 
 if TYPE_CHECKING:
@@ -46,17 +46,17 @@ Kind = Callable[[Any], Any]
 
 
 def text(value: Any) -> str:
-    """text"""
+    """text in UTF-8"""
     if not isinstance(value, str):
         raise ValueError
-    return value
+    return typed_text(value)
 
 
 def path(value: Any) -> str:
     """a path, without a NUL character"""
-    if "\0" in text(value):
+    if not isinstance(value, str) or "\0" in value:
         raise ValueError
-    return os.path.expanduser(text(value))
+    return os.path.expanduser(value)
 
 
 def whole(value: Any) -> int:
@@ -101,8 +101,17 @@ def size(value: Any) -> int:
 
 
 def texts(value: Any) -> list[str]:
-    """a text or a list of texts"""
+    """a text in UTF-8 or a list of texts"""
     return [text(item) for item in ([value] if isinstance(value, str) else list(value))]
+
+
+def prompts(value: Any) -> list[str]:
+    """a text or a list of texts"""
+    # As they were typed: some of them name files, which is found out later.
+    items = [value] if isinstance(value, str) else list(value)
+    if not all(isinstance(item, str) for item in items):
+        raise ValueError
+    return items
 
 
 def counts(value: Any) -> list[int]:
@@ -314,13 +323,14 @@ def _kind(name: str, hint: Any) -> tuple[Kind, tuple[str, ...], bool]:
     if Sequence in origins:
         return (ids if int in {a for member in members for a in get_args(member)} else texts), (), True
     if members == (str,):
-        return path if name in ("model", "kv_cache_dir") else text, (), False
+        return path if name in PATHS else text, (), False
     kinds: dict[Any, Kind] = {(bool,): truth, (int,): size if name.endswith("_bytes") else whole, (float,): number}
     if members not in kinds:
         raise TypeError(f"no kind of value for {name}: {hint}")
     return kinds[members], (), False
 
 
+PATHS = ("model", "kv_cache_dir", "uds", "ssl_certfile", "ssl_keyfile")  # fields that are
 ENGINE = options_of(EngineConfig)
 SAMPLING = options_of(SamplingParams)
 TABLES = {

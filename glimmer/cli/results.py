@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from glimmer.cli.options import locate
 from glimmer.cli.row_file import RowFile, encode
 from glimmer.errors import ConfigError, GlimmerError
-from glimmer.foreign import parse_json, read_text
+from glimmer.foreign import parse_json, read_text, typed_text
 
 if TYPE_CHECKING:
     from glimmer.outputs import CompletionOutput, RequestOutput
@@ -49,15 +49,8 @@ def read_prompts(
     found: list[Prompt] = []
     for value, escaped in [(value, True) for value in data] + [(value, False) for value in prompts]:
         read = _from_file(value, home, say)
-        found += [_unescaped(value) if escaped else value] if read is None else read
-    found += literal
-    for prompt in found:
-        if any("\ud800" <= c <= "\udfff" for c in json.dumps(prompt, ensure_ascii=False)):
-            raise ConfigError(
-                f"prompt {prompt!s:.40}".encode("ascii", "backslashreplace").decode(),
-                "text in UTF-8",
-                "check the terminal's encoding, or the file's",
-            )
+        found += [_unescaped(_typed(value)) if escaped else _typed(value)] if read is None else read
+    found += map(_typed, literal)
     if not found:
         raise ConfigError(
             "no prompt",
@@ -65,6 +58,13 @@ def read_prompts(
             'e.g. glimmer predict "请介绍一下北京", or --predict_data prompts.txt',
         )
     return found
+
+
+def _typed(prompt: str) -> str:
+    try:
+        return typed_text(prompt)
+    except ValueError:
+        raise ConfigError(f"prompt {prompt!a:.80}", "text in UTF-8", "check the terminal's encoding") from None
 
 
 def _unescaped(line: str) -> str:

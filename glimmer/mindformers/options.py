@@ -13,7 +13,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from glimmer.cli.options import SAMPLING, Foreign, Given, Translation, path, size, text, texts, truth, whole
+from glimmer.cli.options import SAMPLING, Foreign, Given, Translation, path, prompts, size, text, truth, whole
 from glimmer.errors import ConfigError
 
 
@@ -37,7 +37,7 @@ TRANSLATED = {
     "use_parallel": Translation("use_parallel", truth, "False: one process; True: model_parallel says how many"),
     "parallel_config.model_parallel": Translation("tensor_parallel_size", whole, "--tensor-parallel-size"),
     "predict_data": Translation(
-        "prompts", texts, "text, several texts, or a .txt file with a prompt a line", several=True
+        "prompts", prompts, "text, several texts, or a .txt file with a prompt a line", several=True
     ),
     "predict_batch_size": Translation("max_num_seqs", whole, "--max-num-seqs; the number of prompts may differ"),
     "device_target": Translation("device", device_target, "--device, as Ascend, GPU or CPU"),

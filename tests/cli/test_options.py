@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -420,3 +422,29 @@ def test_what_is_no_way_to_draft_is_refused_with_its_place(value):
 
 def test_two_ways_to_draft_contradict_each_other():
     assert "one value" in refusal("--mtp", "2", "--spec-method", "ngram")
+
+
+OTHER_LOCALE = """
+import sys
+from glimmer.cli.predict import COMMAND
+from glimmer.cli.results import read_prompts
+from glimmer.errors import ConfigError
+given = COMMAND.read(sys.argv[1:]).given
+print(ascii([given["stop"].value, read_prompts(given["prompts"].value, [], None, ["\\udce6\\udc80\\udc8e"])]))
+try:
+    COMMAND.read(["--stop", "\\udcff", "hi"])
+except ConfigError as error:
+    print(ascii(error.expected))
+"""
+
+
+def test_words_are_text_in_utf8_under_every_locale(tmp_path):
+    (tmp_path / "文件.txt").write_text("一\n二\n", encoding="utf-8")
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = ["--stop", "。", "--predict_data", "你好", "文件.txt"]
+    run = [sys.executable, "-c", OTHER_LOCALE, *words]
+    done = subprocess.run(run, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == [
+        ascii([["。"], ["你好", "一", "二", "怎"]]),
+        "'a text in UTF-8 or a list of texts'",
+    ], done.stderr
