@@ -290,13 +290,14 @@ class Service:
         assert asked is None or isinstance(asked, StructuredOutputs), "SamplingParams has made it one"
         try:
             spec = grammar.prompt_constraint(ids, self.tokenizer, asked, calls)
-            if spec is not None:
-                self._grammars.check(spec)
+            if spec is None:
+                return None
+            self._grammars.check(spec)
         except RequestError as error:
             if error.field.startswith("structured_outputs") and field != "structured_outputs":
                 raise RequestError(field, error.found, error.expected, error.todo) from None
             raise
-        return spec
+        return spec if field == "structured_outputs" else replace(spec, field=field)
 
     def prepare_grammars(self) -> None:
         """Make what the first form or call needs, for as long as that takes. Once the engine is ready."""

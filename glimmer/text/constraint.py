@@ -67,7 +67,7 @@ class AnswerConstraint:
                 raise self._problem
             return self._phase.mask()
         except TooComplex as error:
-            raise RequestError(self._field, f"{self._field}: {error.found}", error.expected, error.todo) from error
+            raise RequestError(self._field, error.found, error.expected, error.todo) from error
 
     def accept(self, token: int) -> None:
         """The answer has one more token."""

@@ -97,3 +97,47 @@ def test_what_cannot_be_enforced_is_named(client, field, asked):
     with pytest.raises(openai.BadRequestError) as refused:
         chat(client, extra_body=asked)
     assert refused.value.param.startswith(field), refused.value
+
+
+COMPLEX = {"type": "string", "pattern": "^(a{9999}){9999}$"}  # the library compiles it, and cannot follow it
+NAMED = {"type": "json_schema", "name": "x", "schema": COMPLEX}
+QUICK = {"chat_template_kwargs": {"enable_thinking": False}, "max_tokens": 20}
+TOO_COMPLEX = {
+    "/v1/chat/completions": (
+        "response_format",
+        {"messages": ASK, "response_format": {"type": "json_schema", "json_schema": {"schema": COMPLEX}}} | QUICK,
+    ),
+    "/v1/completions": (
+        "structured_outputs.regex",
+        {"prompt": "x", "max_tokens": 20, "structured_outputs": {"regex": "(a{9999}){9999}"}},
+    ),
+    "/v1/messages": (
+        "output_config.format",
+        {"messages": ASK, "max_tokens": 200, "output_config": {"format": NAMED}},
+    ),
+    "/v1/responses": (
+        "text.format",
+        {"input": "x", "reasoning": {"effort": "none"}, "max_output_tokens": 20, "text": {"format": NAMED}},
+    ),
+}
+
+
+@pytest.mark.parametrize("path", TOO_COMPLEX)
+def test_a_form_that_proves_too_complex_while_it_is_followed(server, path):
+    """A refusal that names the field; in a stream that has begun, the last event, in the shape of the API."""
+    field, body = TOO_COMPLEX[path]
+    refused = server.post(path, body)
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert error["type"] == "invalid_request_error" and "could not be followed" in error["message"]
+    assert field in (error.get("param"), error["message"].partition(":")[0])
+
+    stream = server.post(path, body | {"stream": True})
+    assert stream.status_code == 200
+    *_, last = [json.loads(line[6:]) for line in stream.text.splitlines() if line.startswith("data: {")]
+    assert "[DONE]" not in stream.text
+    if path == "/v1/responses":
+        assert last["type"] == "response.failed" and last["response"]["status"] == "failed"
+        assert "could not be followed" in last["response"]["error"]["message"]
+    else:
+        assert last["error"] == error and last.get("type") == ("error" if path == "/v1/messages" else None)
