@@ -32,6 +32,7 @@ from glimmer.config import SamplingParams
 from glimmer.errors import ConfigError, EngineError, RequestError, shown
 from glimmer.foreign import parse_json, read_text
 from glimmer.hub import model_directory
+from glimmer.model_config import ModelConfig
 
 if TYPE_CHECKING:
     from glimmer.cli import chat_screen
@@ -83,13 +84,15 @@ def main(argv: list[str]) -> int:
         raise ConfigError(
             f"--url with {', '.join(engine)}", "settings of the engine only without a server", "leave out one"
         )
+    if "url" not in settings.given:
+        engine["model"] = str(model_directory(engine.get("model") or demo.default_model(COMMAND.name)))
+        ModelConfig.load(engine["model"])  # refused before a question is read and processes are started
     question = settings.take("prompt")
     if question == "-" or (question is None and not exits.is_terminal(sys.stdin)):
         question = _from_stdin()
     if "url" in settings.given:
         server: Any = nullcontext(Api(settings.take("url"), settings.take("api_key")))
     else:
-        engine["model"] = str(model_directory(engine.get("model") or demo.default_model(COMMAND.name)))
         server = own_server(serve_words(engine), quiet=True)
     screen: chat_screen.Screen = (
         chat_screen.Plain()

@@ -21,7 +21,7 @@ from glimmer.cli.options import ENGINE, SERVER, Command, Foreign, Option, truth,
 from glimmer.config import EngineConfig
 from glimmer.errors import EngineError
 from glimmer.hub import download, model_directory
-from glimmer.model_config import check_directory
+from glimmer.model_config import ModelConfig
 from glimmer.server.settings import ServerConfig
 from glimmer.server.socket_directory import SocketDirectory
 
@@ -81,7 +81,9 @@ def main(argv: list[str]) -> int:
     given = settings.fields(ENGINE_OPTIONS)
     named = given.get("model")
     find = download if settings.take("download") else model_directory
-    engine = given | {"model": str(check_directory(find(named) if named else demo.default_model(COMMAND.name)))}
+    model = find(named) if named else demo.default_model(COMMAND.name)
+    ModelConfig.load(model)  # what is no model, or another family's, is refused before processes are started
+    engine = given | {"model": str(model)}
     settings.check(EngineConfig, engine)
     server = settings.fields(SERVER)
     server.setdefault("served_model_name", [named or "glimmer-demo"])

@@ -141,6 +141,7 @@ def test_pipes(server, tmp_path):
         (["--temperature", "-1", "-p", "hi"], "temperature"),
         (["--tools", "nowhere", "-p", "hi"], "No such file"),
         (["nowhere", "-p", "hi"], "nowhere"),
+        (["/etc", "-p", "-"], "config.json"),
         (["-p", ""], "empty"),
     ],
 )

@@ -50,7 +50,7 @@ def test_the_environment_and_flags_that_are_not_needed(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "words",
     ["--port 70000", "--on-engine-death hope", "--ssl-certfile x", "--root-path x", "--api-key @/no/such/file",
-     "--max-queue-requests 0", "--fly", "--keep-alive nan", "--api-key ''", "a b", "/no/such/model"],
+     "--max-queue-requests 0", "--fly", "--keep-alive nan", "--api-key ''", "a b", "/no/such/model", "/etc"],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_anything_is_loaded(words, capsys):
     assert main(["serve", *words.replace("''", "").split(" ")]) == 2
