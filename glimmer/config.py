@@ -43,7 +43,7 @@ class EngineConfig:
     enable_prefix_caching       reuse the KV blocks of equal prompt beginnings
     skip_tokenizer_init         need no tokenizer.json: prompts are token ids, answers have no text
     threads                     CPU threads of each process; None: its share of the CPUs that it may use
-    quantization                "int8" or "int4": quantise matrices while loading; None: as they are stored
+    quantization                "fp8", "int8" or "int4": quantise matrices while loading; None: as they are stored
     group_size                  with int4: columns that share a scale, a multiple of 32; None: 32
     speculative_config          how drafts are made, as SpeculativeConfig's fields or a method's name; None: "auto"
     prepare                     write the packed file of the model first, where there is none (glimmer prepare)
@@ -194,8 +194,8 @@ class SpeculativeConfig:
 
 def check_quantization(quantization: str | None, group_size: int | None) -> None:
     """ConfigError unless glimmer has this quantisation, with this group size."""
-    if quantization not in (None, "int8", "int4"):
-        raise ConfigError(f"quantization={shown(quantization)}", "'int8', 'int4' or None", "choose one of these")
+    if quantization not in (None, "fp8", "int8", "int4"):
+        raise ConfigError(f"quantization={shown(quantization)}", "'fp8', 'int8', 'int4' or None", "choose one of these")
     fits = type(group_size) is int and group_size > 0 and group_size % 32 == 0 and quantization == "int4"
     if group_size is not None and not fits:
         raise ConfigError(

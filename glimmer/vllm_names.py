@@ -43,7 +43,7 @@ ENGINE: Mapping[str, Only] = {
     "data_parallel_size": Only((1, None), "start a process for each replica"),
     "enable_expert_parallel": Only((False, None), "use tensor_parallel_size, which cuts the experts too"),
     "distributed_executor_backend": Only((None, "mp", "uni", "external_launcher"), "start the script with torchrun"),
-    "cpu_offload_gb": Only((0, None), "quantise (quantization='int8' or 'int4'), or use more processes"),
+    "cpu_offload_gb": Only((0, None), "quantise (quantization='fp8', 'int8' or 'int4'), or use more processes"),
     "num_gpu_blocks_override": Only((None,), "set kv_cache_memory_bytes"),
     "hf_overrides": Only(NONE, "edit a copy of config.json"),
     "hf_config_path": Only((None,), "put config.json into the model's directory"),

@@ -19,6 +19,7 @@ from torch import Tensor
 
 DEFAULT_ZERO_POINT = 8  # the zero point of an int4 weight that stores none: codes 0..15 mean -8..7
 GROUP_SIZE = 32  # columns that share a scale in an int4 matrix whose width is no multiple of the number asked for
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
 TINY = torch.finfo(torch.float32).tiny  # the scale of a row or group of zeros, which has none of its own
 BLOCK = 1 << 16  # values quantised at once: as float32, with all that is derived from them, they stay in the cache
 
@@ -60,8 +61,11 @@ class Kind(StrEnum):
         return self is Kind.INT4
 
     def at_least(self, bits: int) -> "Kind":
-        """This kind of integers, or the next one whose codes have so many bits (8 at most)."""
-        return self if self.bits >= bits else Kind.INT8
+        """This kind, or the next one whose codes have so many significant bits (8 at most): int8 after int4. Of fp8,
+        four are significant, and plain values come after it, as in the official FP8 checkpoints."""
+        if bits <= 4 or self not in (Kind.FP8, Kind.INT4):
+            return self
+        return Kind.PLAIN if self.floating else Kind.INT8
 
 
 def layout(kind: str, inner: int, group_size: int | None) -> tuple[Kind, int | None]:
@@ -70,7 +74,9 @@ def layout(kind: str, inner: int, group_size: int | None) -> tuple[Kind, int | N
     int4 in groups that do not divide the width becomes int4 in groups of 32, the last of them shorter; of an odd
     width, which leaves half a byte, int8.
     """
-    if not Kind(kind).grouped or inner % 2:
+    if not Kind(kind).grouped:
+        return Kind(kind), None
+    if inner % 2:
         return Kind.INT8, None
     assert group_size is not None, "int4 needs a group size"
     return Kind.INT4, GROUP_SIZE if inner % group_size else group_size
@@ -175,13 +181,15 @@ class Weight:
         return ((self.nibbles().float() - zeros) * scales).to(dtype)
 
     def quantize(self, kind: str, group_size: int | None = None) -> "Weight":
-        """A plain or fp8 matrix as int8, or as int4 in groups of `group_size` columns; see `layout` for odd widths.
+        """A plain or fp8 matrix as fp8, int8, or int4 in groups of `group_size` columns; see `layout` for odd widths.
 
-        int8: each row by its largest value. int4: each group with a scale and a zero point of its own, scale and codes
-        chosen for the least squared error; scales are numbers that bfloat16 holds exactly. A row or group with NaN or
-        infinity becomes NaN. A block of rows at a time, so that little more memory is needed than for the result.
+        fp8 and int8: each row by its largest value. int4: each group with a scale and a zero point of its own, scale
+        and codes chosen for the least squared error; scales are numbers that bfloat16 holds exactly. A row or group
+        with NaN or infinity becomes NaN. A block of rows at a time, so that little more memory is needed than for the
+        result.
         """
         assert Kind(self.kind).floating, f"{self.kind} is quantised already"
+        assert Kind(kind).scaled, "plain values are not quantised"
         (out, inner), (kind, group_size) = self.shape, layout(kind, self.shape[1], group_size)
         made = Weight.quantized(kind, self.shape, group_size, self.codes.device)
         assert made.scales is not None
@@ -189,17 +197,17 @@ class Weight:
         for row in range(0, out, step):
             rows = slice(row, row + step)
             block = Weight(self.kind, self.codes[rows], None if self.scales is None else self.scales[rows]).dequantize()
-            if made.zeros is None or group_size is None:
-                made.codes[rows], made.scales[rows] = _to_int8(block)
-            else:
+            if made.zeros is not None and group_size is not None:
                 made.codes[rows], made.scales[rows], made.zeros[rows] = _to_int4(block, group_size)
+            else:
+                made.codes[rows], made.scales[rows] = (_to_fp8 if kind is Kind.FP8 else _to_int8)(block)
         return made
 
     @staticmethod
     def quantized(
         kind: str, shape: tuple[int, int], group_size: int | None, device: torch.device | str = "meta"
     ) -> "Weight":
-        """Integer codes without values, for `quantize` to fill; int4 has zero points, and scales that fit bfloat16."""
+        """Codes without values, for `quantize` to fill; int4 has zero points, and scales that fit bfloat16."""
         scales_dtype = torch.bfloat16 if Kind(kind).grouped else torch.float32
         return Weight.empty(kind, shape, group_size, device=device, scales_dtype=scales_dtype)
 
@@ -224,9 +232,20 @@ class ExpertWeights(NamedTuple):
 
 def _to_int8(w: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales of (rows, in) float32 values."""
-    scales = w.abs().amax(1, keepdim=True) / 127
-    scales = torch.where(scales.isfinite(), scales.clamp_min(TINY), torch.nan)
+    scales = _row_scales(w, 127)
     return (w / scales).round_().clamp_(-127, 127).nan_to_num_(0).to(torch.int8), scales
+
+
+def _to_fp8(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of (rows, in) float32 values. What exceeds the largest code would become NaN, not this code."""
+    scales = _row_scales(w, FP8_MAX)
+    return (w / scales).clamp_(-FP8_MAX, FP8_MAX).nan_to_num_(0).to(torch.float8_e4m3fn), scales
+
+
+def _row_scales(w: Tensor, largest: float) -> Tensor:
+    """(rows, 1): the scales that make the largest value of each row the largest code."""
+    scales = w.abs().amax(1, keepdim=True) / largest
+    return torch.where(scales.isfinite(), scales.clamp_min(TINY), torch.nan)
 
 
 def _to_int4(w: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:

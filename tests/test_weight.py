@@ -91,6 +91,29 @@ def test_groups_of_one_sign(sign):
     assert error(Weight("plain", values).quantize("int4", 32), values) < 0.03
 
 
+def test_fp8_is_the_nearest_number_of_the_format():
+    """Against all finite numbers of e4m3, made here from their bits; rows of zeros and of NaN are what they were."""
+    bits = torch.arange(128)
+    exponent, fraction = bits // 8, bits % 8
+    normal = (1 + fraction / 8) * 2.0 ** (exponent - 7)
+    numbers = torch.where(exponent == 0, fraction * 2.0**-9, normal)[:-1].float()
+    values = draw(20, 96)
+    values[3], values[7, 5], values[9] = 0, float("nan"), 1e-41
+    found = Weight("plain", values).quantize("fp8")
+    assert (found.kind, found.codes.dtype, found.group_size) == ("fp8", torch.float8_e4m3fn, None)
+    decoded = found.dequantize()
+    assert decoded[3].eq(0).all() and decoded[7].isnan().all() and decoded[9].abs().max() < 1e-37
+    for row in (0, 1, 2, 4, 19):
+        scale = values[row].abs().max() / 448
+        assert torch.equal(found.scales[row], scale[None])
+        distance = (values[row].abs()[:, None] / scale - numbers).abs()
+        nearest = distance.min(1).values
+        chosen = (found.codes[row].float().abs()[:, None] == numbers).float().argmax(1)
+        assert (distance.gather(1, chosen[:, None])[:, 0] <= nearest + 1e-4).all()
+        assert torch.equal(found.codes[row].float().sign().abs(), (chosen > 0).float())
+    assert 0.02 < error(Weight("plain", draw(256, 1024)).quantize("fp8"), draw(256, 1024)) < 0.028
+
+
 def test_fp8_is_widened_first():
     codes, scales = (draw(40, 96) * 5000).clamp(-448, 448).to(torch.float8_e4m3fn), draw(40, 1).abs() + 1e-3
     fp8 = Weight("fp8", codes, scales)

@@ -207,7 +207,7 @@ class Backend(ABC):
 
     @abstractmethod
     def quantize(self, weight: Weight, kind: str, group: int | None) -> Weight:
-        """A plain or fp8 Weight as int8, or as int4 in groups of `group` columns; see `Weight.quantize`."""
+        """A plain or fp8 Weight as fp8, int8, or int4 in groups of `group` columns; see `Weight.quantize`."""
 
     @abstractmethod
     def pack_linear(self, parts: Sequence[Weight], dtype: torch.dtype) -> Packed:

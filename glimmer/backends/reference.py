@@ -18,9 +18,8 @@ from torch import Tensor
 
 from glimmer.backends.base import Backend, ExpertSet, KVCache, KVCacheSpec, Packed, RouteRule
 from glimmer.batch import Batch
-from glimmer.weight import ExpertWeights, Kind, Weight
+from glimmer.weight import FP8_MAX, ExpertWeights, Kind, Weight
 
-FP8_MAX = 448.0  # the largest float8_e4m3fn
 WIDENED_ROWS = 1024  # rows of a bf16 matrix that are widened to float32 at once
 EXACT = 1024  # so many products of numbers up to 127 add up exactly in float32: 1024 * 127 * 127 < 2**24
 SCALE = torch.float32.itemsize  # bytes behind the codes of a key or a value in an int8 cache

@@ -23,7 +23,7 @@ COMMANDS = {
     "demo": "a city, a sum and a tool call, with their speed",
     "bench": "measure loading, prefill and decode on this machine",
     "bench serve": "measure a server, ours or another, under load",
-    "quantize": "write a checkpoint with int8 or int4 matrices",
+    "quantize": "write a checkpoint with fp8, int8 or int4 matrices",
     "prepare": "write a model's packed file, from which it starts at once",
     "plan": "what a model needs, what fits here, and how fast it will be",
     "doctor": "what this machine has, and which operations will serve",

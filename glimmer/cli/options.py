@@ -230,7 +230,7 @@ WORDS = {
     "skip_tokenizer_init": Words("", "load no tokenizer: prompts are token ids"),
     "threads": Words("N", "CPU threads of each process", "its part of the CPUs it may use", ("-t",)),
     "quantization": Words(
-        "NAME", "int8 or int4: quantise while loading", "as stored", ("-q",), choices=("int8", "int4")
+        "NAME", "fp8, int8 or int4: quantise while loading", "as stored", ("-q",), choices=("fp8", "int8", "int4")
     ),
     "group_size": Words("N", "with int4: inputs that share a scale, a multiple of 32", "32"),
     "speculative_config": Words(

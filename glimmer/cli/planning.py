@@ -65,8 +65,9 @@ class Speed:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One form of a model on one machine. needed: bytes of memory of one process with all of it in memory, and room for
-    `least` tokens; paged: the same with its experts on the disk, None where they cannot be.
+    """One form of a model on one machine. available: it can be made of what is stored; as_stored: it is that. needed:
+    bytes of memory of one process with all of it in memory, and room for `least` tokens; paged: the same with its
+    experts on the disk, None where they cannot be.
 
     where: "memory", "disk" (experts), or None where it does not fit; the rest is None or zero then. hits: the share of
     chosen experts that are in memory; counted: as earlier runs have counted choices, else choices are even.
@@ -74,6 +75,7 @@ class Candidate:
 
     kind: Kind
     available: bool
+    as_stored: bool
     needed: int
     paged: int | None
     least: int
@@ -142,7 +144,7 @@ class Planner:
 
     def available(self, kind: Kind) -> bool:
         """Whether loading what is stored can lead to this form."""
-        return kind is self.stored.kind or (self.stored.kind.floating and not kind.floating)
+        return kind is self.stored.kind or (self.stored.kind.floating and kind.scaled)
 
     def candidates(self, machine: Machine) -> list[Candidate]:
         """The model in each form, the most bits first."""
@@ -166,7 +168,14 @@ class Planner:
         room = self.least * self.token_bytes(machine.processes, mtp=False)
         base = held.rest + activations + room
         fewest = base + 2 * self.config.num_experts_per_tok * held.record * 65 // 64
-        made = Candidate(kind, self.available(kind), base + held.experts, fewest if on_cpu else None, self.least)
+        made = Candidate(
+            kind=kind,
+            available=self.available(kind),
+            as_stored=kind is self.stored.kind,
+            needed=base + held.experts,
+            paged=fewest if on_cpu else None,
+            least=self.least,
+        )
         for mtp in (True, False) if self.stored.mtp is not None else (False,):
             token = self.token_bytes(machine.processes, mtp)
             shared = machine.usable - held.rest - activations - (held.mtp if mtp else 0)
@@ -244,15 +253,20 @@ def _speed(candidate: Candidate, shapes: Shapes, machine: Machine, work: Work, t
 
 
 def recommended(candidates: list[Candidate]) -> Candidate | None:
-    """Of what is in memory and can be made of what is stored, the most bits that decode as fast as one reads; else the
-    fastest of these; else the fastest with experts on the disk; None where nothing fits."""
+    """Of what is in memory and can be made of what is stored, the most exact form that decodes as fast as one reads;
+    else the fastest of these; else the fastest with experts on the disk; None where nothing fits."""
     possible = [found for found in candidates if found.available and found.where is not None]
     for where in ("memory", DISK):
         here = [found for found in possible if found.where == where]
         enough = [found for found in here if where == "memory" and (found.decode is None or _rate(found) >= READING)]
         if here:
-            return enough[0] if enough else max(here, key=_rate)
+            return min(enough, key=_loss) if enough else max(here, key=_rate)
     return None
+
+
+def _loss(candidate: Candidate) -> int:
+    """In order of what quantising loses: what is stored loses nothing, and int8 less than fp8 (docs/numerics.md)."""
+    return 0 if candidate.as_stored else (Kind.INT8, Kind.FP8, Kind.INT4).index(candidate.kind) + 1
 
 
 def _rate(candidate: Candidate) -> float:

@@ -34,7 +34,7 @@ COMMAND = Command(
     "prepare",
     "Writes the packed file of MODEL: its weights as the CPU's kernels read them. Every command that loads MODEL in\n"
     "the same dtype and quantisation finds it and starts at once.",
-    "MODEL [--quantization int4 | int8 | none] [--group-size N] [--out DIR]",
+    "MODEL [--quantization int4 | int8 | fp8 | none] [--group-size N] [--out DIR]",
     {
         "directories": {
             "model": replace(ENGINE["model"], help="a Hugging Face directory, in any format that is read", default=""),
@@ -48,9 +48,9 @@ COMMAND = Command(
         "matrices": {
             "quantization": replace(
                 ENGINE["quantization"],
-                help="int4 or int8: quantise as loading would; none: as they are stored",
+                help="int4, int8 or fp8: quantise as loading would; none: as they are stored",
                 default="none",
-                choices=("int4", "int8", "none"),
+                choices=("int4", "int8", "fp8", "none"),
             ),
             **pick(ENGINE, "group_size", "dtype"),
         },

@@ -1,4 +1,4 @@
-"""`glimmer quantize MODEL OUT --quantization int8 | int4`: a checkpoint with int8 or int4 matrices, made once.
+"""`glimmer quantize MODEL OUT --quantization fp8 | int8 | int4`: a checkpoint with such matrices, made once.
 
 OUT is a Hugging Face directory in the vocabulary of compressed-tensors; glimmer loads from it exactly what
 `--quantization` would have made of MODEL, without the work. It is written beside its place, file by file with the
@@ -45,16 +45,16 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 SLACK = 64 << 20  # bytes of disk for everything but weights
 COMMAND = Command(
     "quantize",
-    "Writes a checkpoint with int8 or int4 matrices, made once: OUT is a Hugging Face directory in the vocabulary of\n"
-    "compressed-tensors, from which glimmer loads what --quantization would have made of MODEL.",
-    "MODEL OUT --quantization int8 | int4 [--group-size N]",
+    "Writes a checkpoint with fp8, int8 or int4 matrices, made once: OUT is a Hugging Face directory in the\n"
+    "vocabulary of compressed-tensors, from which glimmer loads what --quantization would have made of MODEL.",
+    "MODEL OUT --quantization fp8 | int8 | int4 [--group-size N]",
     {
         "directories": {
             "model": replace(ENGINE["model"], help="a Hugging Face directory in bf16, fp16, fp32 or FP8", default=""),
             "out": Option(path, "DIR", "the directory to make; there must be none of that name"),
         },
         "matrices": {
-            "quantization": replace(ENGINE["quantization"], help="int8 or int4", default=""),
+            "quantization": replace(ENGINE["quantization"], help="fp8, int8 or int4", default=""),
             **pick(ENGINE, "group_size"),
         },
     },
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
         if name not in settings.given:
             raise ConfigError(
                 f"no {name} is named",
-                "a model, a directory to make, and int8 or int4",
+                "a model, a directory to make, and fp8, int8 or int4",
                 "e.g. glimmer quantize MODEL OUT --quantization int8",
             )
     model, out, quantization = (settings.take(name) for name in ("model", "out", "quantization"))

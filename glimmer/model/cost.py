@@ -64,14 +64,11 @@ def with_disk(found: dict[str, float], routed: dict[str, float], disk: float) ->
 
 
 def as_quantized(kind: Kind, group_size: int | None = None) -> Kinds:
-    """A model whose matrices are all of one kind, as far as their layers allow it. As loading would quantise it, or,
-    for FP8, as the official checkpoints are: what wants more than 4 bits stays plain there."""
+    """A model whose matrices are all of one kind, as far as their layers allow it: as loading would quantise it."""
 
     @cache
     def of(plain: bool, min_bits: int, width: int) -> tuple[Kind, int | None]:
-        if plain or kind is Kind.PLAIN or (kind is Kind.FP8 and min_bits > 4):
-            return Kind.PLAIN, None
-        return (kind, None) if kind.floating else layout(kind.at_least(min_bits), width, group_size)
+        return (Kind.PLAIN, None) if plain else layout(kind.at_least(min_bits), width, group_size)
 
     return lambda name, layer, shape: of(layer.plain, layer.min_bits, shape[1])
 

@@ -99,9 +99,9 @@ class WeightLoader:
     nbytes: bytes of this rank's weights once its backend has packed them, plain values in `dtype`. widened: how many
     matrices are held as plain values although their codes are smaller, and their bytes, by how they are stored: no
     kernel multiplies them as they are, or dtype is float32, where the kernels of integer codes would round activations
-    to int8. quantization: None, "int8" or "int4", to quantise while loading, int4 in groups of group_size columns
-    (None: 32). Raises CheckpointError with the names when the checkpoint is not exactly the model, and ConfigError when
-    it is quantised already.
+    to int8. quantization: None, "fp8", "int8" or "int4", to quantise while loading, int4 in groups of group_size
+    columns (None: 32); what is stored in fp8 stays so where fp8 is asked for. Raises CheckpointError with the names
+    when the checkpoint is not exactly the model, and ConfigError when it is quantised already.
     """
 
     def __init__(
@@ -301,7 +301,7 @@ class WeightLoader:
         layer, stored = self._layers[spec.layer], self._stored[shard.name]
         if layer.plain:
             return Kind.PLAIN, None
-        if self._asked is None:
+        if self._asked is None or stored.kind is Kind.FP8 is self._asked[0]:
             return stored.kind, stored.group_size
         asked, group_size = self._asked
         if not stored.kind.floating:
@@ -327,7 +327,7 @@ class WeightLoader:
     def _outline(self, spec: ParamSpec, shard: Shard, dtype: torch.dtype, form: Form) -> Weight:
         """The Weight that a shard becomes, without values; dtype: if they are plain."""
         (kind, group_size), stored = form(spec, shard), self._stored[shard.name]
-        if kind is not stored.kind and not kind.floating:
+        if kind is not stored.kind and kind.scaled:
             return Weight.quantized(kind, shard.local_shape, group_size)
         scales_dtype = self._scales_dtypes[spec.layer]
         return Weight.empty(kind, shard.local_shape, group_size, stored.zeros, dtype, scales_dtype=scales_dtype)
@@ -353,7 +353,8 @@ class WeightLoader:
         if not spec.units:
             return
         first = spec.units[0][0]
-        copied = self._target(spec, first)[0].floating and not self._stored[first.name].widened
+        target, stored = self._target(spec, first)[0], self._stored[first.name]
+        copied = target.floating and target in (Kind.PLAIN, stored.kind) and not stored.widened
         width = 1 if copied else self._backend.threads
         read = partial(self._weights, spec, form=form)
         with ThreadPoolExecutor(width, initializer=_compute_alone) as workers:
@@ -377,7 +378,7 @@ class WeightLoader:
             weight, (kind, group_size) = self._read(shard.name, shard.rows, shard.cols), self._target(spec, shard)
             if kind is self._stored[shard.name].kind:
                 weight = replace(weight, scales_dtype=scales_dtype)
-            elif kind.floating:
+            elif kind is Kind.PLAIN:
                 weight = Weight(kind, weight.dequantize(dtype))
             else:
                 weight = self._quantize(weight, kind, group_size)

@@ -51,7 +51,7 @@ def complete(tmp_path):
         ("glimmer predict --dty", ["--dtype"]),
         ("glimmer predict --dtype ", ["auto", "bfloat16", "float32"]),
         ("glimmer bench --kv-cache-dtype i", ["int8"]),
-        ("glimmer quantize --quantization ", ["int8", "int4"]),
+        ("glimmer quantize --quantization ", ["fp8", "int8", "int4"]),
         ("glimmer predict --device c", ["cpu", "cuda"]),
         ("glimmer predict --max-num-seqs ", []),
         ("glimmer predict --model bi", ["bin/"]),

@@ -153,6 +153,11 @@ def test_the_most_bits_that_fit_and_are_fast_enough(described):
     assert places == {
         4: None, 8: ("int4", "disk"), 24: ("int4", "disk"), 64: ("int4", "memory"), 256: ("int4", "memory"),
     }  # fmt: skip
+    assert all(found.available for found in one.candidates(a_machine(256)))  # of bf16 any other form can be made
+    middling = replace(a_machine(256), limits={name: 7 * value for name, value in LIMITS.items()} | {"cache": 0})
+    rates = {found.name: found.decode.rate for found in one.candidates(middling)}
+    assert rates["bf16"] < planning.READING < min(rates["fp8"], rates["int8"])
+    assert planning.recommended(one.candidates(middling)).name == "int8"  # which loses less than fp8
     fast = replace(a_machine(256), limits={name: 20 * value for name, value in LIMITS.items()} | {"cache": 0})
     assert planning.recommended(one.candidates(fast)).name == "bf16"
 

@@ -300,6 +300,26 @@ def test_a_model_of_its_own(model, tmp_path, capfd):
     assert main(["prepare", str(out)]) == 2
 
 
+def test_fp8_is_that_of_a_checkpoint_written_so(model, tmp_path):
+    """The packed file, loading, and the checkpoint that `quantize` writes agree; that one is decoded independently."""
+    directory, coded = model(mtp="full"), tmp_path / "coded"
+    before = answers(directory, quantization="fp8")
+    assert main(["quantize", str(directory), str(coded), "--quantization", "fp8"]) == 0
+    assert answers(coded) == before
+    assert main(["prepare", str(directory), "--quantization", "fp8"]) == 0
+    assert answers(directory, quantization="fp8") == before and (directory / "packed-bfloat16-fp8").is_dir()
+    plain, found = (
+        {k: v for f in d.glob("*.safetensors") for k, v in load_file(f).items()} for d in (directory, coded)
+    )
+    scaled = [name for name in found if name.endswith(".weight_scale")]
+    assert any(".experts." in name for name in scaled) and not any("lm_head" in n or "eh_proj" in n for n in scaled)
+    for name in scaled:
+        codes, values = found[name.removesuffix("_scale")], plain[name.removesuffix("_scale")].float()
+        assert codes.dtype == torch.float8_e4m3fn and found[name].shape == (len(values), 1)
+        assert (codes.float() * found[name] - values).norm() < 0.04 * values.norm()
+    assert all(torch.equal(found[name], plain[name]) for name in plain if f"{name}_scale" not in found)
+
+
 def test_prepare_on_the_way(model):
     directory = model()
     before = answers(directory)
