@@ -14,13 +14,16 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import TextIO
 
 from glimmer.errors import GlimmerError, NotEnoughMemory
 
+REFUSED = GlimmerError.exit_code
 INTERRUPTED = 130
 CLOSED_PIPE = 141
+OTHERS = 2.0  # seconds that the processes of a job may be apart in what they find
 
 
 class Terminated(BaseException):
@@ -139,11 +142,14 @@ def keep_code(code: int) -> None:
     """In a job of several processes: end with this code even if SIGTERM comes before the process has ended.
 
     The launcher sends it to all processes as soon as one of them has ended; the job's end shall be blamed on what was
-    found, not on that signal.
+    found, not on that signal. What one process refuses most often all of them refuse: this one stays until the others
+    have had the time to find it too.
     """
     if not alone() and threading.current_thread() is threading.main_thread():
         write("")
         signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+        if code == REFUSED:
+            time.sleep(OTHERS)
 
 
 def prepare() -> None:

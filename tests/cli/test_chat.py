@@ -140,8 +140,10 @@ def test_pipes(server, tmp_path):
         (["--url", "http://127.0.0.1:9", "--threads", "1", "-p", "hi"], "without a server"),
         (["--temperature", "-1", "-p", "hi"], "temperature"),
         (["--tools", "nowhere", "-p", "hi"], "No such file"),
-        (["nowhere", "-p", "hi"], "nowhere"),
         (["/etc", "-p", "-"], "config.json"),
+        (["nowhere", "-p", "hi"], "'nowhere' does not exist"),
+        (["nowhere", "-p", "-"], "'nowhere' does not exist"),
+        (["/dev/null", "-p", "hi"], "'/dev/null' is a file"),
         (["-p", ""], "empty"),
     ],
 )

@@ -94,14 +94,33 @@ def test_ctrl_c_before_and_after_a_command_is_quiet(program, code):
     assert (done.returncode, done.stderr) == (code, "") and done.stdout in ("", f"glimmer {__version__}\n")
 
 
+def stay(seconds: int) -> str:
+    """The program that sets how long a refused rank stays."""
+    return f"import glimmer.cli.exits\nglimmer.cli.exits.OTHERS = {seconds}\n"
+
+
 @pytest.mark.parametrize("moment", ["atexit.register(ctrl_c, 15)\n", "sys.exit = lambda code: (ctrl_c(15), exit(0))\n"])
 def test_a_refused_rank_keeps_its_exit_code_when_the_launcher_ends_it(moment):
     """SIGTERM comes when the refusal has been told, before the interpreter has ended."""
-    program = (
-        f"import atexit, os, signal, sys\n{CTRL_C}sys.argv[1:] = ['bench', '--fly']\n{moment}{MAIN}sys.exit(main())"
-    )
+    refused = f"{CTRL_C}sys.argv[1:] = ['bench', '--fly']\n{moment}{stay(0)}{MAIN}sys.exit(main())"
+    program = f"import atexit, os, signal, sys\n{refused}"
     done = process("-c", program, env={"RANK": "1", "WORLD_SIZE": "2"})
     assert done.returncode == 2 and "no key 'fly'" in done.stderr, done
+
+
+def test_a_refused_rank_stays_until_the_others_can_have_refused_too():
+    """torchrun ends the others as soon as one has ended: by a signal, which would be blamed in place of the refusal."""
+    program = f"import sys\nsys.argv[1:] = ['bench', '--fly']\n{stay(60)}{MAIN}sys.exit(main())"
+    env = os.environ | {"RANK": "1", "WORLD_SIZE": "2"}
+    with subprocess.Popen([sys.executable, "-c", program], env=env, stderr=subprocess.PIPE, text=True) as rank:
+        try:
+            assert rank.stderr is not None and "no key 'fly'" in rank.stderr.readline()
+            with pytest.raises(subprocess.TimeoutExpired):
+                rank.wait(1)
+            rank.terminate()
+            assert rank.wait(30) == 2
+        finally:
+            rank.kill()
 
 
 def test_how_commands_end(capsys):
