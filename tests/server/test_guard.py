@@ -1,11 +1,19 @@
 """What the server does not let in: strangers, bodies and heads beyond its limits, more than it can hold."""
 
+import asyncio
+import json
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+import uvicorn
 from servers import Server
+from starlette.responses import Response
+from uvicorn.server import ServerState
+
+from glimmer.server import protocol
 
 pytestmark = pytest.mark.slow
 HELLO = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
@@ -140,6 +148,67 @@ def test_a_head_without_end(server):
             for number in range(3000):
                 connection.sendall(b"X-%d: %s\r\n" % (number, b"y" * 100))
     assert server.health() == 200
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 20_000 + b"\r\n",
+     b"GET /health?" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+     b"GET /health HTTP/1.1\r\nHost: x\r\nA: " + b"b" * 70_000 + b"\r\n\r\n"],
+    ids=["many", "a long path", "a long one"],
+)  # fmt: skip
+def test_a_head_that_is_too_long_comes_at_once(server, head):
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(head)
+        assert connection.recv(100).startswith(b"HTTP/1.1 431 ")
+
+
+def test_long_bodies_do_not_count_as_heads(server):
+    """Requests that follow each other at once come in pieces that hold the end of one and the beginning of the next."""
+    host, port = server.url.removeprefix("http://").split(":")
+    body = json.dumps({"prompt": "x", "max_tokens": 1, "user": "u" * 90_000}).encode()
+    one = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nA: %s\r\nContent-Length: %d\r\n\r\n%s"
+    one %= (b"a" * 40_000, len(body), body)
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(one + one + one[:30_000])
+        time.sleep(0.05)
+        connection.sendall(one[30_000:])
+        answers = b""
+        while answers.count(b"HTTP/1.1 ") < 3:
+            piece = connection.recv(1 << 16)
+            assert piece, "the server has closed the connection"
+            answers += piece
+    assert answers.count(b"HTTP/1.1 200 ") == 3
+
+
+def test_every_head_has_its_time(monkeypatch):
+    """Also one that follows an answered request."""
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.3)
+
+    async def app(scope, receive, send):
+        await Response("here")(scope, receive, send)
+
+    async def life() -> list[bytes]:
+        config = uvicorn.Config(app, lifespan="off", ws="none", http=protocol.Protocol, log_config=None)
+        config.load()
+        make = lambda: protocol.Protocol(config, ServerState(), {})
+        server = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0)
+        answers = []
+        async with server:
+            for end in (b"", b"G", b"GET / HTTP/1.1\r\nHost: x"):
+                reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+                for _ in range(2):
+                    writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                    answers.append(await asyncio.wait_for(reader.readuntil(b"here"), 10))
+                if end:
+                    writer.write(end)
+                    answers.append(await asyncio.wait_for(reader.read(), 10))
+                writer.close()
+        return answers
+
+    good = [b"HTTP/1.1 200 OK"] * 2
+    assert [answer[:15] for answer in asyncio.run(life())] == [*good, *good, b"", *good, b""]
 
 
 def test_its_own_description(server):
