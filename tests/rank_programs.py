@@ -201,8 +201,17 @@ def drafts(llm: LLM) -> dict[str, Any]:
 
 
 def paying(llm: LLM) -> dict[str, Any]:
-    """The same where rank 0 finds out how many drafts pay."""
-    return drafts(llm)
+    """The same where rank 0 finds out whether drafts pay, which takes some tokens."""
+    prompts = [llm.render([{"role": "user", "content": text}]) for text in ("Introduce Paris.", "Introduce Rome.")]
+
+    def ids() -> list[Any]:
+        outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=100))
+        return [output.outputs[0].token_ids for output in outputs]
+
+    with llm.without_drafts():
+        plain = ids()
+    drafted = [ids() for _ in range(5)]
+    return {"plain": [plain] * 5, "drafted": drafted, "accepted": llm.stats.num_accepted_tokens}
 
 
 def disk(llm: LLM) -> dict[str, Any]:

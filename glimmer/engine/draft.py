@@ -104,7 +104,8 @@ class MTPSource:
             return self._propose(hidden, outputs, step, count)
         for chunk in step.chunks:
             chunk.sequence.drafts = []
-            self._forget(chunk.sequence, chunk.start, chunk.start + chunk.n)
+            if chunk.n > 1 or chunk.start % self.block_size == 0:  # else nothing is to be forgotten
+                self._forget(chunk.sequence, chunk.start, chunk.start + chunk.n)
 
     @torch.inference_mode()
     def _propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int) -> None:
@@ -173,10 +174,10 @@ class MTPSource:
         return rows
 
     def _forget(self, sequence: Sequence, start: int, end: int) -> None:
-        """Other rows of the sequence's blocks, from start to end, than those of the MTP layer have changed."""
-        for i in range(start // self.block_size, (end - 1) // self.block_size + 1):
-            block = sequence.blocks[i]
-            self._rows_of[block] = min(self._rows_of[block], max(0, start - i * self.block_size))
+        """Rows of a sequence, from start to end, have been computed without those of the MTP layer. A block that begins
+        before start has none of these beyond."""
+        for i in range(-(-start // self.block_size), (end - 1) // self.block_size + 1):
+            self._rows_of[sequence.blocks[i]] = 0
 
     def _after(self, part: Rows) -> Rows:
         """The row of the latest guess."""

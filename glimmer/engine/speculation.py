@@ -56,16 +56,19 @@ class Speculation:
         for checked, accepted in drafts:
             if checked:
                 switch.checked(checked, accepted)
-        if decoding and len(drafts) == len(step.chunks):
+        if not decoding:
+            switch.prompted(seconds)
+        elif len(drafts) == len(step.chunks):
             switch.stepped(len(drafts), drafts, seconds)
         return switch.choose(len(step.chunks), prompts=not decoding)
 
     def propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int | None) -> None:
         begin = perf_counter()
         self.source.propose(hidden, outputs, step, count)
-        if self.switch is not None and count is not None and all(chunk.num_known == 1 for chunk in step.chunks):
-            made = min(len(chunk.sequence.drafts) for chunk in step.chunks)
-            self.switch.drafted(made, perf_counter() - begin)
+        if self.switch is not None and count is not None:
+            made = sum(len(chunk.sequence.drafts) for chunk in step.chunks) / len(step.chunks)
+            prompts = any(chunk.num_known > 1 for chunk in step.chunks)
+            self.switch.drafted(made, perf_counter() - begin, prompts)
 
 
 def make_speculation(runner: Runner, config: SpeculativeConfig, vocab_size: int) -> Speculation | None:

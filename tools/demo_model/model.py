@@ -63,12 +63,16 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * d, h, bias=False)
         self.q_norm, self.k_norm = RMSNorm(d, shape.rms_norm_eps), RMSNorm(d, shape.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layout: Layout) -> Tensor:  # (T, H) -> (T, H)
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, H) -> queries, keys and values, (T, heads, D) each; grouped queries have no fast kernel in float32."""
         tokens, share = x.shape[0], self.heads // self.kv_heads
         q = rotate(self.q_norm(self.q_proj(x).view(tokens, self.heads, -1)), rope)
         k = rotate(self.k_norm(self.k_proj(x).view(tokens, self.kv_heads, -1)), rope)
         v = self.v_proj(x).view(tokens, self.kv_heads, -1)
-        k, v = (t.repeat_interleave(share, dim=1) for t in (k, v))  # grouped queries have no fast kernel in float32
+        return q, k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layout: Layout) -> Tensor:  # (T, H) -> (T, H)
+        q, k, v = self.project(x, rope)
         sizes, out = [rows * length for rows, length in layout.segments], []
         for (rows, length), *parts in zip(layout.segments, *(t.split(sizes) for t in (q, k, v)), strict=True):
             sequences = [t.view(rows, length, -1, self.head_dim).transpose(1, 2) for t in parts]
@@ -264,13 +268,13 @@ class DemoModel(nn.Module):
             if name.endswith(".bias"):
                 parameter.zero_()
 
-    def rope(self, layout: Layout) -> tuple[Tensor, Tensor]:
-        angles = layout.positions[:, None, None].float() * self.frequencies
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        angles = positions[:, None, None].float() * self.frequencies
         return torch.cat([angles, angles], dim=-1).cos(), torch.cat([angles, angles], dim=-1).sin()
 
     def trunk(self, tokens: Tensor, layout: Layout) -> Tensor:
         """(T,) int64 -> (T, H)."""
-        x, rope = self.model.embed_tokens(tokens), self.rope(layout)
+        x, rope = self.model.embed_tokens(tokens), self.rope(layout.positions)
         for block in self.model.layers[:-1]:
             x = block(x, rope, layout)
         return self.model.norm(x)
@@ -279,7 +283,7 @@ class DemoModel(nn.Module):
         """Hidden state t and token t+1 -> (T, H), whose logits are a guess at token t+2."""
         mtp = self.model.layers[-1]
         x = mtp.eh_proj(torch.cat([mtp.enorm(self.model.embed_tokens(following)), mtp.hnorm(hidden)], dim=-1))
-        return mtp.shared_head["norm"](mtp(x, self.rope(layout), layout))
+        return mtp.shared_head["norm"](mtp(x, self.rope(layout.positions), layout))
 
     def routers(self) -> dict[int, Router]:
         """Layer index -> its router."""

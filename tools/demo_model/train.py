@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from export import export, load
 from generate import EXAMPLES
 from model import DemoModel, Layout, Shape, layout_of
-from torch import Tensor
+from torch import Tensor, nn
 
 TASKS = tuple(EXAMPLES)
 MICRO_BATCHES = (  # from which micro-batch on, how many examples of each task
@@ -152,7 +152,7 @@ def orthogonal(x: Tensor, rounds: int = 5) -> Tensor:
     return x.mT if turned else x
 
 
-def optimizers(model: DemoModel) -> list[torch.optim.Optimizer]:
+def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     matrices, stacked, others = [], [], []
     for name, parameter in model.named_parameters():
         hidden = parameter.ndim > 1 and not any(part in name for part in ("embed_tokens", "lm_head", "mlp.gate.weight"))
