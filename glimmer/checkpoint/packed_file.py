@@ -164,6 +164,8 @@ def find(model: Path, form: Form, layout: str, quantization_config: object) -> P
     source: dict[str, str] | None = None
     for directory in places(model, form):
         if not (directory / MANIFEST).is_file():
+            if (directory / JOURNAL).is_file():
+                log.warning("the packed file %s is not used: it is not finished; glimmer prepare goes on", directory)
             continue
         try:
             packed = PackedFile(directory)
@@ -175,7 +177,12 @@ def find(model: Path, form: Form, layout: str, quantization_config: object) -> P
         if stale is None and packed.form == form and packed.layout == layout:
             return packed
         packed.close()
-        reason = f"it was made of another {stale}" if stale else f"its layout is {packed.layout!r}, not {layout!r}"
+        if stale is not None:
+            reason = f"it was made of another {stale}"
+        elif packed.form != form:
+            reason = f"it holds {packed.form.folder}"
+        else:
+            reason = f"its layout is {packed.layout!r}, not {layout!r}"
         log.warning("the packed file %s is not used: %s; glimmer prepare makes it again", directory, reason)
     return None
 

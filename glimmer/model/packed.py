@@ -54,7 +54,8 @@ def open_weights(
     """The packed file of a model in this form, where there is one that can be used; else its checkpoint.
 
     size: processes that share the model: each wants a part of the matrices, and so reads the checkpoint. make: write
-    the packed file first where there is none. Raises ConfigError and CheckpointError.
+    the packed file first where there is none. A packed file that is there and not used is named in a warning, with the
+    reason. Raises ConfigError and CheckpointError.
     """
     if packed_file.is_packed(model):
         if size > 1:
@@ -73,9 +74,14 @@ def open_weights(
         if found is not None:
             log.info("weights are those of the packed file %s", found.directory)
             return found
-    elif make:
-        reason = "several processes share the model" if size > 1 else f"backend {backend.name!r} has none"
-        log.warning("no packed file is made: %s", reason)
+    else:
+        holds_whole = f"it holds whole matrices, of which each of {size} processes computes with a part"
+        reason = holds_whole if size > 1 else f"backend {backend.name!r} has another layout"
+        there = next((place for place in places(model, form) if packed_file.is_packed(place)), None)
+        if there is not None:
+            log.warning("the packed file %s is not used: %s; the checkpoint is read", there, reason)
+        elif make:
+            log.warning("no packed file is made: %s", reason)
     return Checkpoint(model)
 
 

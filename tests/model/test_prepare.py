@@ -21,7 +21,7 @@ from glimmer.checkpoint import packed_file
 from glimmer.checkpoint.packed_file import Form, PackedFile
 from glimmer.cli.main import main
 from glimmer.errors import CheckpointError, ConfigError
-from glimmer.model.packed import prepare
+from glimmer.model.packed import open_weights, prepare
 from glimmer.model_config import ModelConfig
 
 TOKENS = [5, 60, 200, 7, 31, 90, 250, 3, 64, 128, 17, 99, 250, 251, 40, 8]
@@ -253,6 +253,30 @@ def test_a_writer_that_was_killed_is_gone_on_with(model, monkeypatch):
     assert next(whole.glob("weights-*.bin")).read_bytes() == wanted
     assert {path.name for path in whole.iterdir()} >= {packed_file.MANIFEST}
     assert not (whole / packed_file.JOURNAL).exists()
+
+
+def test_what_is_there_and_cannot_be_used_is_named(model, caplog):
+    """By a backend of another layout, by processes that share the model, or while it is not finished."""
+    directory = model()
+    packed, config, form = pack(directory), ModelConfig.load(str(directory)), Form("bfloat16")
+    kernels, torches = selection.choose(selection.HOST), selection.choose(selection.HOST, backend="reference")
+    (packed / packed_file.JOURNAL).touch()  # as an interrupted writer leaves it, that makes it again
+    for backend, size, make, reason in (
+        (torches, 1, False, "backend 'reference' has another layout"),
+        (torches, 1, True, "backend 'reference' has another layout"),
+        (kernels, 2, False, "of which each of 2 processes computes with a part"),
+        (kernels, 1, False, "it is not finished"),
+    ):
+        if "finished" in reason:
+            (packed / packed_file.MANIFEST).unlink()
+        caplog.clear()
+        with (
+            caplog.at_level(logging.WARNING, "glimmer"),
+            open_weights(directory, config, form, backend, size, make) as found,
+        ):
+            assert not isinstance(found, PackedFile)
+        (warning,) = [record.getMessage() for record in caplog.records]
+        assert str(packed) in warning and "is not used" in warning and reason in warning
 
 
 def test_of_two_writers_one_is_refused(model):
