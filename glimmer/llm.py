@@ -462,7 +462,7 @@ class LLM:
 
         tools, tool_choice, parallel_tool_calls: what may be called, in OpenAI's form. Where the template writes calls
             as this family does, the answer's calls are those of the tools, with arguments of their schemas. Tools of
-            another template are its own affair, unless there is a tool_choice.
+            another template are its own affair, unless one of the other two is given.
         chat_template: a Jinja template in place of the checkpoint's.
         continue_final_message: the last message is the beginning of the answer (with add_generation_prompt=False).
         special_tokens_in_content: what names of control tokens in the messages of users and tools are, such as
@@ -496,10 +496,11 @@ class LLM:
         parallel_tool_calls: bool | None,
     ) -> dict[str, Calls]:
         """What may be called in the answer to a conversation, as a part of its prompt."""
-        if self.tokenizer is None or (not tools and tool_choice is None):
+        chosen = tool_choice is not None or parallel_tool_calls is not None
+        if self.tokenizer is None or not (tools or chosen):
             return {}
         format = answer_format(template.source, self.tokenizer.added_names)
-        if tool_choice is None and (format is None or format.call is None):
+        if not chosen and (format is None or format.call is None):
             return {}
         return {"calls": Calls(tools, tool_choice, parallel_tool_calls, format)}
 

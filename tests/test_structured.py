@@ -151,6 +151,7 @@ def test_calls_in_a_stream(llm):
         ({"tools": TOOLS, "tool_choice": 7}, "tool_choice", "7"),
         ({"tools": TOOLS, "tool_choice": {"function": {"name": "go_back"}}}, "tool_choice", "go_back"),
         ({"tools": TOOLS, "parallel_tool_calls": "yes"}, "parallel_tool_calls", "'yes'"),
+        ({"parallel_tool_calls": "yes"}, "parallel_tool_calls", "'yes'"),
         ({"tools": TOOLS, "tool_choice": "auto", "chat_template": "{{ messages[0].content }}"}, "tools", "no calls"),
     ],
 )

@@ -93,7 +93,7 @@ class Reference(Backend):
             x[..., : 2 * half] = rotated
 
     def forbid_(self, logits: Tensor, allowed: Tensor) -> None:
-        bits = allowed[:, :, None] >> torch.arange(8, device=allowed.device) & 1
+        bits = allowed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=allowed.device) & 1
         logits.masked_fill_(bits.flatten(1)[:, : logits.shape[1]] == 0, float("-inf"))
 
     def linear(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:

@@ -63,6 +63,9 @@ class Protocol(HttpToolsProtocol):
         else:
             super().send_400_response(msg)
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """There is nothing to upgrade to, and nothing to install: the request is answered as it is."""
+
     def _begin_head(self) -> None:
         # Bytes of the lines that have been read; bytes that have come since the head began, without those that came
         # together with its beginning, which may belong to an earlier request.

@@ -252,7 +252,9 @@ class _Writer:
 
     def failed(self, failure: Failure) -> Iterable[Json]:
         """The event for an answer that cannot go on."""
-        code = {400: failure.code or "invalid_prompt"}.get(failure.status, "server_error")
+        code = "server_error"  # OpenAI's words for it: after this one, clients ask again
+        if failure.status == 400:
+            code = failure.code if failure.code == "context_length_exceeded" else "invalid_prompt"
         self._response |= {"status": "failed", "error": {"code": code, "message": failure.message}}
         return [self._told("response.failed")]
 

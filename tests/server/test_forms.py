@@ -138,6 +138,7 @@ def test_a_form_that_proves_too_complex_while_it_is_followed(server, path):
     assert "[DONE]" not in stream.text
     if path == "/v1/responses":
         assert last["type"] == "response.failed" and last["response"]["status"] == "failed"
-        assert "could not be followed" in last["response"]["error"]["message"]
+        failed = last["response"]["error"]
+        assert failed["code"] == "invalid_prompt" and "could not be followed" in failed["message"]
     else:
         assert last["error"] == error and last.get("type") == ("error" if path == "/v1/messages" else None)
