@@ -10,6 +10,7 @@ import os
 import platform
 import resource
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -173,6 +174,28 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
+class Card(NamedTuple):
+    """An accelerator of this machine: "cuda:0", the name that its driver gives, bytes of memory and of those free."""
+
+    device: str
+    name: str
+    total: int
+    free: int
+
+
+def cards() -> list[Card]:
+    """The accelerators that torch sees here."""
+    found = []
+    for kind in available():
+        if kind == "cpu":
+            continue
+        module = getattr(torch, kind)
+        for i in range(module.device_count()):
+            free, total = module.mem_get_info(i)
+            found.append(Card(f"{kind}:{i}", module.get_device_name(i), total, free))
+    return found
+
+
 def describe() -> list[tuple[str, str]]:
     """(what, finding) rows about this machine, for `glimmer doctor`."""
     flags = _cpu_flags()
@@ -183,14 +206,9 @@ def describe() -> list[tuple[str, str]]:
         ("instructions", " ".join(f for f in wanted if f in flags) or "none of those that matter here"),
         ("memory", f"{total / 2**30:.1f} GiB, {free_memory(torch.device('cpu')) / 2**30:.1f} GiB free"),
     ]
-    for kind in available():
-        if kind == "cpu":
-            continue
-        module = getattr(torch, kind)
-        for i in range(module.device_count()):
-            free, total = module.mem_get_info(i)
-            memory = f"{total / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free"
-            rows.append((f"{kind}:{i}", f"{module.get_device_name(i)}, {memory}"))
+    for card in cards():
+        memory = f"{card.total / 2**30:.1f} GiB, {card.free / 2**30:.1f} GiB free"
+        rows.append((card.device, f"{card.name}, {memory}"))
     if len(rows) == 3:
         rows.append(("accelerators", "none that torch can use"))
     return rows

@@ -44,8 +44,10 @@ def main(argv: list[str]) -> int:
         return 0
     asked = COMMAND.read(argv)
     device = devices.resolve(asked.take("device", "auto"), 0)
-    kind, threads = device.type, devices.share_cores(1, asked.take("threads"))
-    cache = base.KVCacheSpec(1, asked.take("block_size", EngineConfig.block_size), 1, HEAD_DIM, torch.bfloat16)
+    given = asked.fields(pick(ENGINE, "threads", "block_size"))
+    config = asked.check(EngineConfig, given | {"model": ""})  # of the settings; the model is looked at below
+    kind, threads = device.type, devices.share_cores(1, config.threads)
+    cache = base.KVCacheSpec(1, config.block_size, 1, HEAD_DIM, torch.bfloat16)
     ops = selection.choose(device, threads, cache, asked.take("backend", "auto"))
     rows = [
         ("glimmer", f"{__version__} on Python {platform.python_version()}, {platform.system()} {platform.machine()}"),

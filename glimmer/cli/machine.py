@@ -26,45 +26,55 @@ PROBE_LEAST = 64 << 20  # bytes of a file from which a disk's speed can be told
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One card, as its maker describes it: GiB of memory, GB/s, TFLOP/s of bfloat16 and of 8-bit numbers, both dense.
+    """One card, as its maker describes it: GiB of memory, GB/s, TFLOP/s of bfloat16 and TOP/s of int8, both dense and
+    with sums in 32 bits.
 
-    device_memory: what the family's guide for Ascend sets max_device_memory to; None: not in that guide.
+    reported: the names that drivers have for it. device_memory: what the family's guide for Ascend sets
+    max_device_memory to; None: not in that guide.
     """
 
     name: str
     memory: int
     bandwidth: float
     bfloat16: float
-    eight_bit: float
+    int8: float
     source: str
+    reported: tuple[str, ...]
     device_memory: str | None = None
 
     def limits(self) -> dict[str, float]:
         """As Backend.limits has them."""
-        return {"read": self.bandwidth * 1e9, "bfloat16": self.bfloat16 * 1e12, "int8": self.eight_bit * 1e12}
+        return {"read": self.bandwidth * 1e9, "bfloat16": self.bfloat16 * 1e12, "int8": self.int8 * 1e12}
 
 
 ASCEND = "the guide of MindFormers' glm4_moe; memory and arithmetic as published for Atlas 800T A2: preliminary"
 ACCELERATORS = {
     re.sub("[^a-z0-9]", "", card.name.lower()): card
     for card in (
-        Accelerator("A100-40GB", 40, 1555, 312, 624, "NVIDIA A100 data sheet"),
-        Accelerator("A100", 80, 2039, 312, 624, "NVIDIA A100 data sheet (80GB SXM)"),
-        Accelerator("H20", 96, 4000, 148, 296, "NVIDIA H20 specifications"),
-        Accelerator("H100", 80, 3350, 989, 1979, "NVIDIA H100 data sheet (SXM)"),
-        Accelerator("H100-PCIe", 80, 2000, 756, 1513, "NVIDIA H100 data sheet (PCIe)"),
-        Accelerator("H200", 141, 4800, 989, 1979, "NVIDIA H200 data sheet"),
-        Accelerator("B200", 180, 7700, 2250, 4500, "NVIDIA HGX B200 data sheet"),
-        Accelerator("L4", 24, 300, 121, 242, "NVIDIA L4 data sheet"),
-        Accelerator("L40S", 48, 864, 362, 733, "NVIDIA L40S data sheet"),
-        Accelerator("RTX3090", 24, 936, 71, 284, "NVIDIA Ampere GA102 whitepaper"),
-        Accelerator("RTX4090", 24, 1008, 165, 330, "NVIDIA Ada whitepaper"),
-        Accelerator("RTX5090", 32, 1792, 209, 419, "NVIDIA RTX Blackwell whitepaper"),
-        Accelerator("MI300X", 192, 5300, 1307, 2615, "AMD Instinct MI300X data sheet"),
-        Accelerator("Ascend910B", 64, 1600, 313, 626, ASCEND, "59GB"),
-        Accelerator("Ascend910B-32GB", 32, 800, 280, 560, ASCEND.replace("800T", "800I"), "30GB"),
+        Accelerator("A100-40GB", 40, 1555, 312, 624, "NVIDIA A100 data sheet", ("A100-SXM4-40GB", "A100-PCIE-40GB")),
+        Accelerator("A100", 80, 2039, 312, 624, "NVIDIA A100 data sheet (80GB SXM)", ("A100-SXM4-80GB",)),
+        Accelerator("A100-PCIe", 80, 1935, 312, 624, "NVIDIA A100 data sheet (80GB PCIe)", ("A100 80GB PCIe",)),
+        Accelerator("H20", 96, 4000, 148, 296, "NVIDIA H20 specifications", ("H20",)),
+        Accelerator("H100", 80, 3350, 989, 1979, "NVIDIA H100 data sheet (SXM)", ("H100 80GB HBM3",)),
+        Accelerator("H100-PCIe", 80, 2000, 756, 1513, "NVIDIA H100 data sheet (PCIe)", ("H100 PCIe",)),
+        Accelerator("H200", 141, 4800, 989, 1979, "NVIDIA H200 data sheet", ("H200",)),
+        Accelerator("B200", 180, 7700, 2250, 4500, "NVIDIA HGX B200 data sheet", ("B200",)),
+        Accelerator("L4", 24, 300, 121, 242, "NVIDIA L4 data sheet", ("L4",)),
+        Accelerator("L40S", 48, 864, 362, 733, "NVIDIA L40S data sheet", ("L40S",)),
+        Accelerator("RTX3090", 24, 936, 71, 284, "NVIDIA Ampere GA102 whitepaper", ("GeForce RTX 3090",)),
+        Accelerator("RTX4090", 24, 1008, 165, 661, "NVIDIA Ada whitepaper", ("GeForce RTX 4090",)),
+        Accelerator("RTX5090", 32, 1792, 209, 838, "NVIDIA RTX Blackwell whitepaper", ("GeForce RTX 5090",)),
+        Accelerator("MI300X", 192, 5300, 1307, 2615, "AMD Instinct MI300X data sheet", ("AMD Instinct MI300X",)),
+        Accelerator("Ascend910B", 64, 1600, 313, 626, ASCEND, ("Ascend910B3",), "59GB"),
+        Accelerator("Ascend910B-32GB", 32, 800, 280, 560, ASCEND.replace("800T", "800I"), ("Ascend910B4",), "30GB"),
     )
 }
+
+
+def known(card: devices.Card) -> Accelerator | None:
+    """What the table says of a card of this machine; None if its name is none of the table's."""
+    name = card.name.removeprefix("NVIDIA ")
+    return next((each for each in ACCELERATORS.values() if name in each.reported), None)
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,8 @@ class Disk:
 @dataclass(frozen=True)
 class Machine:
     """processes compute, each with so many free bytes of memory, `usable` of which it may take; limits: of one of them,
-    None where nothing measures them. accelerator: None on a CPU, whose threads are those of one process."""
+    None where nothing measures them. accelerator: None on a CPU, whose threads are those of one process. cards: what
+    this machine has besides. notes: what of it was asked for and cannot be."""
 
     processes: int
     nodes: int
@@ -93,6 +104,8 @@ class Machine:
     limits: Mapping[str, float] | None
     accelerator: Accelerator | None = None
     described: tuple[str, ...] = ()
+    cards: tuple[devices.Card, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -117,23 +130,44 @@ def accelerator(value: str) -> tuple[Accelerator, int]:
 
 
 def describe(card: Accelerator, number: int, nodes: int, memory: int | None, share: float, disk: Disk) -> Machine:
-    """Some machines with so many cards each; memory: bytes that may be taken on each card."""
+    """Some machines with so many cards each; memory: bytes that may be taken on each card, ConfigError if a card has
+    less."""
     total = card.memory * GIB
+    if memory is not None and memory > total:
+        raise ConfigError(
+            f"memory={memory / GIB:,.1f} GiB for a card of {card.memory} GiB ({card.name})",
+            "at most what each card has",
+            "correct memory, leave it out, or name another card (--gpu)",
+        )
     guide = size(card.device_memory) if card.device_memory is not None else total
-    usable = min(int(total * share), memory or guide)
+    most = int(total * share)
     said = () if memory is None else (f"{memory / GIB:.1f} GiB on each card",)
-    return Machine(number * nodes, nodes, total, total, usable, disk, 1, None, card.limits(), card, said)
+    notes = () if memory is None or memory <= most else (_too_much(memory, most, share),)
+    return Machine(
+        number * nodes, nodes, total, total, min(most, memory or guide), disk, 1, None, card.limits(), card, said,
+        notes=notes,
+    )  # fmt: skip
 
 
 def this_machine(threads: int | None, memory: int | None, share: float, disk: Disk) -> Machine:
-    """This machine's CPU, measured in about two seconds. memory: bytes that may be taken, in place of its own."""
+    """This machine's CPU, measured in about two seconds. memory: bytes that may be taken, in place of its own: another
+    machine, where they are more than this one has."""
     count = devices.share_cores(1, threads)
     backend = selection.choose(selection.HOST, count)
     free = devices.free_memory(selection.HOST)
     usable = int(free * share) if memory is None else memory
     said = () if memory is None else (f"{memory / GIB:.1f} GiB of memory to take",)
+    notes = () if usable <= int(free * share) else (_too_much(usable, int(free * share), share),)
     return Machine(
-        1, 1, devices.total_memory(), free, usable, disk, count, backend.kernels, backend.limits(), None, said
+        1, 1, devices.total_memory(), free, usable, disk, count, backend.kernels, backend.limits(), None, said,
+        tuple(devices.cards()), notes,
+    )  # fmt: skip
+
+
+def _too_much(memory: int, most: int, share: float) -> str:
+    return (
+        f"{memory / GIB:,.1f} GiB are asked for; {most / GIB:,.1f} are what would be taken there, {share:.0%} of what"
+        " is free"
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from glimmer.cli import demo
 from glimmer.cli.lazy import lazy
 from glimmer.cli.options import ENGINE, Command, Option, count, pick, size, text, truth
-from glimmer.config import EngineConfig
+from glimmer.config import MAX_BYTES, EngineConfig
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.hub import model_directory
 from glimmer.model_config import check_directory
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from glimmer.cli import planning
     from glimmer.cli.machine import Machine
     from glimmer.cli.planning import Candidate, Planner, Speed
+    from glimmer.device import Card
 else:
     machines, planning = lazy("glimmer.cli.machine"), lazy("glimmer.cli.planning")
 
@@ -59,21 +60,24 @@ def main(argv: list[str]) -> int:
     if nodes > 1 and gpu is None:
         raise ConfigError(f"--nodes {nodes} without --gpu", "cards in each machine", "name them, e.g. --gpu H100:8")
     for name, value in (("memory", memory), ("disk_speed", speed)):
-        if value == 0:
-            raise ConfigError(f"{name}=0", "more than nothing", f"correct {name}, or leave it out")
+        if value is not None and not 1 <= value <= MAX_BYTES:
+            raise ConfigError(
+                f"{name}={value}", f"more than nothing, {MAX_BYTES:g} at most", f"correct {name}, or leave it out"
+            )
     card = None if gpu is None else machines.accelerator(gpu)
     given = settings.fields(pick(ENGINE, "max_model_len", "kv_cache_dtype", "kv_cache_memory_bytes"))
+    threads = settings.fields(pick(ENGINE, "threads"))
     name = settings.take("model") or str(demo.default_model(COMMAND.name))
     directory = check_directory(model_directory(name))
     if not (directory / "config.json").is_file():
         raise CheckpointError(
             f"there is no config.json in {directory}", "a model's directory, or a config.json alone", "check the path"
         )
-    planner = planning.Planner(directory, settings.check(EngineConfig, given | {"model": str(directory)}))
+    planner = planning.Planner(directory, settings.check(EngineConfig, given | threads | {"model": str(directory)}))
     share = planner.engine.gpu_memory_utilization
     disk = machines.disk_of(directory, speed)
     if card is None:
-        machine = machines.this_machine(settings.take("threads"), memory, share, disk)
+        machine = machines.this_machine(planner.engine.threads, memory, share, disk)
     else:
         machine = machines.describe(*card, nodes, memory, share, disk)
     candidates = planner.candidates(machine)
@@ -134,12 +138,11 @@ def _print_machine(machine: "Machine") -> None:
     print(f"\n{machine.name}")
     card, disk = machine.accelerator, machine.disk
     if card is not None:
-        speeds = (
-            f"{card.bandwidth:,.0f} GB/s, {card.bfloat16:,.0f} TFLOP/s in bfloat16, {card.eight_bit:,.0f} in 8 bits"
-        )
+        speeds = f"{card.bandwidth:,.0f} GB/s, {card.bfloat16:,.0f} TFLOP/s in bfloat16, {card.int8:,.0f} TOP/s in int8"
         print(f"  each card           {card.memory} GiB, {gib(machine.usable)} of it to take")
         print(f"  by its maker        {speeds}")
         print(f"  source              {card.source}")
+        print("".join(f"  note                {note}\n" for note in machine.notes), end="")
         return
     print(f"  memory              {gib(machine.total)}, {gib(machine.free)} free, {gib(machine.usable)} to take")
     speed = f"{disk.speed / 1e9:,.2f} GB/s ({disk.how})" if disk.speed else f"speed unknown: {disk.how}"
@@ -152,6 +155,13 @@ def _print_machine(machine: "Machine") -> None:
         )
     else:
         print("  measured            nothing: without the CPU kernels no speed is predicted")
+    print("".join(f"  note                {note}\n" for note in machine.notes), end="")
+    for one in machine.cards:
+        like = machines.known(one)
+        speeds = "bandwidth and arithmetic unknown"
+        if like is not None:
+            speeds = f"{like.bandwidth:,.0f} GB/s, {like.bfloat16:,.0f} TFLOP/s in bfloat16; to plan: --gpu {like.name}"
+        print(f"  {one.device:<20}{one.name}, {gib(one.total)}, {gib(one.free)} free; {speeds}")
 
 
 def _print_candidates(candidates: "list[Candidate]", machine: "Machine") -> None:
@@ -195,7 +205,7 @@ def _reasons(planner: "Planner", machine: "Machine", chosen: "Candidate") -> lis
         lines.append("the MTP layer does not fit beside it: no drafts are made")
     if chosen.where == "memory" and machine.accelerator is None:
         most = min(planner.config.context, (machine.usable - chosen.needed) // planner.token_bytes() + chosen.least)
-        if most > chosen.context and planner.engine.max_model_len is None:
+        if most > chosen.context and planner.engine.max_model_len is planner.engine.kv_cache_memory_bytes is None:
             wanted = most * planner.token_bytes() // 2**20 + 1
             lines.append(f"--kv-cache-memory-bytes {wanted}MB has room for {most:,} tokens")
     for what, speed in (("prefill", chosen.prefill), ("decode", chosen.decode)):
@@ -240,10 +250,12 @@ def _commands(
     name: str, planner: "Planner", machine: "Machine", chosen: "Candidate", given: dict[str, Any], memory: int | None
 ) -> list[str]:
     """What to paste."""
-    flags = [] if chosen.kind is planner.stored.kind else [f"--quantization {chosen.name}"]
+    flags = [] if chosen.as_stored else [f"--quantization {chosen.name}"]
     prepare = [f"glimmer prepare {shlex.quote(name)} {' '.join(flags)}".rstrip()]
     for key, value in given.items():
         flags.append(f"--{key.replace('_', '-')} {value}")
+    if machine.cards:
+        flags.append("--device cpu")  # "auto" would take a card, for which this is no plan
     if chosen.where == planning.DISK and "max_model_len" not in given:
         flags.append(f"--max-model-len {chosen.context}")  # else slots get more, and the cache less
     card = machine.accelerator
@@ -313,12 +325,23 @@ def _as_json(
             "kernels": machine.kernels,
             "limits": machine.limits,
             "source": None if card is None else card.source,
+            "notes": list(machine.notes),
+            "accelerators": [_card_json(one) for one in machine.cards],
         },
         "candidates": [_candidate_json(found) for found in candidates],
         "recommended": None if chosen is None else chosen.name,
         "commands": commands,
         "parallel": parallel,
         "nearest": _nearest(planner, machine, candidates if chosen is None else [chosen]),
+    }
+
+
+def _card_json(card: "Card") -> dict[str, Any]:
+    like = machines.known(card)
+    return card._asdict() | {
+        "bandwidth": None if like is None else like.bandwidth * 1e9,
+        "bfloat16": None if like is None else like.bfloat16 * 1e12,
+        "int8": None if like is None else like.int8 * 1e12,
     }
 
 

@@ -21,7 +21,7 @@ from glimmer.checkpoint import formats, packed_file
 from glimmer.checkpoint.files import INDEX, Checkpoint
 from glimmer.cli.machine import Machine
 from glimmer.config import EngineConfig
-from glimmer.engine.runner import activation_bytes, divide_paged, resolve_dtype
+from glimmer.engine.runner import activation_bytes, divide_paged, least_cache, resolve_dtype
 from glimmer.errors import CheckpointError, ConfigError
 from glimmer.model.cost import META, Kinds, Shapes, Work, as_quantized, phases, with_disk
 from glimmer.model.experts import STATS, counted
@@ -142,6 +142,10 @@ class Planner:
         spec = self.cache_spec(processes, mtp and self.stored.mtp is not None)
         return Reference(META).kv_block_bytes(spec) // spec.block_size
 
+    def room(self, processes: int, mtp: bool) -> int:
+        """Bytes of KV cache that each process shall have at least: what was asked for, else for `least` tokens."""
+        return self.engine.kv_cache_memory_bytes or self.least * self.token_bytes(processes, mtp)
+
     def available(self, kind: Kind) -> bool:
         """Whether loading what is stored can lead to this form."""
         return kind is self.stored.kind or (self.stored.kind.floating and kind.scaled)
@@ -158,6 +162,7 @@ class Planner:
                 "a number of cards that divides them: " + ", ".join(map(str, sizes)),
                 f"take {fewer}" + (f" or {more}" if more else "") + " of them (--gpu NAME:NUMBER, --nodes)",
             )
+        least_cache(self.engine, Reference(META), self.cache_spec(machine.processes, mtp=False))
         return [self._candidate(kind, machine) for kind in NAMES]
 
     def _candidate(self, kind: Kind, machine: Machine) -> Candidate:
@@ -165,7 +170,7 @@ class Planner:
         shapes = self.shapes(kind, machine)
         held, activations = shapes.held, activation_bytes(self.engine, self.config)
         on_cpu = machine.accelerator is None
-        room = self.least * self.token_bytes(machine.processes, mtp=False)
+        room = self.room(machine.processes, mtp=False)
         base = held.rest + activations + room
         fewest = base + 2 * self.config.num_experts_per_tok * held.record * 65 // 64
         made = Candidate(
@@ -174,13 +179,13 @@ class Planner:
             as_stored=kind is self.stored.kind,
             needed=base + held.experts,
             paged=fewest if on_cpu else None,
-            least=self.least,
+            least=self._context(room // self.token_bytes(machine.processes, mtp=False)),
         )
         for mtp in (True, False) if self.stored.mtp is not None else (False,):
             token = self.token_bytes(machine.processes, mtp)
             shared = machine.usable - held.rest - activations - (held.mtp if mtp else 0)
             left = shared - held.experts
-            if left >= self.least * token:
+            if left >= self.room(machine.processes, mtp):
                 default = devices.default_cache(selection.HOST) if on_cpu else None
                 asked = self.engine.kv_cache_memory_bytes
                 cache = asked or min(left, max(default or left, self.least * token))
@@ -281,7 +286,7 @@ def cards_for(planner: Planner, machine: Machine, kind: Kind) -> int | None:
         if whole // count > machine.usable:
             continue
         held = planner.shapes(kind, replace(machine, processes=count, nodes=1), mtp=False).held
-        if held.nbytes + activations + planner.least * planner.token_bytes(count, mtp=False) <= machine.usable:
+        if held.nbytes + activations + planner.room(count, mtp=False) <= machine.usable:
             return count
     return None
 
@@ -299,7 +304,10 @@ def stored(directory: Path, config: ModelConfig) -> Stored:
             has_mtp = mtp if "mtp.eh_proj" in packed.layers else None
             return Stored(asked, as_quantized(asked, packed.form.group_size or group), has_mtp, True, ())
     if not any(directory.glob("*.safetensors")):
-        return Stored(kind, assumed, has_mtp, False, ("no weights are there: sizes are those of config.json",))
+        notes = ["no weights are there: sizes are those of config.json"]
+        if kind is Kind.PLAIN and config.quantization_config:
+            notes.append("its quantised matrices are computed as bf16, since no kernel multiplies them as they are")
+        return Stored(kind, assumed, has_mtp, False, tuple(notes))
     with Checkpoint(directory, whole=False) as checkpoint:
         found: dict[str, tuple[Kind, int | None]] = {}
         widened: Counter[str] = Counter()

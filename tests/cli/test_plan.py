@@ -16,6 +16,7 @@ from glimmer.cli import machine, planning
 from glimmer.cli.machine import Disk, Machine
 from glimmer.cli.main import main
 from glimmer.config import EngineConfig
+from glimmer.device import Card
 from glimmer.model.cost import Shapes, as_quantized, phases
 from glimmer.model_config import ModelConfig
 from glimmer.weight import Kind
@@ -267,6 +268,18 @@ def test_what_would_be_enough(capsys, described):
         (["--gpu", "H100:3"], "3 cards", "divides"),
         (["--memory", "much"], "memory='much'", "59GB"),
         (["--memory", "0"], "memory=0", "more than nothing"),
+        (["--memory", "0.4", "--gpu", "H100"], "memory=0", "more than nothing"),
+        (["--memory", "9" * 30], "memory=", "at most"),
+        (["--memory", "80.1GB", "--gpu", "H100"], "memory=80.1 GiB for a card of 80 GiB (H100)", "at most"),
+        (["--disk-speed", "1XB"], "disk_speed='1XB'", "59GB"),
+        (["--threads", "0"], "threads=0", "whole number"),
+        (["--gpu", "H100", "--nodes", "0"], "nodes='0'", "from 1 on"),
+        (["--json=maybe"], "json='maybe'", "True or False"),
+        (
+            ["--gpu", "H100", "--max-model-len", "4096", "--kv-cache-memory-bytes", "5MB"],
+            "kv_cache_memory_bytes",
+            "at least",
+        ),
         (["--disk-speed", "-1"], "disk_speed", "bytes"),
         (["--max-model-len", "999999999"], "max_model_len=999999999", "at most"),
     ],
@@ -276,6 +289,35 @@ def test_bad_input_is_said_at_once(capsys, monkeypatch, argv, found, accepted):
     assert main(["plan", str(DEMO), *argv]) == 2
     error = capsys.readouterr().err
     assert found in error and accepted in error and "Traceback" not in error
+
+
+def test_what_is_asked_for_beyond_what_is_there(capsys):
+    """A cache that does not fit, and memory beyond the share that the engine takes, are said and not cut down."""
+    directory = str(DEMO)
+    plan = run(capsys, directory, "--gpu", "H200", "--kv-cache-memory-bytes", "999TB")
+    assert plan["recommended"] is None and all(one["where"] is None for one in plan["candidates"])
+    plan = run(capsys, directory, "--gpu", "H200", "--kv-cache-memory-bytes", "1GB")
+    assert plan["recommended"] and all(one["kv_cache"] == GIB for one in plan["candidates"])
+    assert not plan["machine"]["notes"]
+    (note,) = run(capsys, directory, "--gpu", "H200", "--memory", "140GB")["machine"]["notes"]
+    assert note.startswith("140.0 GiB are asked for; 126.9 are")
+
+
+def test_cards_of_this_machine(capsys, monkeypatch):
+    """They are listed, with what their makers say of those that are known; commands keep to the CPU planned for."""
+    cards = tuple(
+        Card(f"cuda:{i}", name, 80 * GIB, 70 * GIB) for i, name in enumerate(("NVIDIA H100 80GB HBM3", "NVIDIA X9"))
+    )
+    monkeypatch.setattr(machine, "this_machine", lambda *_: replace(a_machine(256), cards=cards))
+    assert main(["plan", str(DEMO)]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"cuda:0 .* 80.0 GiB, 70.0 GiB free; 3,350 GB/s, 989 TFLOP/s in bfloat16.*--gpu H100", text)
+    assert re.search(r"cuda:1 .*NVIDIA X9, 80.0 GiB, 70.0 GiB free; bandwidth and arithmetic unknown", text)
+    assert "glimmer serve" in text and "--device cpu" in text
+    reported = [name for card in machine.ACCELERATORS.values() for name in card.reported]
+    assert len(reported) == len(set(reported)) >= len(machine.ACCELERATORS)
+    found = run(capsys, str(DEMO))["machine"]["accelerators"]
+    assert [one["bandwidth"] for one in found] == [3350e9, None] and found[1]["free"] == 70 * GIB
 
 
 def test_models_that_are_none(capsys, tmp_path, described):
