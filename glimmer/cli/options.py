@@ -41,6 +41,9 @@ Config = TypeVar("Config", EngineConfig, SamplingParams, ServerConfig)
 T = TypeVar("T")
 Kind = Callable[[Any], Any]
 
+DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"  # what is drawn as one
+UNCLEAR = ("0", "1", "yes", "no", "on", "off")  # after a switch: its value, or a word of its own?
+
 # ---------------------------------------------------------------------- kinds of values: text or YAML in, value out
 # The docstring of a kind says what it accepts, for error messages.
 
@@ -561,6 +564,7 @@ class Command:
         while words:
             word = words.pop(0)
             if not word.startswith("-") or word == "-":
+                self._check_dash(word)
                 plain.append(word)
                 continue
             name, equals, value = word.partition("=")
@@ -581,7 +585,14 @@ class Command:
                 self._add(given, key, values)
                 continue
             elif not equals and ((option is not None and option.kind is truth) or key in self.foreign.switches):
-                value = words.pop(0) if words and words[0].lower() in ("true", "false") else "True"
+                following = words[0].lower() if words else ""
+                if following in UNCLEAR:
+                    raise ConfigError(
+                        f"{name} {words[0]}",
+                        f"{name}, or {name} False",
+                        f"choose one of these; {words[0]!r} as a word of its own is written after a lone --",
+                    )
+                value = words.pop(0) if following in ("true", "false") else "True"
             elif not equals:
                 if not words or words[0].startswith("--") or self.find(words[0]) is not None:
                     raise self._no_value(name, key)
@@ -591,6 +602,16 @@ class Command:
             self._place(given, plain + literal)
             return given, [], []
         return given, plain, literal
+
+    def _check_dash(self, word: str) -> None:
+        """Refuse an option whose dashes a text processor has made long ones: it would be a prompt."""
+        name = word.partition("=")[0].lstrip(DASHES)
+        if name and word[0] in DASHES and self.find(f"--{name}") is not None:
+            raise ConfigError(
+                f"{word!r} begins with another dash than -",
+                f"--{_dashed(name)}",
+                "type the dashes anew; a prompt of that kind is written after a lone --",
+            )
 
     def _values(self, words: list[str]) -> Iterator[str]:
         """Take the words up to the next option."""

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from glimmer.cli import demo, exits, identity
 from glimmer.cli.lazy import lazy
 from glimmer.cli.options import ENGINE, SAMPLING, Command, Option, Settings, default, path, text, truth, without
-from glimmer.cli.results import Prompt, Results, read_prompts, row, save
+from glimmer.cli.results import Prompt, Results, is_prompt_file, read_prompts, row, save
 from glimmer.config import EngineConfig, SamplingParams
 from glimmer.errors import ConfigError, GlimmerError, RequestError
 from glimmer.foreign import parse_json, read_bytes, read_json
@@ -181,13 +181,8 @@ def read_job(
     RequestError for everything that can be refused before a model is opened.
     """
     given, take = settings.given, settings.take
-    for word in settings.words:
-        if os.path.isdir(word):  # False for what no path can be, such as a long text
-            raise ConfigError(
-                f"{word!r}, which is a directory, as a prompt",
-                "a text, or a .txt file with one prompt a line",
-                f"if it is the model, write --model {word}; if it is a prompt, write it after a lone --",
-            )
+    for word in (*settings.words, *take("prompts", [])):
+        check_prompt(word)
     engine = settings.fields(ENGINE_OPTIONS)
     engine["model"] = str(model_directory(mindformers.one_directory(given) or default_model()))
     engine["tensor_parallel_size"] = mindformers.processes(given, running, argv, home)
@@ -226,6 +221,21 @@ def read_job(
         resume=take("resume", False),
         quiet=take("quiet", False),
         ignored=settings.ignored,
+    )
+
+
+def check_prompt(word: str) -> None:
+    """ConfigError for a word that names a directory, or a file that is not read as prompts."""
+    if os.path.isdir(word):  # False for what no path can be, such as a long text
+        kind, todo = "a directory", f"if it is the model, write --model {word}"
+    elif os.path.exists(word) and not is_prompt_file(word):
+        kind, todo = "a file", f"if it holds prompts, name it .txt or .jsonl, or write - < {word}"
+    else:
+        return
+    raise ConfigError(
+        f"{word!r}, which is {kind}, as a prompt",
+        "a text, or a .txt or .jsonl file with one prompt a line",
+        f"{todo}; if it is a prompt, write it after a lone --",
     )
 
 

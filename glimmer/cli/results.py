@@ -72,6 +72,11 @@ def _unescaped(line: str) -> str:
     return re.sub(r"(\\?)\\n", lambda found: "\\n" if found[1] else "\n", line)
 
 
+def is_prompt_file(value: str) -> bool:
+    """Whether a word is the name of a file that is read as prompts, rather than a prompt."""
+    return STREAMS.fullmatch(value) is not None or value.endswith((".txt", ".jsonl"))
+
+
 def _from_file(value: str, home: Path | None, say: Callable[[str], object]) -> list[Prompt] | None:
     """The prompts of a file; None where `value` is a prompt itself."""
     if STREAMS.fullmatch(value):
@@ -83,7 +88,7 @@ def _from_file(value: str, home: Path | None, say: Callable[[str], object]) -> l
         if as_records:
             say(f"each line of {name} is read as a line of a .jsonl file, as the first one is")
         return [*(_records if as_records else _lines)(content, name)]
-    if not value.endswith((".txt", ".jsonl")) or len(value) > 1000 or "\n" in value:
+    if not is_prompt_file(value) or len(value) > 1000 or "\n" in value:
         return None
     file = str(locate(value, home))
     path_like = value.startswith(("/", "~", "./", "../")) or os.path.isdir(os.path.dirname(value))

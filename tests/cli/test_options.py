@@ -154,12 +154,16 @@ def test_true_and_false():
         (["--enable-prefix-caching", "1"], None),
     ):
         if value is None:
-            assert "'1'" in refusal(*typed)  # a word by itself, and this command has none
+            assert "or --enable-prefix-caching False" in refusal(*typed)  # a value, or a word by itself?
         else:
             assert read(*typed) == {name: value}
     assert "--disable-radix-cache alone" in refusal("--disable-radix-cache=False")
     settings = predict.COMMAND.read(["--chat", "False", "hi"])
     assert settings.take("chat") is False and settings.words == ["hi"]
+    for word in ("0", "no", "Off", "YES"):
+        with pytest.raises(ConfigError, match=f"--chat {word}"):
+            predict.COMMAND.read(["--chat", word, "hi"])
+    assert predict.COMMAND.read(["--chat", "--", "no"]).literal == ["no"]
 
 
 def test_lists_add_up():
@@ -238,6 +242,24 @@ def test_a_directory_as_a_prompt_is_probably_the_model(tmp_path):
     assert f"--model {tmp_path}" in caught.value.todo
     settings = predict.COMMAND.read(["--", str(tmp_path)])
     assert predict.read_job(settings, [], 1, lambda: tmp_path).literal == [str(tmp_path)]
+
+
+def test_a_file_of_another_kind_is_no_prompt(tmp_path):
+    (tmp_path / "prompts.csv").write_text("hi\n")
+    for words in ([f"{tmp_path}/prompts.csv"], ["/dev/null"], ["--predict_data", f"{tmp_path}/prompts.csv"]):
+        with pytest.raises(ConfigError, match="which is a file, as a prompt") as caught:
+            predict.read_job(predict.COMMAND.read(words), [], 1, lambda: tmp_path)
+        assert "a .txt or .jsonl file" in caught.value.expected
+    for word in ("-", "/dev/stdin", "prompts.csv", f"{tmp_path}/other.csv"):
+        assert predict.read_job(predict.COMMAND.read([word]), [], 1, lambda: tmp_path).prompts == [word]
+
+
+@pytest.mark.parametrize("dash", ["\u2014", "\u2013", "\u2212", "\u2014-"])
+def test_other_dashes_begin_no_prompt_where_an_option_is_meant(dash):
+    for word in (f"{dash}temperature", f"{dash}max-tokens=5", f"{dash}seed"):
+        with pytest.raises(ConfigError, match="another dash than -"):
+            predict.COMMAND.read([word, "0", "hi"])
+    assert predict.COMMAND.read([f"{dash}", f"{dash}\u4f60\u597d"]).words == [dash, f"{dash}\u4f60\u597d"]
 
 
 # ---------------------------------------------------------------------- sources, and which is stronger
