@@ -19,7 +19,7 @@ from functools import partial
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -108,7 +108,7 @@ class LLM:
         if not isinstance(model, (str, Path)):
             raise ConfigError(f"model={shown(model)}", "a path", "pass the path of a Hugging Face directory")
         ignored = _settle_engine(model, unknown)
-        self.config = EngineConfig(
+        given: dict[str, Any] = dict(
             model=str(model_directory(model)),
             dtype=_dtype_name(dtype),
             device=device,
@@ -133,6 +133,8 @@ class LLM:
             speculative_config=speculative_config,
             prepare=prepare,
         )
+        # vLLM's own defaults are None here and there: whoever passes them on means the default.
+        self.config = EngineConfig(**{name: value for name, value in given.items() if value is not None})
         self.model_config = ModelConfig.load(self.config.model)
         self.tokenizer = None if self.config.skip_tokenizer_init else Tokenizer.load(self.config.model)
         self.chat_template = ChatTemplate.load(self.config.model)
@@ -310,11 +312,19 @@ class LLM:
     ) -> None:
         self.close()
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """The error of an attribute that is not there; in three parts if vLLM's LLM has it."""
+            raise vllm_names.missing_member(name) or AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self
+            )
+
     # ------------------------------------------------------------------ all at once
 
     def generate(
         self,
-        prompts: Prompt | Iterable[Prompt],
+        prompts: Prompt | Iterable[Prompt] | None = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool | Callable[..., Any] = False,
         *,

@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from glimmer.errors import GlimmerError, shown
+from glimmer.errors import ConfigError, GlimmerError, shown
 
 Error = Callable[[str, str, str, str], GlimmerError]  # name, found, expected, to do
 
@@ -35,10 +35,34 @@ ENGINE: Mapping[str, Only] = {
             "guided_decoding_backend", "structured_outputs_config", "prefix_caching_hash_algo", "show_hidden_metrics",
             "otlp_traces_endpoint", "collect_detailed_traces", "enable_prompt_tokens_details",
             "safetensors_load_strategy", "optimization_level", "profiler_config",
-            "limit_mm_per_prompt", "mm_processor_kwargs",
+            "limit_mm_per_prompt", "mm_processor_kwargs", "media_io_kwargs", "interleave_mm_strings",
+            "allowed_local_media_path", "allowed_media_domains", "mm_processor_cache_gb", "skip_mm_profiling",
+            "disable_mm_preprocessor_cache", "language_model_only", "reasoning_parser", "use_v2_block_manager",
+            "disable_hybrid_kv_cache_manager", "preemption_mode", "max_cudagraph_capture_size", "cuda_graph_sizes",
+            "num_scheduler_steps", "scheduler_delay_factor", "max_long_partial_prefills", "stream_interval",
+            "ray_workers_use_nsight", "max_loras", "max_lora_rank", "max_cpu_loras", "lora_dtype",
+            "pt_load_map_location", "show_hidden_metrics_for_version", "aggregate_engine_logging", "kv_cache_metrics",
+            "attention_config", "all2all_backend", "disable_sliding_window", "allow_deprecated_quantization",
         ),
         ANY,
     ),
+    **dict.fromkeys(
+        ("enable_prompt_embeds", "enable_dbo", "enable_eplb", "kv_sharing_fast_prefill", "return_routed_experts"),
+        Only((False, None), "leave it out"),
+    ),
+    **dict.fromkeys(
+        ("scheduler_cls", "pooler_config", "override_pooler_config", "kv_events_config", "ec_transfer_config"),
+        Only((None,), "leave it out"),
+    ),
+    **dict.fromkeys(
+        ("decode_context_parallel_size", "prefill_context_parallel_size"), Only((1, None), "use tensor_parallel_size")
+    ),
+    "nnodes": Only((1, None), "start the script with torchrun on each machine"),
+    "worker_cls": Only(("auto", None), "leave it out"),
+    "worker_extension_cls": Only(("", None), "leave it out"),
+    "speculative_model": Only((None,), "use speculative_config"),
+    "num_speculative_tokens": Only((None,), "use speculative_config"),
+    "kv_offloading_size": Only((None,), "use kv_cache_dir, which keeps what has been read on disk"),
     "pipeline_parallel_size": Only((1, None), "use tensor_parallel_size"),
     "data_parallel_size": Only((1, None), "start a process for each replica"),
     "enable_expert_parallel": Only((False, None), "use tensor_parallel_size, which cuts the experts too"),
@@ -96,6 +120,30 @@ CALL: Mapping[str, Only] = {
     "guided_options_request": Only((None,), "use structured_outputs of SamplingParams"),
     "reasoning_effort": Only((None,), "pass chat_template_kwargs={'enable_thinking': False} to switch thinking off"),
 }
+
+# Attributes and methods of vLLM's LLM: what to do in place of each.
+MEMBERS: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("encode", "embed", "classify", "reward", "score"), "use an engine for such models: glimmer generates text"
+    ),
+    "beam_search": "sample n answers with logprobs, and choose by cumulative_logprob",
+    **dict.fromkeys(("sleep", "wake_up"), "close the LLM, and make a new one later"),
+    **dict.fromkeys(("reset_prefix_cache", "reset_mm_cache"), "make the LLM with enable_prefix_caching=False"),
+    **dict.fromkeys(("start_profile", "stop_profile"), "write `with llm.profile() as profile:`"),
+    **dict.fromkeys(("get_metrics", "llm_engine"), "read llm.stats, llm.config and llm.model_config"),
+    **dict.fromkeys(("collective_rpc", "apply_model"), "start the script with torchrun: each process runs all of it"),
+    "set_tokenizer": "put that tokenizer.json into a copy of the model's directory",
+}
+
+
+class MissingMember(ConfigError, AttributeError):
+    """An attribute that vLLM's LLM has and ours has not; hasattr is False of it."""
+
+
+def missing_member(name: str) -> MissingMember | None:
+    """The error of an attribute of vLLM's; None if that has none of this name either."""
+    todo = MEMBERS.get(name)
+    return None if todo is None else MissingMember(f"LLM has no {name}", "generate, chat, stream and others", todo)
 
 
 def settle(

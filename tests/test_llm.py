@@ -333,6 +333,11 @@ def test_parameters_of_vllm(checkpoint, caplog):
         hf_overrides={},
         revision=None,
         download_dir="/tmp",
+        seed=None,
+        block_size=None,
+        enable_prefix_caching=None,
+        worker_cls="auto",
+        use_v2_block_manager=True,
     )
     said = [record.message for record in caplog.records if "change nothing here" in record.message]
     assert len(said) == 1 and "trust_remote_code" in said[0] and "own code is never run" in said[0]
@@ -340,6 +345,19 @@ def test_parameters_of_vllm(checkpoint, caplog):
     tokenizer = llm.get_tokenizer()
     assert tokenizer.decode(tokenizer.encode("good day")) == "good day"
     assert llm.get_default_sampling_params() == llm.default_sampling_params()
+    assert (llm.config.seed, llm.config.block_size, llm.config.enable_prefix_caching) == (0, 16, True)
+    with pytest.raises(RequestError, match=r"prompt_token_ids=\[\[5\]\], which generate cannot honour"):
+        llm.generate(prompt_token_ids=[[5]], sampling_params=greedy(1))
+    with pytest.raises(RequestError, match="prompts of type NoneType"):
+        llm.generate()
+    for name in ("beam_search", "embed", "llm_engine"):
+        assert not hasattr(llm, name)
+        with pytest.raises(ConfigError, match=f"LLM has no {name}") as error:
+            getattr(llm, name)
+        assert error.value.todo
+    with pytest.raises(AttributeError, match="no attribute 'colour'") as other:
+        getattr(llm, "col" + "our")
+    assert not isinstance(other.value, ConfigError)
     llm.shutdown()
     with pytest.raises(EngineError, match="closed"):
         llm.generate("x")
