@@ -9,7 +9,7 @@ Checksums are compared before anything is computed. Not here: the file's own for
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -45,7 +45,7 @@ log = logging.getLogger("glimmer")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")  # not copied
 ROUNDED_UP = 1.05  # a packed file in relation to its weights: panels and records are padded
-AT_ONCE = 64  # pieces whose checksums are compared between two reports of progress
+AT_ONCE = 512 << 20  # bytes whose checksums are compared between two reports of progress: all threads wait for the last
 
 
 def open_weights(
@@ -103,6 +103,7 @@ class PackedLoader:
             raise damaged(packed.manifest, f"lacks {lacking[0]}{' and others' * (len(lacking) > 1)}")
         pieces = [(spec.layer, piece) for spec in self._specs for piece in packed.layers[spec.layer].values()]
         is_expert = {spec.layer: isinstance(model.get_submodule(spec.layer), Experts) for spec in self._specs}
+        self._is_expert = is_expert
         experts = [piece for layer, piece in pieces if is_expert[layer]]
         self.expert_bytes = sum(piece.num_records * piece.nbytes for piece in experts)
         self.slot_bytes = max((piece.nbytes for piece in experts), default=0)
@@ -139,12 +140,12 @@ class PackedLoader:
                 self.pager = Pager(backend, packed, self._slots, self.slot_bytes, self.dense_bytes)
             except OSError as error:
                 raise damaged(packed.file, f"cannot be read: {error}") from error
+        paged = {spec.layer for spec in self._specs if self.pager is not None and self._is_expert[spec.layer]}
+        self._verify([spec.layer for spec in self._specs if spec.layer not in paged], file, progress)
         for spec in self._specs:
             layer, pieces = self.model.get_submodule(spec.layer), packed.layers[spec.layer]
             assert isinstance(layer, Layer)
-            pager = self.pager if isinstance(layer, Experts) else None
-            if pager is None:
-                self._verify(spec.layer, pieces, file, progress)
+            pager = self.pager if spec.layer in paged else None
             try:
                 held = {
                     name: _placed(backend, file, pieces[name]) if pager is None else pager.add(spec.layer, pieces[name])
@@ -167,16 +168,31 @@ class PackedLoader:
                     "slow: the file system of %s refuses direct reads, so they go through the page cache", packed.file
                 )
 
-    def _verify(self, layer: str, pieces: dict[str, Piece], file: MappedFile, progress: Progress) -> None:
-        for piece in pieces.values():
-            for first in range(0, piece.num_records, AT_ONCE):
-                some = range(first, min(first + AT_ONCE, piece.num_records))
-                records = [file.tensor(piece.begin + i * piece.nbytes, piece.nbytes) for i in some]
-                found = self._backend.checksums(records)
-                if found != piece.checksums[first : some.stop]:
-                    self.check()
-                    raise damaged(self._packed.file, f"has other bytes in {layer} than were written")
-                progress(len(some) * piece.nbytes)
+    def _verify(self, layers: Sequence[str], file: MappedFile, progress: Progress) -> None:
+        """Compare the checksums of all pieces of some layers. Pieces of several layers at once, so that threads wait
+        for each other seldom, however large one piece is."""
+        batch: list[tuple[str, Tensor, str]] = []
+        nbytes = 0
+        for layer in layers:
+            for piece in self._packed.layers[layer].values():
+                held = file.tensor(piece.begin, piece.num_records * piece.nbytes).view(piece.num_records, -1)
+                for record, checksum in zip(held.unbind(), piece.checksums, strict=True):
+                    batch.append((layer, record, checksum))
+                    nbytes += piece.nbytes
+                    if nbytes >= AT_ONCE:
+                        self._compare(batch)
+                        progress(nbytes)
+                        batch, nbytes = [], 0
+        self._compare(batch)
+        progress(nbytes)
+
+    def _compare(self, batch: Sequence[tuple[str, Tensor, str]]) -> None:
+        """CheckpointError unless these records of these layers have these checksums."""
+        found = self._backend.checksums([record for _, record, _ in batch])
+        for (layer, _, checksum), actual in zip(batch, found, strict=True):
+            if actual != checksum:
+                self.check()
+                raise damaged(self._packed.file, f"has other bytes in {layer} than were written")
 
     def unread(self, error: OSError) -> CheckpointError:
         """What a step failed with that wanted an expert which cannot be read."""
