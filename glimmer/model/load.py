@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from threading import Lock, Thread
 
 import torch
@@ -45,6 +45,7 @@ CACHE_SCALES = (".self_attn.k_proj.k_scale", ".self_attn.v_proj.v_scale")
 
 Form = Callable[[ParamSpec, Shard], tuple[Kind, int | None]]  # what a matrix becomes: a kind and a group size
 _counting = Lock()  # of the threads that compute alone
+_empty = lru_cache(Weight.empty)  # all experts of a model are alike, and torch takes its time for each tensor
 Progress = Callable[[int], object]  # is called with the bytes that have been loaded since the last call
 
 
@@ -330,7 +331,7 @@ class WeightLoader:
         if kind is not stored.kind and kind.scaled:
             return Weight.quantized(kind, shard.local_shape, group_size)
         scales_dtype = self._scales_dtypes[spec.layer]
-        return Weight.empty(kind, shard.local_shape, group_size, stored.zeros, dtype, scales_dtype=scales_dtype)
+        return _empty(kind, shard.local_shape, group_size, stored.zeros, dtype, scales_dtype=scales_dtype)
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 
@@ -377,7 +378,7 @@ class WeightLoader:
         for shard in unit:
             weight, (kind, group_size) = self._read(shard.name, shard.rows, shard.cols), self._target(spec, shard)
             if kind is self._stored[shard.name].kind:
-                weight = replace(weight, scales_dtype=scales_dtype)
+                weight = replace(weight, scales_dtype=scales_dtype) if kind.scaled else weight
             elif kind is Kind.PLAIN:
                 weight = Weight(kind, weight.dequantize(dtype))
             else:

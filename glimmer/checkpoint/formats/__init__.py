@@ -46,6 +46,9 @@ FORMATS: tuple[Format, ...] = (
     Plain(), BlockFloat(), ModelOptNVFP4(), *compressed_tensors.FAMILY, AWQ(), AutoRound(), GPTQ(), Stacked(),
 )  # fmt: skip
 
+# One format of each name that the tensor with the codes may have.
+_NAMES = tuple({(type(each).codes_of, each.codes): each for each in FORMATS}.values())
+
 KNOWN = {"mxfp4": "MXFP4", "mx_fp": "MXFP4"}  # what is refused by its name, by a word in the value that says it
 
 
@@ -82,12 +85,12 @@ def _check_patterns(config: Config) -> None:
 
 def holds(checkpoint: Checkpoint, module: str) -> bool:
     """Whether there is a matrix of that name, in whatever format."""
-    return any(each.codes_of(module) in checkpoint for each in FORMATS)
+    return any(each.codes_of(module) in checkpoint for each in _NAMES)
 
 
 def find(checkpoint: Checkpoint, module: str, config: Config) -> Format:
     """The format of the matrix of `module`. Raises CheckpointError when there is no matrix, or none that we explain."""
-    found = list(dict.fromkeys(name for name in (each.codes_of(module) for each in FORMATS) if name in checkpoint))
+    found = list(dict.fromkeys(name for name in (each.codes_of(module) for each in _NAMES) if name in checkpoint))
     if len(found) != 1:
         others = sorted(other for other in checkpoint.names() if other.rpartition(".")[0] == module)
         raise CheckpointError(
@@ -98,13 +101,15 @@ def find(checkpoint: Checkpoint, module: str, config: Config) -> Format:
             "finish the download, or use a checkpoint in a format that glimmer reads (docs/numerics.md)",
         )
     (name,) = found
-    possible = [each for each in FORMATS if each.codes_of(module) == name]
-    if len(checkpoint.shape(name)) != possible[0].dimensions:
-        misfit(checkpoint, name, "a matrix (out, in)")
-    for each in possible:
-        if each.matches(checkpoint, module, config):
-            return each
-    dtypes = [str(dtype).removeprefix("torch.") for each in possible for dtype in each.codes_dtypes]
+    refused: list[Format] = []
+    for each in FORMATS:
+        if each.codes_of(module) == name:
+            if not refused and len(checkpoint.shape(name)) != each.dimensions:
+                misfit(checkpoint, name, "a matrix (out, in)")
+            if each.matches(checkpoint, module, config):
+                return each
+            refused.append(each)
+    dtypes = [str(dtype).removeprefix("torch.") for each in refused for dtype in each.codes_dtypes]
     misfit(checkpoint, name, f"{', '.join(dtypes)}, codes of 8 bits with their scales")
 
 
