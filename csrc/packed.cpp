@@ -12,6 +12,10 @@
 #include "memory.h"
 #include "pool.h"
 
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
 namespace glimmer {
 namespace {
 
@@ -77,22 +81,54 @@ Word scale_word_16(float scale, uint32_t zero_point, int top) {
     return {size | zero_point, ~0u, 0};
 }
 
-// Transposes rows of `unit`-byte elements into a panel: element i of row r goes to slot (i, column of r).
-template <class T> void transpose(const char* codes, size_t stride, int rows, int column, int elements, T* panel) {
+#if defined(__x86_64__)
+// Elements 0..3 of 16 rows: element j of row r goes to to[j * PANEL + r]. Each of these four cache lines is written as a whole,
+// past the caches, and so need not be read before.
+void transpose_lines(const char* row, size_t stride, uint32_t flip, uint32_t* to) {
+    const __m128i flips = _mm_set1_epi32((int)flip);
+    for (int r = 0; r < 16; r += 4) {
+        __m128i rows[4];
+        for (int i = 0; i < 4; i++) rows[i] = _mm_xor_si128(_mm_loadu_si128((const __m128i*)(row + (r + i) * stride)), flips);
+        const __m128i a = _mm_unpacklo_epi32(rows[0], rows[1]), b = _mm_unpacklo_epi32(rows[2], rows[3]);
+        const __m128i c = _mm_unpackhi_epi32(rows[0], rows[1]), d = _mm_unpackhi_epi32(rows[2], rows[3]);
+        _mm_stream_si128((__m128i*)(to + r), _mm_unpacklo_epi64(a, b));
+        _mm_stream_si128((__m128i*)(to + PANEL + r), _mm_unpackhi_epi64(a, b));
+        _mm_stream_si128((__m128i*)(to + 2 * PANEL + r), _mm_unpacklo_epi64(c, d));
+        _mm_stream_si128((__m128i*)(to + 3 * PANEL + r), _mm_unpackhi_epi64(c, d));
+    }
+}
+#endif
+
+// Transposes rows of elements into a panel: element i of row r goes to slot (i, column of r), its bits in `flip` inverted.
+template <class T>
+void transpose(const char* codes, size_t stride, int rows, int column, int elements, T* panel, T flip = 0) {
     // 128 bytes of each row at a time, the next ones prefetched: the hardware does not prefetch so many streams.
     constexpr int BLOCK = 128 / sizeof(T);
     for (int i = 0; i < elements; i += BLOCK) {
-        int end = i + BLOCK < elements ? i + BLOCK : elements;
-        for (int r = 0; r < rows; r++) {
+        int end = i + BLOCK < elements ? i + BLOCK : elements, first = 0;
+#if defined(__x86_64__)
+        if constexpr (sizeof(T) == 4)
+            for (; end == i + BLOCK && column % 16 == 0 && first + 16 <= rows; first += 16) {
+                const char* row = codes + first * stride + i * sizeof(T);
+                for (int r = 0; r < 16; r++)
+                    __builtin_prefetch(row + r * stride + 128), __builtin_prefetch(row + r * stride + 192);
+                for (int j = 0; j < BLOCK; j += 4)
+                    transpose_lines(row + j * sizeof(T), stride, flip, panel + (i + j) * PANEL + column + first);
+            }
+#endif
+        for (int r = first; r < rows; r++) {
             const char* row = codes + r * stride;
             __builtin_prefetch(row + (i + BLOCK) * sizeof(T)), __builtin_prefetch(row + (i + BLOCK) * sizeof(T) + 64);
             for (int j = i; j < end; j++) {
                 T value;
                 std::memcpy(&value, row + j * sizeof(T), sizeof(T));
-                panel[j * PANEL + column + r] = value;
+                panel[j * PANEL + column + r] = value ^ flip;
             }
         }
     }
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
 }
 
 }  // namespace
@@ -178,15 +214,16 @@ void Packed::fill(long e, int first, int rows, const void* codes, size_t stride,
                                 unit);
             }
         } else if (kind == Kind::int8) {
-            transpose(source, stride, done, column, k / 4, (uint32_t*)panel);
+            constexpr uint32_t ADDED = 0x80808080u;  // codes are stored with 128 added; the padding is multiplied by zeros
+            transpose(source, stride, done, column, k / 4, (uint32_t*)panel, ADDED);
             for (int i = 0; i < done; i++)
                 std::memcpy(panel + ((size_t)(k / 4) * PANEL + column + i) * 4, source + i * stride + k / 4 * 4, k % 4);
-            for (int q = 0; q < depth() / 4; q++)  // stored with 128 added; the padding is multiplied by zeros
+            for (int q = k / 4; q < depth() / 4; q++)
                 for (int i = 0; i < done; i++) {
                     uint32_t four;
                     uint8_t* slot = panel + ((size_t)q * PANEL + column + i) * 4;
                     std::memcpy(&four, slot, 4);
-                    four ^= 0x80808080u;
+                    four ^= ADDED;
                     std::memcpy(slot, &four, 4);
                 }
         } else {

@@ -55,6 +55,33 @@ def threads(ops):
     return change
 
 
+@pytest.mark.parametrize("rows, inner", [(64, 256), (352, 160), (40, 72), (33, 67), (7, 31), (16, 128)])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_rows_lie_in_panels(ops, noise, kind, rows, inner):
+    """Units of four bytes of 32 rows lie side by side, unit after unit; codes of int8 with 128 added."""
+    each = {"float32": 1, "bfloat16": 2, "int8": 4}[kind]
+    step = {"float32": 1, "bfloat16": 32, "int8": 64}[kind]
+    values = noise(rows, inner)
+    weight = (
+        Weight("plain", values.to(getattr(torch, kind))) if kind != "int8" else Weight("plain", values).quantize(kind)
+    )
+    packed = ops.pack_linear([weight], torch.bfloat16 if kind == "bfloat16" else torch.float32)
+    copy = ops.records(packed)
+    buffer = torch.zeros(copy.nbytes, dtype=torch.uint8)
+    copy.copy(0, buffer)
+    panels, depth = -(-rows // 32), -(-inner // step) * step
+    codes = (weight.codes.view(torch.uint8) ^ 128) if kind == "int8" else weight.codes
+    expected = torch.full((panels * 32, depth), 128 if kind == "int8" else 0).to(codes.dtype)
+    expected[:rows, :inner] = codes
+    expected = expected.view(panels, 32, depth // each, each).transpose(1, 2).contiguous().view(-1)
+    found = buffer[: expected.nbytes].view(codes.dtype)
+    if kind == "int8" and rows % 32:  # columns beyond the last row have no codes
+        mask = (torch.arange(panels * 32) < rows).view(panels, 32, 1, 1).expand(-1, -1, depth // each, each)
+        mask = mask.transpose(1, 2).reshape(-1)
+        found, expected = found[mask], expected[mask]
+    assert torch.equal(found, expected)
+
+
 def same(a: Tensor, b: Tensor) -> bool:
     """Bit for bit, NaN included."""
     width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]

@@ -24,6 +24,7 @@ Not here: which matrices there should be and of what shape (model/names.py), and
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -45,9 +46,6 @@ from glimmer.weight import Kind, Weight
 FORMATS: tuple[Format, ...] = (
     Plain(), BlockFloat(), ModelOptNVFP4(), *compressed_tensors.FAMILY, AWQ(), AutoRound(), GPTQ(), Stacked(),
 )  # fmt: skip
-
-# One format of each name that the tensor with the codes may have.
-_NAMES = tuple({(type(each).codes_of, each.codes): each for each in FORMATS}.values())
 
 KNOWN = {"mxfp4": "MXFP4", "mx_fp": "MXFP4"}  # what is refused by its name, by a word in the value that says it
 
@@ -85,12 +83,23 @@ def _check_patterns(config: Config) -> None:
 
 def holds(checkpoint: Checkpoint, module: str) -> bool:
     """Whether there is a matrix of that name, in whatever format."""
-    return any(each.codes_of(module) in checkpoint for each in _NAMES)
+    return any(name in checkpoint for name in _names_of_codes(module))
+
+
+def _names_of_codes(module: str) -> dict[str, None]:
+    """The names that the tensor with the codes of a matrix may have, each once."""
+    return dict.fromkeys(each.codes_of(module) for each in _one_of_each_name(FORMATS))
+
+
+@lru_cache(maxsize=1)
+def _one_of_each_name(formats: tuple[Format, ...]) -> tuple[Format, ...]:
+    """The first of all formats that give this tensor the same name: it is asked for thousands of matrices."""
+    return tuple({(type(each).codes_of, each.codes): each for each in reversed(formats)}.values())[::-1]
 
 
 def find(checkpoint: Checkpoint, module: str, config: Config) -> Format:
     """The format of the matrix of `module`. Raises CheckpointError when there is no matrix, or none that we explain."""
-    found = list(dict.fromkeys(name for name in (each.codes_of(module) for each in _NAMES) if name in checkpoint))
+    found = [name for name in _names_of_codes(module) if name in checkpoint]
     if len(found) != 1:
         others = sorted(other for other in checkpoint.names() if other.rpartition(".")[0] == module)
         raise CheckpointError(
