@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from glimmer.errors import CheckpointError, ConfigError
-from glimmer.foreign import read_text
+from glimmer.foreign import read_text, unreadable
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]  # of a repository: what is read of it, and no code
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -21,10 +21,16 @@ _ID = re.compile(r"[\w.-]+/[\w.-]+")
 def model_directory(name: str | Path) -> Path:
     """The directory that a path, a Hub id such as zai-org/GLM-4.5-Air, or a models--OWNER--NAME folder stands for.
 
-    A path that exists is taken before an id. Raises CheckpointError for an id that is not in the local cache, and for a
-    folder of the cache without a snapshot.
+    A path that exists is taken before an id. Raises CheckpointError for a path that the system does not let us look at,
+    for an id that is not in the local cache, and for a folder of the cache without a snapshot.
     """
     path = Path(name)
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # an id perhaps; ValueError: a NUL in the name
+        pass
+    except OSError as problem:
+        raise unreadable(path, problem) from None
     if path.is_dir():
         is_repository = path.name.startswith("models--") and not (path / "config.json").exists()
         return _snapshot(path) if is_repository else path

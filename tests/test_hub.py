@@ -1,9 +1,11 @@
 """Hub ids, folders of the local cache and snapshots, for everything that takes a model."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
+import glimmer
 from glimmer.cli.main import main
 from glimmer.errors import CheckpointError
 from glimmer.hub import download, model_directory
@@ -20,6 +22,14 @@ def repository(tmp_path):
     (found / "refs").mkdir()
     (found / "refs" / "main").write_text(COMMIT)
     return found
+
+
+@pytest.mark.parametrize("words", ["predict --model {} hi", "plan {}", "quantize {demo} {}", "prepare {demo} --out {}"])
+def test_a_path_that_the_system_refuses(words, capsys):
+    """A name that is too long: what is looked at, and what is written, is refused in the system's words."""
+    argv = words.format("a" * 300, demo=Path(glimmer.__file__).with_name("demo")).split()
+    assert main([*argv, "--quantization", "int8"] if argv[0] == "quantize" else argv) == 2
+    assert "File name too long" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("variable, below", [("HF_HUB_CACHE", "hub"), ("HF_HOME", ".")])

@@ -225,7 +225,7 @@ def digest_of(model: Path) -> str | None:
 
 def check_space(directory: Path, nbytes: int) -> None:
     """CheckpointError unless the disk has room for so many bytes more in a directory, which need not exist yet."""
-    place = next(path for path in (directory, *directory.parents) if path.exists())
+    place = next(path for path in (directory, *directory.parents) if os.path.exists(path))
     free, wanted = shutil.disk_usage(place).free, nbytes + SLACK
     if free < wanted:
         raise CheckpointError(

@@ -88,9 +88,9 @@ def quantize(model: Path, out: Path, quantization: str, group_size: int | None) 
     Raises ConfigError and CheckpointError: `out` exists or cannot be written, or `model` cannot be quantised.
     """
     config = ModelConfig.load(model)
-    if out.exists() or out.is_symlink():
+    if os.path.lexists(out):  # False for what no path can be: mkdir says what is wrong with it
         raise ConfigError(f"{out} exists", "a directory that is yet to be made", "choose another name, or remove it")
-    if not out.absolute().parent.is_dir():
+    if not os.path.isdir(out.absolute().parent):
         raise ConfigError(
             f"{out} cannot be written: there is no directory {out.absolute().parent}",
             "a place that is there",

@@ -275,7 +275,7 @@ def prepare(
         empty = build_model(config, checkpoint, Group(), backend, torch.float32, mtp)
         loader = WeightLoader(empty, checkpoint, dtype, form.quantization, form.group_size)
         total = int(loader.nbytes * ROUNDED_UP)
-        if not directory.exists():  # and none is made for nothing
+        if not os.path.exists(directory):  # and none is made for nothing
             check_space(directory, total)
         with PackedWriter(directory, head(form, backend.packed_layout, source), backend.checksums) as writer:
             check_space(directory, total - writer.end)
