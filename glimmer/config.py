@@ -113,7 +113,7 @@ class EngineConfig:
 
 MAX_DRAFTS = 16  # tokens guessed at once, at most
 MAX_LOOKUP = 64  # tokens compared in a look-up, at most
-AUTO_DRAFTS = 4  # and where the number is left to measurement
+AUTO_DRAFTS = 8  # and where the number is left to measurement
 METHODS = ("auto", "mtp", "ngram", "off")
 # vLLM's names for the same layer, by model.
 SAME_METHODS = {"glm4_moe_mtp": "mtp", "deepseek_mtp": "mtp", "none": "off"}

@@ -30,8 +30,8 @@ LAYOUTS = {
 }
 WEIGHT_OPS = ("linear", "experts")  # which one backend may serve for some kinds of weights, another for others
 OPS = (
-    "embed", "rms_norm", "add_rms_norm", "linear", "add_", "swiglu", "rope_", "store_kv_", "attention", "route",
-    "experts", "forbid_", "quantize", "pack_linear", "pack_experts",
+    "embed", "rms_norm", "add_rms_norm", "concat", "linear", "add_", "swiglu", "rope_", "store_kv_", "attention",
+    "route", "experts", "forbid_", "quantize", "pack_linear", "pack_experts",
 )  # fmt: skip
 
 
@@ -171,6 +171,10 @@ class Backend(ABC):
     @abstractmethod
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """x, residual (T, H) -> (the norm of residual + x in weight's dtype, residual + x in residual's dtype)."""
+
+    @abstractmethod
+    def concat(self, x: Tensor, y: Tensor) -> Tensor:
+        """x (T, M), y (T, N) of one dtype -> (T, M + N)."""
 
     @abstractmethod
     def add_(self, y: Tensor, x: Tensor) -> None:

@@ -139,6 +139,12 @@ class Cpu(Reference, PackedFiles):
             self._capture.add(name, arguments, held)
         getattr(_native, name)(self._pool, *arguments)
 
+    def _run_torch(self, call: Callable[[], object]) -> None:
+        """call(), kept where a step is being captured: what torch computes as fast."""
+        if self._capture is not None:
+            self._capture.add_torch(call)
+        call()
+
     def _new(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Where the result of an op will be."""
         nbytes = math.prod(shape) * dtype.itemsize
@@ -207,6 +213,11 @@ class Cpu(Reference, PackedFiles):
             total.data_ptr(), y.data_ptr(),
         )  # fmt: skip
         return y, total
+
+    def concat(self, x: Tensor, y: Tensor) -> Tensor:
+        z = self._new(len(x), x.shape[1] + y.shape[1], dtype=x.dtype)
+        self._run_torch(lambda: torch.cat((x, y), -1, out=z))
+        return z
 
     def add_(self, y: Tensor, x: Tensor) -> None:
         if y.ndim != 2 or x.shape != y.shape or y.dtype not in FLOATS or x.dtype not in FLOATS or not y.is_contiguous():
@@ -508,11 +519,6 @@ class CpuAnyBlock(Cpu):
 
     def serves(self, op: str) -> str:
         return Reference.name if op in ("store_kv_", "attention") else super().serves(op)
-
-    def _run_torch(self, call: Callable[[], object]) -> None:
-        if self._capture is not None:
-            self._capture.add_torch(call)
-        call()
 
 
 def fits_strips(spec: KVCacheSpec) -> bool:

@@ -77,6 +77,9 @@ class Reference(Backend):
         residual = (residual + x).to(residual.dtype)
         return Reference.rms_norm(self, residual, weight, eps), residual
 
+    def concat(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.cat((x, y), -1)
+
     def add_(self, y: Tensor, x: Tensor) -> None:
         y.add_(x)
 

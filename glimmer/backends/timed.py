@@ -104,6 +104,11 @@ class Timed(Backend):
             part.elements += x.numel()
             return self.inner.add_rms_norm(x, residual, weight, eps)
 
+    def concat(self, x: Tensor, y: Tensor) -> Tensor:
+        with self.measure("concat") as part:
+            part.elements += x.numel() + y.numel()
+            return self.inner.concat(x, y)
+
     def add_(self, y: Tensor, x: Tensor) -> None:
         with self.measure("add_") as part:
             part.elements += x.numel()

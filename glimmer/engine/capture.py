@@ -72,6 +72,7 @@ class StepCapture:
             return step.captured.output
         for mine, new in zip(step.inputs, (x, residual, *rotary)):
             mine.copy_(new)
+        step.batch.tokens.copy_(batch.tokens)
         step.batch.slot_mapping.copy_(batch.slot_mapping)
         step.batch.block_tables[:, : batch.block_tables.shape[1]] = batch.block_tables
         step.batch.seq_lens.copy_(batch.seq_lens)
@@ -79,6 +80,6 @@ class StepCapture:
         return step.captured.output
 
     def _capture(self, x: Tensor, residual: Tensor, rotary: Rotary, batch: Batch) -> CapturedDecode:
-        own = batch.widened(self.max_blocks)
+        own, x, residual = batch.widened(self.max_blocks), x.clone(), residual.clone()  # x may be another one's output
         captured = self.model.backend.capture(lambda: self.layers(x, residual, rotary, own, self.kv))
         return CapturedDecode((x, residual, *rotary), own, captured)

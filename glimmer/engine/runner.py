@@ -199,7 +199,7 @@ class Runner:
         hidden: (T, H) of `forward`, or of an earlier draft; see Glm4Moe.draft.
         """
         batch = self.backend.prepare(batch)
-        return self.draft_capture.run(self.model.embed_draft(hidden, batch.tokens, batch), batch)
+        return self.draft_capture.run(self.model.begin_draft(hidden, batch), batch)
 
     @torch.inference_mode()
     def forbid(self, logits: Tensor, allowed: Tensor) -> None:

@@ -9,11 +9,12 @@ All of it is measured. Of the latest few times of each kind the low quartile cou
 away now and then, steps that were not interrupted are compared. A size of batch that has not been measured goes by the
 nearest one that has, if that is not far. What is not in use is probed: beside k, its neighbours once in PROBE steps.
 
-Where no drafts pay, or nothing is known yet, trials of one draft for each sequence find out. What they lose, drafting
-and slower steps less the tokens that they bring, is paid from a budget that all sizes share: the time of START steps,
-and a share BUDGET of the time of all steps. A trial ends as soon as the budget is used up, and the next one begins when
-there is enough for another step whose drafts are all wrong; so engines whose drafts are always wrong lose no more than
-the budget. Times decide how fast answers come, never what they are.
+Where no drafts pay, or nothing is known yet, trials find out: one draft for each sequence, and as long as all of them
+are accepted, twice as many in the next step. What they lose, drafting and slower steps less the tokens that they bring,
+is paid from a budget that all sizes share: the time of START steps, and a share BUDGET of the time of all steps. A
+trial ends as soon as the budget is used up, and the next one begins when there is enough for another step whose drafts
+are all wrong; so engines whose drafts are always wrong lose no more than the budget. Times decide how fast answers
+come, never what they are.
 Not here: who guesses (draft.py), several ranks (speculation.py: rank 0 asks here, and tells the others).
 """
 
@@ -31,7 +32,7 @@ NEAR = 2.0  # how many times as many sequences a batch may have that another one
 SETTLED = 8  # steps for which the best number stays decided
 REST = 7  # steps without drafts between two decisions
 START, BUDGET = 1.0, 0.005  # what trials may take: steps, and a share of the time
-MOST = 0.25  # steps that one of a trial loses at most, beside one for each sequence with a draft: else it is disturbed
+MOST = 0.25  # steps that one of a trial takes at most, beside one for each draft of a sequence: beyond, it is disturbed
 TRIAL = 8  # drafts of a trial that tell enough
 TRIAL_STEPS = 40  # steps that it lasts at most: guesses may have to wait for the beginning of a block
 PARTLY = 0.25  # share of the sequences that must have drafts in a step whose time counts
@@ -90,6 +91,7 @@ class Switch:
         self._budget = -math.inf  # seconds; as long as no time is known, none
         self._loss = 1.0  # steps that are lost by one whose drafts are all wrong, as far as is known
         self._spent = 0.0  # seconds of drafting for the next step of a trial
+        self._tries = 1  # drafts for each sequence in the next step of a trial
         self._trial, self._trial_steps = 0, 0  # drafts that have been checked in a trial, steps that are left of it
         self._prompting, self._decoding = 0.0, 0.0  # seconds of late steps with prompts and without
         self._prompt = 0.0  # seconds of the latest step with prompts
@@ -156,7 +158,7 @@ class Switch:
         if not best or self._turns[size] % SETTLED == 0:
             best = self._best[size] = self.best(size)
         if self._trial_steps:
-            return None if prompts else 1
+            return None if prompts else self._tries
         if best == 0:
             return 1 if not prompts and self._begins_trial(size) else None
         self._turns[size] += 1
@@ -233,7 +235,7 @@ class Switch:
         if not plain.known or self._budget < cost:
             return False
         self._budget = min(self._budget, max(cost, START * plain.seconds))
-        self._trial, self._trial_steps = 0, TRIAL_STEPS
+        self._trial, self._trial_steps, self._tries = 0, TRIAL_STEPS, 1
         scale = min(1.0, DOUBT / self._seen[0])
         self._accepted[0], self._seen[0] = self._accepted[0] * scale, self._seen[0] * scale
         return True
@@ -248,9 +250,11 @@ class Switch:
             self._budget, self._trial_steps = self._budget - seconds, 0
             return
         loss = min(MOST + checked / len(drafts), (seconds + self._spent) / plain.seconds - 1)
-        self._loss += 0.5 * (loss - self._loss)
+        if checked <= len(drafts):
+            self._loss += 0.5 * (loss - self._loss)
         self._budget -= (loss - accepted / len(drafts)) * plain.seconds
         self._trial += checked
+        self._tries = min(self.most, 2 * self._tries) if accepted == checked else max(1, round(accepted / len(drafts)))
         enough = self._trial >= TRIAL and self._measured(self._size) is not None
         if self._budget <= 0 or enough:
             self._trial_steps = 0

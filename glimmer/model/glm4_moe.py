@@ -10,6 +10,7 @@ Not here: devices, files, sampling, and whether a row belongs to a prompt or to 
 # Each line of a forward pass ends with the shape of its result, in one column.
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -213,20 +214,22 @@ class Glm4Moe(nn.Module):
 
         hidden: (T, H) of `forward`, or of an earlier `draft` when chaining. tokens: (T,) each row's next token.
         """
-        return self.run_draft(*self.embed_draft(hidden, tokens, batch), batch, kv)
+        batch = replace(batch, tokens=tokens)
+        return self.run_draft(*self.begin_draft(hidden, batch), batch, kv)
 
-    def embed_draft(self, hidden: Tensor, tokens: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Rotary]:
-        """What the MTP layer gets: x (T, 2H), the embedding first; residual (T, H), nothing yet; the rotary angles."""
+    def begin_draft(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Rotary]:
+        """What the MTP layer gets beside the tokens: hidden (T, H); residual (T, H), nothing yet; the rotary angles."""
+        return hidden, torch.zeros_like(hidden, dtype=self.residual_dtype), self._rotary(batch.positions)
+
+    def run_draft(
+        self, x: Tensor, residual: Tensor, rotary: Rotary, batch: Batch, kv: Sequence[KVCache]
+    ) -> Tensor:
+        """The MTP layer and its norm, after every draft alike. x: hidden states; batch.tokens: those after them. Ops
+        and collectives only, as in `run_layers`."""
         mtp = self.mtp
         assert mtp is not None, "the model was built without its MTP layer"
-        embedded = self.group.all_reduce((mtp.embed_tokens or self.embed_tokens)(tokens))
-        x = torch.cat((mtp.enorm(embedded), mtp.hnorm(hidden)), -1)                  # (T, 2H)
-        return x, torch.zeros_like(hidden, dtype=self.residual_dtype), self._rotary(batch.positions)
-
-    def run_draft(self, x: Tensor, residual: Tensor, rotary: Rotary, batch: Batch, kv: Sequence[KVCache]) -> Tensor:
-        """The MTP layer and its norm, after every draft alike. Ops and collectives only, as in `run_layers`."""
-        mtp = self.mtp
-        assert mtp is not None, "the model was built without its MTP layer"
+        embedded = self.group.all_reduce((mtp.embed_tokens or self.embed_tokens)(batch.tokens))
+        x = self.backend.concat(mtp.enorm(embedded), mtp.hnorm(x))                   # (T, 2H)
         x, residual = mtp.block(mtp.eh_proj(x), residual, rotary, batch, kv[len(self.layers)])
         drafted: Tensor = mtp.norm(x, residual)[0]                                   # (T, H)
         return drafted

@@ -186,6 +186,17 @@ def test_add(rows, width, kept, served, dtype, noise):
     assert_close(found, lambda x, y: (y + x).to(y.dtype), x, y)
 
 
+def test_concat(served, dtype, noise):
+    ops, device = served
+    x, y = noise(5, 44, dtype=dtype), noise(5, 16, dtype=dtype)
+    assert torch.equal(call(ops.concat, device, x, y).cpu(), torch.cat((x, y), 1))
+    if ops.captures:
+        calls = ops.capture(lambda: ops.concat(x, y))
+        x.copy_(noise(5, 44, dtype=dtype))
+        calls.replay()
+        assert torch.equal(calls.output, torch.cat((x, y), 1))
+
+
 @pytest.mark.parametrize("rows, width", [(1, 44), (7, 88), (33, 176), (2, 1408)])
 def test_swiglu(rows, width, served, dtype, noise):
     ops, device = served

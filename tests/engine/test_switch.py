@@ -74,6 +74,14 @@ def test_drafts_that_are_right_are_made(seed):
     assert ideal > 1.5 and machine.run(1, 2000) > 0.95 * ideal
 
 
+def test_several_drafts_are_tried_where_one_does_not_pay():
+    step = lambda n, k: 0.01 * (1.0 if k == 0 else 1.8 + 0.1 * k)
+    machine = Machine(step, lambda n, k: 0.002 + 0.0005 * k, [0.98] * 4)
+    assert gain(1, 1, machine) < 1 and gain(1, 4, machine) > 1.8
+    machine.run(1, 300)
+    assert machine.run(1, 1000) > 0.9 * gain(1, 4, machine)
+
+
 def gain(n: int, k: int, machine: Machine) -> float:
     """What always k drafts would bring, in parts of none."""
     tokens, chain = 1.0, 1.0
