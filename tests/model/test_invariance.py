@@ -1,5 +1,6 @@
 """On the CPU, the log-probabilities of a token have the same bits whatever is computed beside it: alone, in a batch of
-32, its prompt whole or in chunks, by one thread or two. Whole models, in every kind. Doors: ops/test_native.py.
+32, its prompt whole or in chunks, by one thread or two. Whole models, in every kind.
+Single ops: tests/backends/test_cpu.py.
 """
 
 import math

@@ -9,7 +9,7 @@ from torch import Tensor
 from glimmer.checkpoint.formats.base import Matrix, each_column
 from glimmer.weight import Kind, Weight
 
-MIDDLE = 128  # the zero point of symmetric codes 0..255
+DEFAULT_ZERO_POINT = 128  # of codes 0..255: what symmetric ones have
 
 
 def wide_matrix(shape: tuple[int, int], tensors: tuple[str, ...], groups: int, zeros: bool) -> Matrix:
@@ -31,6 +31,6 @@ def wide_weight(
     """A slice of a matrix, columns `cols` of it: codes (rows, columns) uint8, scales float32 and zeros (None: 128
     everywhere) of the groups that these columns touch."""
     if matrix.kind is Kind.INT8:
-        return Weight(Kind.INT8, (codes ^ MIDDLE).view(torch.int8), scales, scales_dtype=scales_dtype)
-    points = MIDDLE if zeros is None else each_column(zeros.float(), group_size, *cols)
+        return Weight(Kind.INT8, (codes ^ DEFAULT_ZERO_POINT).view(torch.int8), scales, scales_dtype=scales_dtype)
+    points = DEFAULT_ZERO_POINT if zeros is None else each_column(zeros.float(), group_size, *cols)
     return Weight(Kind.PLAIN, (codes.float() - points) * each_column(scales, group_size, *cols))
