@@ -210,8 +210,10 @@ def paying(llm: LLM) -> dict[str, Any]:
 
     with llm.without_drafts():
         plain = ids()
-    drafted = [ids() for _ in range(5)]
-    return {"plain": [plain] * 5, "drafted": drafted, "accepted": llm.stats.num_accepted_tokens}
+    drafted = [ids()]
+    while not llm.stats.num_accepted_tokens and len(drafted) < 40:
+        drafted.append(ids())
+    return {"plain": [plain] * len(drafted), "drafted": drafted, "accepted": llm.stats.num_accepted_tokens}
 
 
 def disk(llm: LLM) -> dict[str, Any]:
