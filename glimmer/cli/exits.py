@@ -98,6 +98,10 @@ def discard(stream: TextIO) -> None:
     os.close(null)
 
 
+# How a lack of memory is told by the loader of libraries, and by Python where a thread's stack cannot be mapped.
+NO_MEMORY = ("failed to map segment", "can't start new thread")
+
+
 def run(command: str, work: Callable[[], int]) -> int:
     """The exit code of `work`. A GlimmerError becomes its three lines, and so does a lack of memory; a closed pipe ends
     quietly; Ctrl-C is raised."""
@@ -114,8 +118,8 @@ def run(command: str, work: Callable[[], int]) -> int:
         to_stderr(f"glimmer {command}{place()}: {error}")
         keep_code(error.exit_code)
         return error.exit_code
-    except (MemoryError, ImportError) as error:
-        if isinstance(error, ImportError) and "failed to map segment" not in str(error):  # of a library, by the loader
+    except (MemoryError, ImportError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
             raise
         refusal = NotEnoughMemory(
             "this process gets no more memory",

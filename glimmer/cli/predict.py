@@ -528,6 +528,7 @@ class Progress:
     """Progress on stderr: bars on a terminal, single lines in a log, nothing on ranks other than 0."""
 
     def __init__(self, shown: bool, warns: bool = True):
+        tqdm.monitor_interval = 0  # no thread of its own: _bar looks at the clock with each update
         self.shown, self.warns = shown, warns
         self.hidden = False
         self.bar = tqdm(disable=True)
@@ -592,4 +593,5 @@ class Progress:
         return f"{self.tokens} tokens in {seconds:.1f} s, {self.tokens / seconds:.1f} tokens/s"
 
     def _bar(self, **options: Any) -> "tqdm[Any]":
-        return tqdm(disable=not (self.shown and exits.is_terminal(sys.stderr)), leave=False, file=sys.stderr, **options)
+        hidden = not (self.shown and exits.is_terminal(sys.stderr))
+        return tqdm(disable=hidden, leave=False, file=sys.stderr, miniters=1, **options)

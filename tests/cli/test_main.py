@@ -131,6 +131,7 @@ def test_how_commands_end(capsys):
     assert exits.run("x", lambda: fail(ConfigError("a", "b", "c"))) == 2
     assert capsys.readouterr().err == "glimmer x: a\n  expected: b\n  to do:    c\n"
     assert exits.run("x", lambda: fail(EngineError("a", "b", "c"))) == 1
+    assert exits.run("x", lambda: fail(RuntimeError("can't start new thread"))) == 2  # there is no memory for its stack
     with pytest.raises(KeyboardInterrupt):
         exits.run("x", lambda: fail(KeyboardInterrupt()))
 
