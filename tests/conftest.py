@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from servers import Server
 
 # Before torch is imported: small matrices gain nothing from a second thread, and lose much where cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell without job control starts what runs in the background with SIGINT ignored, which every child would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"  # transformers, with which some tests compare, finds everything on this disk
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
