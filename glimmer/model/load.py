@@ -45,7 +45,8 @@ CACHE_SCALES = (".self_attn.k_proj.k_scale", ".self_attn.v_proj.v_scale")
 
 Form = Callable[[ParamSpec, Shard], tuple[Kind, int | None]]  # what a matrix becomes: a kind and a group size
 _counting = Lock()  # of the threads that compute alone
-_empty = lru_cache(Weight.empty)  # all experts of a model are alike, and torch takes its time for each tensor
+# All experts of a model are alike, and torch takes its time for each tensor.
+_empty, _quantized = lru_cache(Weight.empty), lru_cache(Weight.quantized)
 Progress = Callable[[int], object]  # is called with the bytes that have been loaded since the last call
 
 
@@ -329,7 +330,7 @@ class WeightLoader:
         """The Weight that a shard becomes, without values; dtype: if they are plain."""
         (kind, group_size), stored = form(spec, shard), self._stored[shard.name]
         if kind is not stored.kind and kind.scaled:
-            return Weight.quantized(kind, shard.local_shape, group_size)
+            return _quantized(kind, shard.local_shape, group_size)
         scales_dtype = self._scales_dtypes[spec.layer]
         return _empty(kind, shard.local_shape, group_size, stored.zeros, dtype, scales_dtype=scales_dtype)
 
