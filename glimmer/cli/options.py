@@ -105,7 +105,7 @@ def size(value: Any) -> int:
 
 def texts(value: Any) -> list[str]:
     """a text in UTF-8 or a list of texts"""
-    return [text(item) for item in ([value] if isinstance(value, str) else list(value))]
+    return [text(item) for item in prompts(value)]
 
 
 def prompts(value: Any) -> list[str]:
