@@ -84,16 +84,15 @@ def main(argv: list[str]) -> int:
         raise ConfigError(
             f"--url with {', '.join(engine)}", "settings of the engine only without a server", "leave out one"
         )
-    if "url" not in settings.given:
-        engine["model"] = str(model_directory(engine.get("model") or demo.default_model(COMMAND.name)))
-        ModelConfig.load(engine["model"])  # refused before a question is read and processes are started
-    question = settings.take("prompt")
-    if question == "-" or (question is None and not exits.is_terminal(sys.stdin)):
-        question = _from_stdin()
     if "url" in settings.given:
         server: Any = nullcontext(Api(settings.take("url"), settings.take("api_key")))
     else:
+        engine["model"] = str(model_directory(engine.get("model") or demo.default_model(COMMAND.name)))
+        ModelConfig.load(engine["model"])  # refused before a question is read and processes are started
         server = own_server(serve_words(engine), quiet=True)
+    question = settings.take("prompt")
+    if question == "-" or (question is None and not exits.is_terminal(sys.stdin)):
+        question = _from_stdin()
     screen: chat_screen.Screen = (
         chat_screen.Plain()
         if settings.take("plain", False) or not exits.is_terminal(sys.stdout)
