@@ -217,7 +217,10 @@ async def _chunks(events: Events, head: Head, body: CompletionBody, texts: list[
             elif isinstance(event, Delta):
                 text = texts[event.index].take(event)
                 logprobs = texts[event.index].logprobs()
-                if text or (logprobs and logprobs["tokens"]):
+                # A token whose text is not complete (half a character, the beginning of a stop string) is a chunk with
+                # an empty text, as in vLLM: programs that measure a server take the chunks for steps.
+                tokens = event.token_ids and not texts[event.index].only_prompt
+                if text or tokens or (logprobs and logprobs["tokens"]):
                     yield head([_choice(event.index, text, logprobs)], **others)
             elif isinstance(event, Finished):
                 yield head([_choice(event.index, "", None, event)], **others)

@@ -53,6 +53,18 @@ def test_logprobs_of_the_prompt(client):
     assert all(token in top for token, top in zip(longer.logprobs.tokens[1:], longer.logprobs.top_logprobs[1:]))
 
 
+def test_tokens_without_text_are_chunks_too(server):
+    """While a stop string may be coming there is no text to tell, but a client sees that the answer grows."""
+    [x] = server.post("/tokenize", {"prompt": "x"}).json()["tokens"]
+    body = {"prompt": CITY, "max_tokens": 200, "ignore_eos": True, "allowed_token_ids": [x], "stop": ["x" * 300]}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *told, end, _ = events(server.post("/v1/completions", body | {"stream": True, "stream_options": options}))
+    counts = [chunk["usage"]["completion_tokens"] for chunk in told if chunk["choices"][0]["text"] == ""]
+    assert len(counts) > 2 and counts == sorted(set(counts)) and counts[0] < 200
+    assert end["choices"][0]["finish_reason"] == "length"
+    assert "".join(chunk["choices"][0]["text"] for chunk in told) == "x" * 200
+
+
 def test_a_stop_string_never_shows_its_beginning(client):
     whole = client.completions.create(model="any", prompt=CITY, max_tokens=24, temperature=0).choices[0].text
     stop = whole[6:9]
