@@ -187,6 +187,13 @@ def find(model: Path, form: Form, layout: str, quantization_config: object) -> P
     return None
 
 
+def in_other_forms(model: Path, form: Form) -> list[Path]:
+    """The packed files of a model, finished ones, that are there in other forms than this one."""
+    folders = {place.parent: None for place in places(model, form)}
+    others = [file.parent for folder in folders for file in sorted(folder.glob(f"packed-*/{MANIFEST}"))]
+    return [directory for directory in others if directory.name != form.folder]
+
+
 def open_standalone(model: Path, form: Form, layout: str | None) -> PackedFile:
     """The packed file that a model's directory is; it is used in whatever form it has, unless another one is asked for.
 

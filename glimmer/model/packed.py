@@ -74,6 +74,10 @@ def open_weights(
         if found is not None:
             log.info("weights are those of the packed file %s", found.directory)
             return found
+        others = packed_file.in_other_forms(model, form)
+        if others:
+            them = f"{others[0]}{' and others' * (len(others) > 1)}"
+            log.warning("the packed file %s is not used: %s is asked for; the checkpoint is read", them, form.folder)
     else:
         holds_whole = f"it holds whole matrices, of which each of {size} processes computes with a part"
         reason = holds_whole if size > 1 else f"backend {backend.name!r} has another layout"

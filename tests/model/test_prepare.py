@@ -279,6 +279,25 @@ def test_what_is_there_and_cannot_be_used_is_named(model, caplog):
         assert str(packed) in warning and "is not used" in warning and reason in warning
 
 
+def test_one_in_another_form_is_named(model, caplog):
+    """Once, beside the model or in the cache directory; and not where there is one in the form that is asked for."""
+    directory = model()
+    int8, config, kernels = pack(directory, "int8"), ModelConfig.load(str(directory)), selection.choose(selection.HOST)
+    for place in (int8, packed_file.places(directory, Form("bfloat16"))[1].parent / int8.name):
+        if place != int8:
+            shutil.move(int8, place)
+        with open_weights(directory, config, Form("bfloat16"), kernels, 1) as found:
+            assert not isinstance(found, PackedFile)
+        (warning,) = [record.getMessage() for record in caplog.records]
+        assert f"{place} is not used: packed-bfloat16 is asked for" in warning
+        caplog.clear()
+    plain = pack(directory)
+    for form, wanted in ((Form("bfloat16"), plain), (Form("bfloat16", "int8"), place)):
+        with open_weights(directory, config, form, kernels, 1) as found:
+            assert isinstance(found, PackedFile) and found.directory == wanted
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 def test_of_two_writers_one_is_refused(model):
     directory = model()
     head = packed_file.head(Form("bfloat16"), "layout", {})
