@@ -21,7 +21,7 @@ from glimmer import LLM, SamplingParams
 from glimmer import device as devices
 
 DEMO = Path(__file__).resolve().parents[1] / "glimmer/demo"
-PROMPT, MOST = 16, 2048  # tokens of a prompt; steps of a burst at most
+PROMPT, MAX_STEPS = 16, 2048  # tokens of a prompt; steps of a burst at most
 
 
 class Over(Exception):
@@ -38,7 +38,7 @@ def decode(llm: LLM, seconds: float) -> float:
             raise Over
 
     try:
-        params = SamplingParams(temperature=0, max_tokens=MOST, ignore_eos=True)
+        params = SamplingParams(temperature=0, max_tokens=MAX_STEPS, ignore_eos=True)
         llm.generate({"prompt_token_ids": [3] * PROMPT}, params, on_step=mark)
     except Over:
         pass  # the sequence has been aborted
@@ -72,8 +72,8 @@ def main() -> None:
     args = parser.parse_args()
     engines = {
         threads: LLM(
-            args.model, threads=threads, quantization=args.quantization, max_model_len=PROMPT + MOST, max_num_seqs=1,
-            enable_prefix_caching=False, skip_tokenizer_init=True, speculative_config="off",
+            args.model, threads=threads, quantization=args.quantization, max_model_len=PROMPT + MAX_STEPS,
+            max_num_seqs=1, enable_prefix_caching=False, skip_tokenizer_init=True, speculative_config="off",
         )
         for threads in args.threads
     }  # fmt: skip

@@ -36,7 +36,7 @@ from glimmer import device as devices
 HERE = Path(__file__).resolve().parent
 FORMS = ("bfloat16", "int8", "int4", "fp8")
 MEMORY = 1 / 1.02  # the lowest ratio of peak memory that passes
-LEAST, MOST = 8, 256  # decode steps of a burst
+MIN_STEPS, MAX_STEPS = 8, 256  # decode steps of a burst
 PAUSE = 0.02  # seconds between bursts: the threads of the one before sleep by then
 Pairs = list[tuple[float, float]]  # (base, head)
 
@@ -110,7 +110,7 @@ class Child:
     """A process of one build that has a model in memory: see gate_child.py. load_s: how long that took."""
 
     def __init__(self, package: Path, model: Path, form: str, args: argparse.Namespace):
-        command = [sys.executable, "-S", "-P", HERE / "gate_child.py", model, "--steps", MOST]
+        command = [sys.executable, "-S", "-P", HERE / "gate_child.py", model, "--steps", MAX_STEPS]
         command += ["--prefill", *args.prefill, "--decode", *args.decode]
         command += ["--quantization", form] if form in ("int8", "int4") else []
         self.timeout = args.timeout
@@ -177,7 +177,7 @@ def starts(start: Callable[[int], Child], args: argparse.Namespace) -> dict[str,
 
     def burst(which: int) -> tuple[float, float]:
         with start(which) as child:
-            for what, numbers, count in (("prefill", args.prefill, 1), ("decode", args.decode, LEAST)):
+            for what, numbers, count in (("prefill", args.prefill, 1), ("decode", args.decode, MIN_STEPS)):
                 if numbers:
                     child.ask(what, max(numbers), count)
             return child.load_s, child.ask("peak")
@@ -201,9 +201,9 @@ def bursts(children: list[Child], args: argparse.Namespace) -> dict[str, Pairs]:
     found = {}
     for what, number in [("prefill", n) for n in args.prefill] + [("decode", b) for b in args.decode]:
         # The first bursts are not counted: they warm up, and their speed says how long the others must be.
-        least = LEAST if what == "decode" else 1
+        least = MIN_STEPS if what == "decode" else 1
         rate = min(child.ask(what, number, least) for child in children)
-        count = min(max(round(args.seconds * rate / number), least), MOST)
+        count = min(max(round(args.seconds * rate / number), least), MAX_STEPS)
 
         def burst(which: int, words: tuple[str, int, int] = (what, number, count)) -> float:
             time.sleep(PAUSE)

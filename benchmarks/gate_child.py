@@ -1,11 +1,11 @@
 """One build of glimmer with a model in memory, which computes a burst when it is asked: a part of gate.py.
 
-usage: gate_child.py MODEL [--quantization int8] --prefill N ... --decode B ... --steps MOST
+usage: gate_child.py MODEL [--quantization int8] --prefill N ... --decode B ... --steps MAX
 
 When the model is loaded it writes a line of JSON: {"load_s"}. Then each line of its standard input is answered by one:
 
     prefill N COUNT     COUNT prompts of N tokens, one after the other: {"rate": prompt tokens a second}
-    decode B STEPS      STEPS steps, at most MOST, of B sequences: {"rate": tokens a second}
+    decode B STEPS      STEPS steps, at most MAX, of B sequences: {"rate": tokens a second}
     peak                {"peak_memory_gib"} of this process until now
 
 Until it is asked it sleeps. Of glimmer it uses the public API of `LLM` only, so that old commits can be measured.

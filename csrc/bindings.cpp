@@ -174,20 +174,20 @@ NB_MODULE(_native, m) {
             "begin"_a, "nbytes"_a, "Bytes of the file as a torch tensor (uint8), which must not be written.");
     m.def(
         "checksum", [](uintptr_t data, size_t nbytes) { return checksum(at<void>(data), nbytes); }, "data"_a, "nbytes"_a,
-        ReleaseGil(), "The checksum of a piece of a packed file: CRC-32C of its four quarters, 32 hexadecimal digits.");
+        ReleaseGil(), "The checksum of a record of a packed file: CRC-32C of its four quarters, 32 hexadecimal digits.");
     m.def(
         "checksums",
-        [](Pool& pool, const std::vector<uintptr_t>& pieces, const std::vector<size_t>& nbytes) {
-            if (pieces.size() != nbytes.size()) throw std::invalid_argument("a size for each piece");
-            std::vector<std::string> sums(pieces.size());
+        [](Pool& pool, const std::vector<uintptr_t>& records, const std::vector<size_t>& nbytes) {
+            if (records.size() != nbytes.size()) throw std::invalid_argument("a size for each record");
+            std::vector<std::string> sums(records.size());
             PoolScope scope(pool);
-            parallel((long)pieces.size(), [&](long i) {
-                populate(at<void>(pieces[i]), nbytes[i]);
-                sums[i] = checksum(at<void>(pieces[i]), nbytes[i]);
+            parallel((long)records.size(), [&](long i) {
+                populate(at<void>(records[i]), nbytes[i]);
+                sums[i] = checksum(at<void>(records[i]), nbytes[i]);
             });
             return sums;
         },
-        "pool"_a, "pieces"_a, "nbytes"_a, ReleaseGil(), "The checksums of pieces at these addresses, by all threads.");
+        "pool"_a, "records"_a, "nbytes"_a, ReleaseGil(), "The checksums of records at these addresses, by all threads.");
 
     nb::class_<Packed>(m, "Packed", "Weight matrices of one shape, stored in the layout that the kernels read.")
         .def(

@@ -53,8 +53,8 @@ struct Kernels {
     const char* name;
     int rows;  // a block of rows that fills the registers
     // Called before and after a thread's part of a parallel region; null if there is nothing to do.
-    void (*enter)();
-    void (*leave)();
+    void (*begin_region)();
+    void (*end_region)();
     // c (m, 32) float = a (m rows, k, stride lda elements) times one panel. a is float, or bf16 for bf16 and fp8. c has space
     // for m rounded up to `rows`; rows beyond m are undefined. next: the address that this thread reads after the panel, to be
     // prefetched; null if it is not known. f32 and f32_bf16 compute the same sums.

@@ -9,7 +9,7 @@ namespace glimmer {
 namespace {
 
 // Tiles 0..3 are sums (two blocks of rows x two halves of the panel), 4 and 5 rows of a, 6 and 7 the panel's halves.
-void enter() {
+void load_tile_config() {
     alignas(64) static const struct {
         uint8_t palette = 1, start_row = 0, reserved[14] = {};
         uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -17,7 +17,7 @@ void enter() {
     } config;
     _tile_loadconfig(&config);
 }
-void leave() { _tile_release(); }
+void release_tiles() { _tile_release(); }
 
 // A stretch of the inner dimension: its part of a panel stays in the L1 cache while block after block of rows is multiplied by
 // it. The partial sums are in c meanwhile, which holds a tile's float32 or int32 exactly.
@@ -185,8 +185,8 @@ double peak_flops_int8_tiles(long rounds) {
 }  // namespace
 
 // clang-format off
-const Kernels amx = {"amx", 32, enter, leave, f32, f32_bf16, bf16_tiles, fp8_tiles, int8_tiles, int4, load_bf16, to_bf16,
-                     to_fp8, to_int8, swiglu, finish, gated, add, peak_flops_bf16_tiles, peak_flops_int8_tiles, read,
+const Kernels amx = {"amx", 32, load_tile_config, release_tiles, f32, f32_bf16, bf16_tiles, fp8_tiles, int8_tiles, int4, load_bf16,
+                     to_bf16, to_fp8, to_int8, swiglu, finish, gated, add, peak_flops_bf16_tiles, peak_flops_int8_tiles, read,
                      attention_by_tiles, small_loops};
 // clang-format on
 

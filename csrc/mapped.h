@@ -1,5 +1,5 @@
 // A file of weights, mapped read-only: its pages are those of the page cache, shared by all processes that map it. And the
-// checksum of its pieces. Not here: what the file holds (packed.h), and reading without the page cache (store.h).
+// checksum of its records. Not here: what the file holds (packed.h), and reading without the page cache (store.h).
 #pragma once
 
 #include <atomic>
@@ -29,13 +29,13 @@ private:
     int place;        // in the table that the signal handler reads
 };
 
-// The checksum of a piece is the CRC-32C of each of its four quarters (the first three of `quarter` bytes), as 32 hexadecimal
+// The checksum of a record is the CRC-32C of each of its four quarters (the first three of `quarter` bytes), as 32 hexadecimal
 // digits: four sums are as fast as memory, and a quarter can be checked as soon as it is there.
 constexpr int QUARTERS = 4;
 inline size_t quarter(size_t bytes) { return (bytes / QUARTERS + 4095) / 4096 * 4096; }
 uint32_t crc32c(const void* data, size_t bytes);
 std::string checksum(const void* data, size_t bytes);
-// Maps all pages of a piece at once, and reads those that are not in the page cache: one by one that takes several times as
+// Maps all pages of a record at once, and reads those that are not in the page cache: one by one that takes several times as
 // long. Only advice.
 void populate(const void* data, size_t bytes);
 

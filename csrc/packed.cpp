@@ -184,19 +184,19 @@ void Packed::fill(long e, int first, int rows, const void* codes, size_t stride,
     if (kind == Kind::int4 && !groups.wide_scales)
         for (size_t i = 0; i < (size_t)rows * per_row; i++)
             if (bits(row_scales[i]) & 0xffff) throw std::invalid_argument("a scale that is no bf16 number");
-    struct Piece {
+    struct Run {
         int row, rows;  // consecutive rows that lie in one panel
     };
     float* const scales = const_cast<float*>(places[e].scales);
-    std::vector<Piece> pieces;
-    for (int r = first; r < first + rows; r += pieces.back().rows) {
+    std::vector<Run> runs;
+    for (int r = first; r < first + rows; r += runs.back().rows) {
         int at = r % width, done = PANEL - at % PANEL;
         if (done > width - at) done = width - at;
         if (done > first + rows - r) done = first + rows - r;
-        pieces.push_back({r, done});
+        runs.push_back({r, done});
     }
-    parallel((long)pieces.size(), [&](long piece) {
-        const int r = pieces[piece].row, done = pieces[piece].rows;
+    parallel((long)runs.size(), [&](long i) {
+        const int r = runs[i].row, done = runs[i].rows;
         const int part = r / width, at = r % width, column = at % PANEL, p = at / PANEL * parts + part;
         uint8_t* panel = const_cast<uint8_t*>(this->panel(e, p));
         const char* source = (const char*)codes + (r - first) * stride;

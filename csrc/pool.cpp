@@ -123,7 +123,7 @@ struct Pool::State {
 
     void work() {
         const Kernels& k = kernels();
-        if (k.enter) k.enter();
+        if (k.begin_region) k.begin_region();
         try {
             for (long i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) (*task)(i);
         } catch (...) {
@@ -131,11 +131,11 @@ struct Pool::State {
             if (!failure) failure = std::current_exception();
             next.store(n, std::memory_order_relaxed);  // nobody begins another task
         }
-        if (k.leave) k.leave();
+        if (k.end_region) k.end_region();
     }
 
     // Whether the calling worker is now inside region `number`.
-    bool enter(uint64_t number) {
+    bool join(uint64_t number) {
         uint64_t now = region.load(std::memory_order_acquire);
         while ((now & NUMBER) == number && now & OPEN)
             if (region.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) return true;
@@ -156,7 +156,7 @@ struct Pool::State {
             }
             if (stop.load()) return;
             seen = region.load(std::memory_order_acquire) & NUMBER;
-            if (!enter(seen)) continue;
+            if (!join(seen)) continue;
             helped.store(true, std::memory_order_relaxed);
             work();
             region.fetch_sub(1, std::memory_order_release);

@@ -81,11 +81,11 @@ class MappedFile:
 
 def checksum(data: int, nbytes: int) -> str:
     """
-    The checksum of a piece of a packed file: CRC-32C of its four quarters, 32 hexadecimal digits.
+    The checksum of a record of a packed file: CRC-32C of its four quarters, 32 hexadecimal digits.
     """
 
-def checksums(pool: Pool, pieces: Sequence[int], nbytes: Sequence[int]) -> list[str]:
-    """The checksums of pieces at these addresses, by all threads."""
+def checksums(pool: Pool, records: Sequence[int], nbytes: Sequence[int]) -> list[str]:
+    """The checksums of records at these addresses, by all threads."""
 
 class Packed:
     """

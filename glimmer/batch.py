@@ -53,8 +53,8 @@ class Batch:
         """A batch in the host's memory. query_lens: rows of each sequence; block tables may differ in length."""
         columns = max(map(len, block_tables))
         tables = [block for table in block_tables for block in (*table, *[0] * (columns - len(table)))]
-        starts = list(accumulate(query_lens, initial=0))
-        parts = [tokens, positions, slot_mapping, tables, logits_indices, starts, seq_lens]
+        query_start_loc = list(accumulate(query_lens, initial=0))
+        parts = [tokens, positions, slot_mapping, tables, logits_indices, query_start_loc, seq_lens]
         return _views(torch.tensor([x for part in parts for x in part]), [len(part) for part in parts], None)
 
     @property
@@ -81,6 +81,7 @@ class Batch:
 
 def _views(data: Tensor, sizes: list[int], host: tuple[Tensor, Tensor] | None) -> Batch:
     """The parts of one tensor as a Batch; host: the last two of them in the host's memory, None if all are there."""
-    tokens, positions, slots, tables, indices, starts, lens = data.split(sizes)
-    starts_cpu, lens_cpu = host or (starts, lens)
-    return Batch(tokens, positions, slots, tables.view(len(lens), -1), indices, starts, lens, starts_cpu, lens_cpu)
+    tokens, positions, slot_mapping, tables, logits_indices, query_start_loc, seq_lens = data.split(sizes)
+    block_tables = tables.view(len(seq_lens), -1)
+    on_host = host or (query_start_loc, seq_lens)
+    return Batch(tokens, positions, slot_mapping, block_tables, logits_indices, query_start_loc, seq_lens, *on_host)

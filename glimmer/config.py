@@ -526,7 +526,7 @@ def _named(made: Callable[..., None]) -> Callable[..., None]:
             found = f"SamplingParams({shown(args[0])}), a parameter without a name"
             raise RequestError("sampling_params", found, "names and values", "write e.g. SamplingParams(temperature=0)")
         others = {name: value for name, value in given.items() if name not in names}
-        vllm_names.settle("SamplingParams", others, vllm_names.SAMPLING, names, RequestError)
+        vllm_names.check("SamplingParams", others, vllm_names.SAMPLING, names, RequestError)
         made(self, **{name: value for name, value in given.items() if name not in others})
 
     return init

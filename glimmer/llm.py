@@ -107,7 +107,7 @@ class LLM:
     ):
         if not isinstance(model, (str, Path)):
             raise ConfigError(f"model={shown(model)}", "a path", "pass the path of a Hugging Face directory")
-        ignored = _settle_engine(model, unknown)
+        ignored = _check_engine(model, unknown)
         given: dict[str, Any] = dict(
             model=str(model_directory(model)),
             dtype=_dtype_name(dtype),
@@ -343,7 +343,7 @@ class LLM:
         the engine's thread: until it returns, nothing is computed for anybody. What they raise is raised here.
         unknown: parameters of vLLM's generate, which are accepted where they change nothing.
         """
-        _settle_call("generate", unknown, ("prompts", "sampling_params", "use_tqdm", "errors", "on_finish", "on_step"))
+        _check_call("generate", unknown, ("prompts", "sampling_params", "use_tqdm", "errors", "on_finish", "on_step"))
         asked = [prompts] if isinstance(prompts, (str, Mapping)) else _listed(prompts)
         params = self._params(sampling_params, len(asked), "prompt")
         return self._all("prompt", asked, lambda prompt: prompt, params, use_tqdm, errors, on_finish, on_step)
@@ -373,7 +373,7 @@ class LLM:
         What becomes of messages and tools is said at `render`.
         """
         own = ("messages", "sampling_params", "use_tqdm", *RENDERING, "errors", "on_finish", "on_step")
-        _settle_call("chat", unknown, own)
+        _check_call("chat", unknown, own)
         several = isinstance(messages, (list, tuple)) and len(messages) > 0 and isinstance(messages[0], (list, tuple))
         conversations = list(messages) if several else [messages]
         render = lambda conversation: self.render(
@@ -539,7 +539,7 @@ class LLM:
 
     def _rendered(self, method: str, messages: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         """`render` for a method that takes its options, and those of vLLM's chat that change nothing."""
-        _settle_call(method, {name: options[name] for name in options if name not in RENDERING}, RENDERING)
+        _check_call(method, {name: options[name] for name in options if name not in RENDERING}, RENDERING)
         return self.render(messages, **{name: options[name] for name in options if name in RENDERING})
 
     def _stream(self, output: RequestOutput, spec: ConstraintSpec | None, params: SamplingParams) -> Iterator[Delta]:
@@ -768,7 +768,7 @@ def end_of_sequence(config: ModelConfig, generation: tuple[int, ...], tokenizer:
     return ids
 
 
-def _settle_engine(model: str, given: Mapping[str, Any]) -> str:
+def _check_engine(model: str, given: Mapping[str, Any]) -> str:
     """The names of vLLM's parameters that change nothing here; ConfigError for any other."""
     names = [field.name for field in fields(EngineConfig)] + ["on_load", "group"]
     given = dict(given)
@@ -783,12 +783,12 @@ def _settle_engine(model: str, given: Mapping[str, Any]) -> str:
     def error(name: str, found: str, expected: str, todo: str) -> ConfigError:
         return ConfigError(found, expected, todo)
 
-    return ", ".join(vllm_names.settle("LLM", given, vllm_names.ENGINE, names, error))
+    return ", ".join(vllm_names.check("LLM", given, vllm_names.ENGINE, names, error))
 
 
-def _settle_call(method: str, given: Mapping[str, Any], own: Sequence[str]) -> None:
+def _check_call(method: str, given: Mapping[str, Any], own: Sequence[str]) -> None:
     """RequestError for a parameter that is neither the method's own nor without effect."""
-    vllm_names.settle(method, given, vllm_names.CALL, own, RequestError)
+    vllm_names.check(method, given, vllm_names.CALL, own, RequestError)
 
 
 def _dtype_name(dtype: Any) -> str:

@@ -146,7 +146,7 @@ def missing_member(name: str) -> MissingMember | None:
     return None if todo is None else MissingMember(f"LLM has no {name}", "generate, chat, stream and others", todo)
 
 
-def settle(
+def check(
     what: str, given: Mapping[str, Any], known: Mapping[str, Only], own: Iterable[str], error: Error
 ) -> list[str]:
     """The names of the parameters in `given`, all of which are without effect; the error for any other.

@@ -144,6 +144,53 @@ def test_files_open_with_what_they_do(path):
     assert ast.get_docstring(ast.parse((ROOT / path).read_text())), f"{path} has no docstring"
 
 
+# Names that the field has another word for (docs/glossary.md has most of those words), and so must not come back.
+UNUSUAL = {
+    *("Choice", "Entry", "FINE", "Lent", "MIDDLE", "MOST", "Meeting", "Part", "Piece", "Plan", "Recording", "Reply"),
+    *("Room", "Shelf", "Turn", "_wait_again", "adopt", "burn_bf16", "centers", "choosable", "door", "enter", "grain"),
+    *("grow", "house", "leaf", "leaves", "lend", "narrow", "play", "publish", "scribe", "settle", "shelf", "showcase"),
+}
+# Names that are usual elsewhere, and have a more telling one in these classes.
+UNUSUAL_MEMBERS = {
+    "Batch": {"blocks", "lengths", "rows", "slots", "starts"},
+    "Blocks": {"shared"},
+    "Glm4Moe": {"through"},
+    "Group": {"finish", "least"},
+    "Scheduler": {"commit", "plan"},
+    "Sequence": {"answered", "computed", "limit", "reported"},
+}
+
+
+def defined(tree: ast.AST) -> set[str]:
+    """The names of classes, functions, parameters, variables and attributes that this code defines."""
+    found = {
+        node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    found |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    stored = [node for node in ast.walk(tree) if isinstance(getattr(node, "ctx", None), ast.Store)]
+    return found | {
+        n.id if isinstance(n, ast.Name) else n.attr for n in stored if isinstance(n, ast.Name | ast.Attribute)
+    }
+
+
+@pytest.mark.parametrize("directory", ["glimmer", "benchmarks", "tests", "tools"])
+def test_things_have_their_usual_names(directory):
+    for path in sorted((ROOT / directory).rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        unusual = (defined(tree) | {path.stem}) & UNUSUAL
+        assert not unusual, f"{path} defines {unusual}"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                unusual = defined(node) & UNUSUAL_MEMBERS.get(node.name, set())
+                assert not unusual, f"{path}: {node.name} has {unusual}"
+
+
+def test_kernels_have_their_usual_names():
+    for path in sorted((ROOT / "csrc").iterdir()):
+        code = re.sub(r"//.*|\"(\\\\.|[^\"])*\"", "", path.read_text())
+        assert not set(re.findall(r"\w+", code)) & UNUSUAL, path
+
+
 def test_public_names():
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     public = next(n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__")

@@ -313,17 +313,21 @@ class Cpu(Reference, PackedFiles):
     def attention(self, q: Tensor, kv: KVCache, batch: Batch, scale: float) -> Tensor:
         rows, q_heads, width = q.shape
         q, tables = self._heads(q), self._contiguous(batch.block_tables)
-        starts, lens, sequences = batch.query_start_loc_cpu, batch.seq_lens_cpu, batch.num_sequences
-        fits = width == kv.head_dim and rows == int(starts[-1]) and len(tables) == sequences == len(starts) - 1
-        types = tables.dtype == starts.dtype == lens.dtype == torch.int64
+        query_start_loc, seq_lens, sequences = batch.query_start_loc_cpu, batch.seq_lens_cpu, batch.num_sequences
+        fits = (
+            width == kv.head_dim
+            and rows == int(query_start_loc[-1])
+            and len(tables) == sequences == len(query_start_loc) - 1
+        )
+        types = tables.dtype == query_start_loc.dtype == seq_lens.dtype == torch.int64
         if not fits or not types or not _is_cache(kv, q):
-            _refuse("attention", q, kv.keys, kv.values, tables, starts, lens)
+            _refuse("attention", q, kv.keys, kv.values, tables, query_start_loc, seq_lens)
         y = self._new(rows, q_heads * width, dtype=q.dtype)
         self._run(
             "attention",
             q.data_ptr(), q.stride(0), q_heads, q.dtype == torch.bfloat16, kv.keys.data_ptr(), kv.values.data_ptr(),
             kv.quantized, kv.num_blocks, kv.block_size, kv.num_kv_heads, width, tables.data_ptr(), tables.shape[1],
-            starts.data_ptr(), lens.data_ptr(), sequences, scale, y.data_ptr(),
+            query_start_loc.data_ptr(), seq_lens.data_ptr(), sequences, scale, y.data_ptr(),
         )  # fmt: skip
         return y
 
@@ -457,9 +461,11 @@ class Cpu(Reference, PackedFiles):
         layout = [up, up_scales, low, low_scales, nbytes]
         return PagedExperts(gate_up, down, store, store.add_layer(gate_up, down, begin, layout, list(checksums)))
 
-    def checksums(self, pieces: Sequence[Tensor]) -> list[str]:
-        assert all(piece.dtype == torch.uint8 and piece.is_contiguous() for piece in pieces)
-        return _native.checksums(self._pool, [piece.data_ptr() for piece in pieces], [len(piece) for piece in pieces])
+    def checksums(self, records: Sequence[Tensor]) -> list[str]:
+        assert all(record.dtype == torch.uint8 and record.is_contiguous() for record in records)
+        return _native.checksums(
+            self._pool, [record.data_ptr() for record in records], [len(record) for record in records]
+        )
 
     def _described(self, matrix: Any) -> _native.Packed:
         """Matrices without memory, from what `_describe` has said of them; ValueError for anything else."""
@@ -471,10 +477,10 @@ class Cpu(Reference, PackedFiles):
                 return _native.Packed(self._pool, kind, count, n, k, parts, group_size, wide, owns=False)
         raise ValueError(f"{str(matrix)[:200]} describes no matrices")
 
-    def _empty(self, parts: Sequence[Weight], kind: str, count: int, pieces: int) -> _native.Packed:
+    def _empty(self, parts: Sequence[Weight], kind: str, count: int, num_parts: int) -> _native.Packed:
         rows, inner = sum(p.shape[0] for p in parts), parts[0].shape[1]
         group = -(-(parts[0].group_size or 32) // 32) * 32
-        return _native.Packed(self._pool, kind, count, rows, inner, pieces, group, _wide_scales(parts))
+        return _native.Packed(self._pool, kind, count, rows, inner, num_parts, group, _wide_scales(parts))
 
     def _fill(self, packed: Packed, e: int, parts: Sequence[Weight], dtype: torch.dtype) -> None:
         assert isinstance(packed, _native.Packed)

@@ -102,5 +102,5 @@ class PackedFiles(ABC):
         """
 
     @abstractmethod
-    def checksums(self, pieces: Sequence[Tensor]) -> list[str]:
-        """A checksum of the bytes of each piece: 32 hexadecimal digits, the same for every backend that has any."""
+    def checksums(self, records: Sequence[Tensor]) -> list[str]:
+        """A checksum of the bytes of each record: 32 hexadecimal digits, the same for every backend that has any."""

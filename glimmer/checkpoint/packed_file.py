@@ -1,8 +1,8 @@
 """PackedFile: a checkpoint's weights as a backend computes with them, written once by `glimmer prepare`.
 
-It is a directory of two files. weights-*.bin holds pieces: what one attribute of one layer of the model holds, as one
+It is a directory of two files. weights-*.bin holds sections: what one attribute of one layer of the model holds, as one
 or more records of equal length, each from a multiple of 4096 bytes on (an expert is a record: one read brings it).
-packed.json, the manifest, says where each piece lies, what it is, and its checksums; of which files it was made, by
+packed.json, the manifest, says where each section lies, what it is, and its checksums; of which files it was made, by
 their fingerprints; and in which form and layout. It comes last, under its name at once: where it is, all is there.
 
 A packed file lies in the model's directory, or in the cache directory where that cannot be written, or it is a
@@ -59,7 +59,7 @@ class Form:
         return "-".join(str(part) for part in parts if part is not None)
 
 
-class Piece(NamedTuple):
+class Section(NamedTuple):
     """num_records of nbytes each from byte `begin` on. description: how a backend, or torch, makes weights of them."""
 
     description: dict[str, Any]
@@ -72,7 +72,7 @@ class Piece(NamedTuple):
 class PackedFile:
     """An open packed file. Raises CheckpointError when it is damaged, or of another version.
 
-    layers: path of a layer in the model -> attribute -> Piece. descriptor: of the file with the pieces, of nbytes.
+    layers: path of a layer in the model -> attribute -> Section. descriptor: of the file with the sections, of nbytes.
     """
 
     def __init__(self, directory: Path):
@@ -91,16 +91,22 @@ class PackedFile:
             self.source: dict[str, str] = table["source"]
             self.nbytes, self.file = int(table["nbytes"]), directory / str(table["data"])
             self.layers = {
-                layer: {name: Piece(**piece) for name, piece in pieces.items()}
-                for layer, pieces in table["layers"].items()
+                layer: {name: Section(**section) for name, section in sections.items()}
+                for layer, sections in table["layers"].items()
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._damaged(f"is incomplete: {error!r}") from None
-        for piece in self.pieces():
-            end = piece.begin + piece.num_records * piece.nbytes
-            if piece.begin < 0 or piece.begin % PAGE or piece.num_records < 1 or piece.nbytes < 1 or end > self.nbytes:
-                raise self._damaged(f"places a piece at bytes {piece.begin:,} to {end:,} of {self.nbytes:,}")
-            if len(piece.checksums) != piece.num_records:
+        for section in self.sections():
+            end = section.begin + section.num_records * section.nbytes
+            if (
+                section.begin < 0
+                or section.begin % PAGE
+                or section.num_records < 1
+                or section.nbytes < 1
+                or end > self.nbytes
+            ):
+                raise self._damaged(f"places a section at bytes {section.begin:,} to {end:,} of {self.nbytes:,}")
+            if len(section.checksums) != section.num_records:
                 raise self._damaged("lacks checksums")
         try:
             self.descriptor = open_regular(self.file)
@@ -111,13 +117,13 @@ class PackedFile:
             os.close(self.descriptor)
             raise self._damaged(f"wants {self.nbytes:,} bytes of {self.file.name}, which has {size:,}")
 
-    def pieces(self) -> list[Piece]:
-        """All pieces of all layers."""
-        return [piece for pieces in self.layers.values() for piece in pieces.values()]
+    def sections(self) -> list[Section]:
+        """All sections of all layers."""
+        return [section for sections in self.layers.values() for section in sections.values()]
 
     def __len__(self) -> int:
         """How many records there are: at least one for each layer and each expert."""
-        return sum(piece.num_records for piece in self.pieces())
+        return sum(section.num_records for section in self.sections())
 
     def stale(self, source: Mapping[str, str]) -> str | None:
         """What differs from the files that it was made of, or None."""
@@ -243,7 +249,7 @@ def check_space(directory: Path, nbytes: int) -> None:
 
 
 class PackedWriter:
-    """Writes a packed file into `directory`, piece by piece; again where an earlier attempt has stopped.
+    """Writes a packed file into `directory`, section by section; again where an earlier attempt has stopped.
 
     head: form, layout and source. checksum: of a buffer. `done` has the layers that an earlier attempt has written.
     Raises ConfigError when another process is writing there, CheckpointError when the disk is full or refuses.
@@ -251,7 +257,7 @@ class PackedWriter:
 
     def __init__(self, directory: Path, head: Mapping[str, Any], checksums: Callable[[list[Any]], list[str]]):
         self.directory, self._checksums = directory, checksums
-        self.done: dict[str, dict[str, Piece]] = {}
+        self.done: dict[str, dict[str, Section]] = {}
         self._file = self._journal = self._lock = -1
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -285,7 +291,7 @@ class PackedWriter:
                 if line["end"] > size:
                     break
                 end = line["end"]
-                self.done |= {layer: _pieces(pieces) for layer, pieces in line["layers"].items()}
+                self.done |= {layer: _sections(sections) for layer, sections in line["layers"].items()}
         else:
             self._name = f"weights-{os.urandom(4).hex()}.bin"
         for stray in self.directory.glob("weights-*.bin"):
@@ -295,7 +301,7 @@ class PackedWriter:
         os.ftruncate(self._file, end)
         kept: list[dict[str, Any]] = [{"head": self._head, "data": self._name}]
         if self.done:
-            kept.append({"layers": {name: _jsonable(pieces) for name, pieces in self.done.items()}, "end": end})
+            kept.append({"layers": {name: _jsonable(sections) for name, sections in self.done.items()}, "end": end})
         temporary = journal.with_suffix(".new")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         temporary.rename(journal)
@@ -303,7 +309,7 @@ class PackedWriter:
         self._chunk, self._filled = end - end % CHUNK, end % CHUNK  # where the buffer goes, and how much of it is there
         self._buffer = bytearray(CHUNK)
         self._buffer[: self._filled] = os.pread(self._file, self._filled, self._chunk)
-        self._pending: dict[str, dict[str, Piece]] = {}
+        self._pending: dict[str, dict[str, Section]] = {}
         self._synced = end
 
     def _in_use(self) -> str | None:
@@ -319,7 +325,7 @@ class PackedWriter:
         return self._chunk + self._filled
 
     def add(self, layer: str, name: str, description: dict[str, Any], records: "Callable[[int], Any]", n: int) -> None:
-        """One more piece: n records, of which records(i) gives the i-th as uint8, all of one length."""
+        """One more section: n records, of which records(i) gives the i-th as uint8, all of one length."""
         checksums, begin, nbytes = [], self.end, 0
         for i in range(n):
             record = records(i)
@@ -329,10 +335,10 @@ class PackedWriter:
             if nbytes % PAGE:
                 self._write(memoryview(bytes(PAGE - nbytes % PAGE)))
         assert n == 1 or nbytes % PAGE == 0, "records of whole pages"
-        self._pending.setdefault(layer, {})[name] = Piece(description, begin, n, nbytes, checksums)
+        self._pending.setdefault(layer, {})[name] = Section(description, begin, n, nbytes, checksums)
 
     def finish_layer(self) -> None:
-        """All pieces of a layer have been added: an interruption costs no more than SYNCED bytes from here."""
+        """All sections of a layer have been added: an interruption costs no more than SYNCED bytes from here."""
         if self.end - self._synced >= SYNCED:
             self._sync()
 
@@ -367,7 +373,7 @@ class PackedWriter:
         self._flush()
         try:
             os.fdatasync(self._file)
-            layers = {layer: _jsonable(pieces) for layer, pieces in self._pending.items()}
+            layers = {layer: _jsonable(sections) for layer, sections in self._pending.items()}
             os.write(self._journal, (json.dumps({"layers": layers, "end": self.end}) + "\n").encode())
             os.fdatasync(self._journal)
         except OSError as error:
@@ -378,7 +384,7 @@ class PackedWriter:
     def finish(self) -> None:
         """The manifest: from now on the packed file is there, in place of an older one."""
         self._sync()
-        layers = {layer: _jsonable(pieces) for layer, pieces in self.done.items()}
+        layers = {layer: _jsonable(sections) for layer, sections in self.done.items()}
         table = {"format": FORMAT, "version": VERSION, **self._head}
         table |= {"data": self._name, "nbytes": self.end, "layers": layers}
         table["digest"] = _digest(table)
@@ -410,7 +416,7 @@ class PackedWriter:
 
 
 def head(form: Form, layout: str, source: Mapping[str, str]) -> dict[str, Any]:
-    """What a packed file says of itself, before any piece."""
+    """What a packed file says of itself, before any section."""
     return {"form": asdict(form), "layout": layout, "source": dict(source)}
 
 
@@ -426,12 +432,12 @@ def _journal(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _pieces(pieces: Mapping[str, Mapping[str, Any]]) -> dict[str, Piece]:
-    return {name: Piece(**piece) for name, piece in pieces.items()}
+def _sections(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Section]:
+    return {name: Section(**section) for name, section in sections.items()}
 
 
-def _jsonable(pieces: Mapping[str, Piece]) -> dict[str, dict[str, Any]]:
-    return {name: piece._asdict() for name, piece in pieces.items()}
+def _jsonable(sections: Mapping[str, Section]) -> dict[str, dict[str, Any]]:
+    return {name: section._asdict() for name, section in sections.items()}
 
 
 def _digest(value: object) -> str:

@@ -41,7 +41,10 @@ CONTEXT = 64  # tokens before decoding
 WARM, STEPS, COUNTED = 4, 32, 8  # decode steps that pass by, are timed, and are profiled after that
 CHUNK = 2048  # tokens of prompts computed in one step
 REPEAT = 2  # prefills of each length
-BAR, LEAST = 40, 0.005  # characters of the longest bar; the share of a step below which a part has no line of its own
+BAR, MIN_SHARE = (
+    40,
+    0.005,
+)  # characters of the longest bar; the share of a step below which a part has no line of its own
 
 
 ENGINE_OPTIONS = without(
@@ -271,8 +274,8 @@ def _picture(figure: Figure, profile: "Profile") -> None:
     print(f"\n{figure.what}: {figure.seconds * 1e3:,.2f} ms; operation by operation {milliseconds:,.2f} ms:")
     longest = max(part.seconds for part in parts.values())
     block = "█" if exits.can_show("█") else "#"
-    small = sum(part.seconds for part in parts.values() if part.seconds < LEAST * whole)
-    rows = [(name, part.seconds, part) for name, part in parts.items() if part.seconds >= LEAST * whole]
+    small = sum(part.seconds for part in parts.values() if part.seconds < MIN_SHARE * whole)
+    rows = [(name, part.seconds, part) for name, part in parts.items() if part.seconds >= MIN_SHARE * whole]
     for name, seconds, part in [*rows, ("all others", small, None)]:
         near = max(part.at_best(figure.limits)) / seconds if part and figure.limits else 0
         limit = f"{100 * near:>5.0f} % of its limit" if near else f"{'':19}"

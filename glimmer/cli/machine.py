@@ -21,7 +21,7 @@ from glimmer.errors import ConfigError
 
 GIB = 1 << 30
 PROBE_SECONDS, PROBE_THREADS, PROBE_BLOCK = 1.0, 8, 2 << 20  # as the store of paged experts reads: csrc/store.h
-PROBE_LEAST = 64 << 20  # bytes of a file from which a disk's speed can be told
+MIN_PROBE = 64 << 20  # bytes of a file from which a disk's speed can be told
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,8 @@ def disk_of(directory: Path, speed: int | None) -> Disk:
         return Disk(free, float(speed), "as given")
     files = sorted(_files(directory), key=lambda file: file.stat().st_size, reverse=True)
     solid = [file for file in files if file.stat().st_blocks * 512 >= file.stat().st_size // 2]  # holes are not read
-    if not solid or solid[0].stat().st_size < PROBE_LEAST:
-        return Disk(free, None, f"no file of {PROBE_LEAST >> 20} MB or more to read there: give --disk-speed")
+    if not solid or solid[0].stat().st_size < MIN_PROBE:
+        return Disk(free, None, f"no file of {MIN_PROBE >> 20} MB or more to read there: give --disk-speed")
     try:
         return Disk(free, _probe(solid[0]), f"direct reads of {solid[0].name}")
     except OSError as error:

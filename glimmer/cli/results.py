@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Prompt = str | list[dict[str, Any]]  # a text, or the messages of a conversation
 
 STREAMS = re.compile(r"-|/dev/stdin|/dev/fd/[0-9]{1,4}")  # read to their end, as a .txt or a .jsonl file
-MOST = 1 << 30  # bytes of a file of prompts
+MAX_PROMPT_FILE = 1 << 30  # bytes of a file of prompts
 
 
 # ---------------------------------------------------------------------- prompts
@@ -111,7 +111,7 @@ def _read(name: str, regular: bool) -> str:
 
     try:
         descriptor = None if regular else os.dup(0) if name == "-" else os.open(name, os.O_RDONLY)
-        text = read_text(Path("stdin" if name == "-" else name), MOST, refused, "utf-8-sig", descriptor)
+        text = read_text(Path("stdin" if name == "-" else name), MAX_PROMPT_FILE, refused, "utf-8-sig", descriptor)
     except OSError as error:
         raise ConfigError(
             f"{what}: {error.strerror}",

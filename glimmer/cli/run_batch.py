@@ -21,7 +21,7 @@ from uuid import uuid4
 from glimmer.cli import exits
 from glimmer.cli.api import Api, ServerRefusal, own_server, serve_words
 from glimmer.cli.options import ENGINE, Command, Option, count, path, text, truth, without
-from glimmer.cli.results import MOST
+from glimmer.cli.results import MAX_PROMPT_FILE
 from glimmer.cli.row_file import RowFile
 from glimmer.errors import ConfigError, EngineError
 from glimmer.foreign import parse_json, read_text
@@ -95,7 +95,7 @@ def _server(url: str | None, key: str | None, engine: dict[str, Any]) -> Any:
 def read_requests(source: Path) -> list[dict[str, Any]]:
     """All requests of a file. ConfigError, with the line, for what is no request, and for two of one custom_id."""
     try:
-        content = read_text(source, MOST, lambda *parts: ConfigError(*parts), "utf-8-sig")
+        content = read_text(source, MAX_PROMPT_FILE, lambda *parts: ConfigError(*parts), "utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{source}: {error.strerror}", "a file of requests", "check the path") from None
     requests: list[dict[str, Any]] = []

@@ -57,8 +57,10 @@ class StepCapture:
             return False
         if rows == 1 or batch.num_sequences == 1:
             return len(batch.tokens) == rows * batch.num_sequences
-        starts = batch.query_start_loc_cpu.tolist()
-        return starts == list(range(0, rows * batch.num_sequences + 1, rows)) and starts[-1] == len(batch.tokens)
+        query_start_loc = batch.query_start_loc_cpu.tolist()
+        return query_start_loc == list(range(0, rows * batch.num_sequences + 1, rows)) and query_start_loc[-1] == len(
+            batch.tokens
+        )
 
     def run(self, inputs: Inputs, batch: Batch) -> Tensor:
         """What `layers` returns, (T, H), captured or not; valid until the next call."""

@@ -241,10 +241,10 @@ class LookupSource:
 class TokenIndex:
     """The tokens of one sequence, and for each few of them where the same ones have been before.
 
-    A token is looked at once; a look-up compares at most MOST places.
+    A token is looked at once; a look-up compares at most MAX_COMPARED places.
     """
 
-    MOST = 16
+    MAX_COMPARED = 16
 
     def __init__(self, longest: int, shortest: int):
         self.longest, self.shortest = longest, shortest
@@ -270,7 +270,7 @@ class TokenIndex:
             return []
         best, place = 0, 0
         end = self._latest.get(hash(tuple(tokens[size - self.shortest :])), 0)
-        for _ in range(self.MOST):
+        for _ in range(self.MAX_COMPARED):
             if not end or best == self.longest:
                 break
             same = 0

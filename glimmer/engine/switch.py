@@ -32,7 +32,9 @@ NEAR = 2.0  # how many times as many sequences a batch may have that another one
 SETTLED = 8  # steps for which the best number stays decided
 REST = 7  # steps without drafts between two decisions
 START, BUDGET = 1.0, 0.005  # what trials may take: steps, and a share of the time
-MOST = 0.25  # steps that one of a trial takes at most, beside one for each draft of a sequence: beyond, it is disturbed
+MAX_LOSS = (
+    0.25  # steps that one of a trial takes at most, beside one for each draft of a sequence: beyond, it is disturbed
+)
 TRIAL = 8  # drafts of a trial that tell enough
 TRIAL_STEPS = 40  # steps that it lasts at most: guesses may have to wait for the beginning of a block
 PARTLY = 0.25  # share of the sequences that must have drafts in a step whose time counts
@@ -249,7 +251,7 @@ class Switch:
         if not plain.known:  # the size of the batch has changed
             self._budget, self._trial_steps = self._budget - seconds, 0
             return
-        loss = min(MOST + checked / len(drafts), (seconds + self._spent) / plain.seconds - 1)
+        loss = min(MAX_LOSS + checked / len(drafts), (seconds + self._spent) / plain.seconds - 1)
         if checked <= len(drafts):
             self._loss += 0.5 * (loss - self._loss)
         self._budget -= (loss - accepted / len(drafts)) * plain.seconds

@@ -18,7 +18,7 @@ from typing import Any
 from glimmer.backends.base import ExpertSet
 from glimmer.backends.files import ExpertStore, PackedFiles
 from glimmer.backends.selection import HOST
-from glimmer.checkpoint.packed_file import PackedFile, Piece
+from glimmer.checkpoint.packed_file import PackedFile, Section
 from glimmer.device import free_memory
 from glimmer.errors import CheckpointError
 from glimmer.foreign import read_json
@@ -56,10 +56,10 @@ class Pager:
         self._layers: list[tuple[str, int]] = []  # (path in the model, experts), in the order of the store
         self.store: ExpertStore = backend.expert_store(packed.descriptor, slots, slot_bytes)
 
-    def add(self, layer: str, piece: Piece) -> ExpertSet:
-        """The experts of one more layer. ValueError if a piece holds none."""
-        self._layers.append((layer, piece.num_records))
-        return self._backend.page_packed(piece.description, self.store, piece.begin, piece.checksums)
+    def add(self, layer: str, section: Section) -> ExpertSet:
+        """The experts of one more layer. ValueError if a section holds none."""
+        self._layers.append((layer, section.num_records))
+        return self._backend.page_packed(section.description, self.store, section.begin, section.checksums)
 
     def start(self) -> None:
         """All layers have been added: take up what an earlier run has counted, and watch the memory from now on."""

@@ -23,7 +23,7 @@ from glimmer.checkpoint.packed_file import (
     Form,
     PackedFile,
     PackedWriter,
-    Piece,
+    Section,
     check_space,
     damaged,
     head,
@@ -105,13 +105,13 @@ class PackedLoader:
         lacking = [spec.layer for spec in self._specs if spec.layer not in packed.layers]
         if lacking:
             raise damaged(packed.manifest, f"lacks {lacking[0]}{' and others' * (len(lacking) > 1)}")
-        pieces = [(spec.layer, piece) for spec in self._specs for piece in packed.layers[spec.layer].values()]
+        sections = [(spec.layer, section) for spec in self._specs for section in packed.layers[spec.layer].values()]
         is_expert = {spec.layer: isinstance(model.get_submodule(spec.layer), Experts) for spec in self._specs}
         self._is_expert = is_expert
-        experts = [piece for layer, piece in pieces if is_expert[layer]]
-        self.expert_bytes = sum(piece.num_records * piece.nbytes for piece in experts)
-        self.slot_bytes = max((piece.nbytes for piece in experts), default=0)
-        self.dense_bytes = sum(p.num_records * p.nbytes for layer, p in pieces if not is_expert[layer])
+        experts = [section for layer, section in sections if is_expert[layer]]
+        self.expert_bytes = sum(section.num_records * section.nbytes for section in experts)
+        self.slot_bytes = max((section.nbytes for section in experts), default=0)
+        self.dense_bytes = sum(p.num_records * p.nbytes for layer, p in sections if not is_expert[layer])
         self._slots: int | None = None
         self.pager: Pager | None = None
 
@@ -129,7 +129,7 @@ class PackedLoader:
         return False
 
     def load(self, progress: Progress = lambda nbytes: None) -> None:
-        """Map the file, compare its checksums and place its pieces in the layers. progress: see WeightLoader.load."""
+        """Map the file, compare its checksums and place its sections in the layers. progress: see WeightLoader.load."""
         backend, packed = self._backend, self._packed
         try:
             self._file = file = backend.map_file(packed.descriptor, packed.nbytes)
@@ -147,14 +147,16 @@ class PackedLoader:
         paged = {spec.layer for spec in self._specs if self.pager is not None and self._is_expert[spec.layer]}
         self._verify([spec.layer for spec in self._specs if spec.layer not in paged], file, progress)
         for spec in self._specs:
-            layer, pieces = self.model.get_submodule(spec.layer), packed.layers[spec.layer]
+            layer, sections = self.model.get_submodule(spec.layer), packed.layers[spec.layer]
             assert isinstance(layer, Layer)
             pager = self.pager if spec.layer in paged else None
             try:
                 held = {
-                    name: _placed(backend, file, pieces[name]) if pager is None else pager.add(spec.layer, pieces[name])
+                    name: _placed(backend, file, sections[name])
+                    if pager is None
+                    else pager.add(spec.layer, sections[name])
                     for name in layer.HELD
-                    if name in pieces
+                    if name in sections
                 }
                 _check_shapes(spec, layer, held, torch.float32 if layer.keep_float32 else self._dtype)
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -173,16 +175,16 @@ class PackedLoader:
                 )
 
     def _verify(self, layers: Sequence[str], file: MappedFile, progress: Progress) -> None:
-        """Compare the checksums of all pieces of some layers. Pieces of several layers at once, so that threads wait
-        for each other seldom, however large one piece is."""
+        """Compare the checksums of all sections of some layers, of several layers at once: so threads wait for each
+        other seldom, however large one section is."""
         batch: list[tuple[str, Tensor, str]] = []
         nbytes = 0
         for layer in layers:
-            for piece in self._packed.layers[layer].values():
-                held = file.tensor(piece.begin, piece.num_records * piece.nbytes).view(piece.num_records, -1)
-                for record, checksum in zip(held.unbind(), piece.checksums, strict=True):
+            for section in self._packed.layers[layer].values():
+                held = file.tensor(section.begin, section.num_records * section.nbytes).view(section.num_records, -1)
+                for record, checksum in zip(held.unbind(), section.checksums, strict=True):
                     batch.append((layer, record, checksum))
-                    nbytes += piece.nbytes
+                    nbytes += section.nbytes
                     if nbytes >= AT_ONCE:
                         self._compare(batch)
                         progress(nbytes)
@@ -218,18 +220,18 @@ def loader_of(model: Glm4Moe, weights: Checkpoint | PackedFile, dtype: torch.dty
     return WeightLoader(model, weights, dtype, form.quantization, form.group_size)
 
 
-def _placed(backend: PackedFiles, file: MappedFile, piece: Piece) -> Packed | ExpertSet | Tensor:
-    """The weights of a piece, where they lie in the file."""
-    if "matrices" in piece.description:
-        return backend.map_packed(piece.description, file, piece.begin)
-    dtype, shape = DTYPES[piece.description["dtype"]], piece.description["shape"]
-    return file.tensor(piece.begin, piece.nbytes).view(dtype).view(shape)
+def _placed(backend: PackedFiles, file: MappedFile, section: Section) -> Packed | ExpertSet | Tensor:
+    """The weights of a section, where they lie in the file."""
+    if "matrices" in section.description:
+        return backend.map_packed(section.description, file, section.begin)
+    dtype, shape = DTYPES[section.description["dtype"]], section.description["shape"]
+    return file.tensor(section.begin, section.nbytes).view(dtype).view(shape)
 
 
 def _check_shapes(
     spec: ParamSpec, layer: Layer, held: dict[str, Packed | ExpertSet | Tensor], dtype: torch.dtype
 ) -> None:
-    """ValueError unless the pieces of a layer have the sizes that the model's configuration calls for."""
+    """ValueError unless the sections of a layer have the sizes that the model's configuration calls for."""
     outs = [[shard.local_shape for shard in unit] for unit in spec.units]
     vector = sum(length for _, length, _ in spec.vectors)
     for name, value in held.items():
@@ -292,7 +294,7 @@ def prepare(
 
             for spec in loader.param_specs:
                 if spec.layer in writer.done:
-                    progress(sum(piece.num_records * piece.nbytes for piece in writer.done[spec.layer].values()))
+                    progress(sum(section.num_records * section.nbytes for section in writer.done[spec.layer].values()))
                     continue
                 with torch.inference_mode():
                     loader.load_layer(spec, progress)

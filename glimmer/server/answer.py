@@ -106,10 +106,10 @@ class Answer:
         self._prompt, self._prompt_at = prompt_token_ids, 1  # the token whose log-probability comes next
         self._new_prompt_logprobs: list[list[wire.Logprob]] = []
 
-    def take(self, piece: wire.Piece) -> bool:
+    def take(self, delta: wire.TokenDelta) -> bool:
         """Add what a step brought; whether it was the end. What follows a stop string is not taken."""
-        self._new_prompt_logprobs += piece.prompt_logprobs
-        token_ids, finish = piece.token_ids, piece.finish_reason
+        self._new_prompt_logprobs += delta.prompt_logprobs
+        token_ids, finish = delta.token_ids, delta.finish_reason
         shown, reason = token_ids, None
         if finish == "stop" and token_ids:
             if token_ids[-1] in (self._params.stop_token_ids or ()):
@@ -129,7 +129,7 @@ class Answer:
         self.num_tokens += len(token_ids)
         self._count_thoughts(token_ids)
         self._new_ids += token_ids
-        self._new_logprobs += piece.logprobs[: len(token_ids)]
+        self._new_logprobs += delta.logprobs[: len(token_ids)]
         return self.done
 
     def _end(self, reason: Reason, stop_reason: str | int | None) -> None:

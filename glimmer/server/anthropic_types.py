@@ -87,7 +87,7 @@ REFUSED: Mapping[str, Only] = {
 def refuse_unsupported(body: Mapping[str, Any]) -> None:
     """RequestError for a field that would change the answer, and that is not served."""
     unsupported = {name: body[name] for name in body if name in REFUSED}
-    vllm_names.settle("/v1/messages", unsupported, REFUSED, (), RequestError)
+    vllm_names.check("/v1/messages", unsupported, REFUSED, (), RequestError)
 
 
 def chat_request(body: MessagesBody, service: Service) -> ChatRequest:

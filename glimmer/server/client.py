@@ -41,7 +41,7 @@ class Unavailable(EngineError):
 class Receiver(Protocol):
     """What one request of the engine brings. Called in the event loop."""
 
-    def put(self, piece: wire.Piece) -> None:
+    def put(self, delta: wire.TokenDelta) -> None:
         """A step has brought this."""
 
     def end(self, error: GlimmerError) -> None:
@@ -196,10 +196,10 @@ class EngineClient:
     def _take(self, message: wire.FromEngine) -> None:
         self._heard = time.monotonic()
         if isinstance(message, wire.Tokens):
-            for piece in message.pieces:
-                receiver = self._receivers.get(piece.id)
+            for delta in message.deltas:
+                receiver = self._receivers.get(delta.id)
                 if receiver is not None:
-                    receiver.put(piece)
+                    receiver.put(delta)
         elif isinstance(message, wire.Ended):
             receiver = self._receivers.pop(message.id, None)
             if receiver is not None:

@@ -37,17 +37,17 @@ LAST_WORDS = 2.0  # seconds that the last message may take
 
 
 class Connection:
-    """The socket to the HTTP process. Messages are sent by a thread of their own, many pieces of tokens as one."""
+    """The socket to the HTTP process. Messages are sent by a thread of their own, many deltas of tokens as one."""
 
     def __init__(self, path: str):
         self._socket = _connect(path)
         self._incoming = self._socket.makefile("rb", buffering=1 << 16)
-        self._outgoing: queue.SimpleQueue[wire.FromEngine | list[wire.Piece] | None] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[wire.FromEngine | list[wire.TokenDelta] | None] = queue.SimpleQueue()
         self._sender = threading.Thread(target=self._send, name="glimmer-sender", daemon=True)
         self._sender.start()
 
-    def send(self, message: wire.FromEngine | list[wire.Piece]) -> None:
-        """Send a message, or pieces, after all that were given before. Does not wait."""
+    def send(self, message: wire.FromEngine | list[wire.TokenDelta]) -> None:
+        """Send a message, or deltas, after all that were given before. Does not wait."""
         self._outgoing.put(message)
 
     def receive(self) -> wire.ToEngine | None:
@@ -73,15 +73,15 @@ class Connection:
                 if not isinstance(message, list):
                     self._socket.sendall(wire.frame(message))
                     continue
-                pieces = message
-                following: wire.FromEngine | list[wire.Piece] | None = []
+                deltas = message
+                following: wire.FromEngine | list[wire.TokenDelta] | None = []
                 while isinstance(following, list):
-                    pieces += following
+                    deltas += following
                     try:
                         following = self._outgoing.get_nowait()
                     except queue.Empty:
                         break
-                self._socket.sendall(wire.frame(wire.Tokens(pieces)))
+                self._socket.sendall(wire.frame(wire.Tokens(deltas)))
                 if following is None:
                     return
                 if not isinstance(following, list):
@@ -98,13 +98,13 @@ class Requester:
         self.call: Call | None = None
         self.unwanted: set[int] = set()  # answers that have had their last token
         self.cancelled = False
-        self._new: list[wire.Piece] = []
+        self._new: list[wire.TokenDelta] = []
 
     def put(self, prompt: int, answer: int, output: Output) -> bool:
         """As Client.put."""
         finish = output.finish_reason
         self._new.append(
-            wire.Piece(
+            wire.TokenDelta(
                 self.id,
                 answer,
                 list(output.token_ids),
@@ -124,8 +124,8 @@ class Requester:
     def after_step(self, new: int) -> None:
         """As Client.after_step."""
         if self._new:
-            pieces, self._new = self._new, []
-            self._connection.send(pieces)
+            deltas, self._new = self._new, []
+            self._connection.send(deltas)
 
     def end(self, error: BaseException) -> None:
         """As Client.end."""

@@ -150,4 +150,4 @@ REFUSED: Mapping[str, Only] = {
 def refuse_unsupported(body: Mapping[str, Any], api: str) -> None:
     """RequestError for a field that would change the answer, and that is not served."""
     unsupported = {name: body[name] for name in body if name in REFUSED}
-    vllm_names.settle(api, unsupported, REFUSED, (), RequestError)
+    vllm_names.check(api, unsupported, REFUSED, (), RequestError)

@@ -39,7 +39,7 @@ from glimmer.server.turns import Json, events_in, seal, told_in
 from glimmer.text import parse
 
 router = APIRouter()
-MOST_ITEMS = 100  # that are listed at once
+MAX_ITEMS = 100  # that are listed at once
 
 
 @dataclass
@@ -87,8 +87,8 @@ async def input_items(request: Request, id: str, limit: str = "20", order: str =
     """The items that a response has answered, the last ones first unless `order` is asc."""
     service: Service = request.app.state.service
     most = int(limit) if limit.isascii() and limit.isdigit() and len(limit) < 4 else 0
-    if not 1 <= most <= MOST_ITEMS:
-        raise RequestError("limit", f"limit={shown(limit)}", f"a number from 1 to {MOST_ITEMS}", "correct limit")
+    if not 1 <= most <= MAX_ITEMS:
+        raise RequestError("limit", f"limit={shown(limit)}", f"a number from 1 to {MAX_ITEMS}", "correct limit")
     if order not in ("asc", "desc"):
         raise RequestError("order", f"order={shown(order)}", "asc or desc", "choose one of these")
     stored = _stored(request, id, "id")

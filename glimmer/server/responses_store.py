@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from threading import Lock
 
-MOST = 4096
+MAX_RESPONSES = 4096
 SECONDS = 24 * 3600.0
 
 
@@ -32,7 +32,11 @@ class ResponseStore:
     """Responses by their ids. Any thread may use it."""
 
     def __init__(
-        self, most_bytes: int, most: int = MOST, seconds: float = SECONDS, clock: Callable[[], float] = time.monotonic
+        self,
+        most_bytes: int,
+        most: int = MAX_RESPONSES,
+        seconds: float = SECONDS,
+        clock: Callable[[], float] = time.monotonic,
     ):
         """most_bytes: 0 keeps nothing."""
         self._most_bytes, self._most, self._seconds, self._clock = most_bytes, most, seconds, clock

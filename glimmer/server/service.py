@@ -415,35 +415,35 @@ class _Stream:
         if self._id is not None:
             self._service.client.cancel(self._id)
 
-    def put(self, piece: wire.Piece) -> None:
+    def put(self, delta: wire.TokenDelta) -> None:
         """As Receiver.put."""
         metrics, now = self._service.metrics, time.monotonic()
         if self._cached is None:
             self._service._waiting.pop(self, None)
-            self._cached = piece.cached_tokens or 0
+            self._cached = delta.cached_tokens or 0
             metrics.prompt_tokens.inc(len(self._prompt.token_ids))
             metrics.prompt_length.observe(len(self._prompt.token_ids))
             metrics.cache_queries.inc(len(self._prompt.token_ids))
             metrics.cache_hits.inc(self._cached)
-        answer = self._answers[piece.answer]
+        answer = self._answers[delta.answer]
         if answer.done:
             return
-        if piece.token_ids:
-            metrics.generation_tokens.inc(len(piece.token_ids))
+        if delta.token_ids:
+            metrics.generation_tokens.inc(len(delta.token_ids))
             if answer.num_tokens == 0:
                 metrics.first_token.observe(now - self._since)
             else:
-                metrics.between_tokens.observe((now - answer.last) / len(piece.token_ids))
+                metrics.between_tokens.observe((now - answer.last) / len(delta.token_ids))
             answer.last = now
-        if piece.problem is not None:
-            self._error = piece.problem.error()
-        ended = answer.take(piece)
+        if delta.problem is not None:
+            self._error = delta.problem.error()
+        ended = answer.take(delta)
         if answer.stopped and self._id is not None:  # a stop string: the engine does not know
-            self._service.client.cancel(self._id, piece.answer)
+            self._service.client.cancel(self._id, delta.answer)
         if ended:
             metrics.answer_length.observe(answer.num_tokens)
             metrics.whole_request.observe(now - self._since)
-            metrics.ended("error" if piece.problem is not None else answer.reason)
+            metrics.ended("error" if delta.problem is not None else answer.reason)
         if all(one.done for one in self._answers) and self._id is not None:
             self._service.client.cancel(self._id)
         self._wake.set()

@@ -118,7 +118,7 @@ class Logprob(msgspec.Struct, frozen=True, array_like=True):
     rank: int
 
 
-class Piece(msgspec.Struct, frozen=True, array_like=True):
+class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     """What a step brought to an answer of a request. logprobs: for each token, its own first."""
 
     id: int
@@ -134,7 +134,7 @@ class Piece(msgspec.Struct, frozen=True, array_like=True):
 class Tokens(Message, frozen=True, tag="tokens"):
     """What one step or several brought."""
 
-    pieces: list[Piece]
+    deltas: list[TokenDelta]
 
 
 class Ended(Message, frozen=True, tag="ended"):

@@ -2,10 +2,10 @@
 
 An answer passes through phases, and some tokens lead from one to the next:
 
-    Free   any text, such as reasoning: all tokens but a few
-    Fixed  one of a few tokens, such as the tags of a call
-    Choice one of a few texts: the name of a tool, a key
-    Text   what a grammar of the library (llguidance) describes: the content, a value
+    Free       any text, such as reasoning: all tokens but a few
+    Fixed      one of a few tokens, such as the tags of a call
+    FixedText  one of a few texts: the name of a tool, a key
+    Text       what a grammar of the library (llguidance) describes: the content, a value
 
 All added tokens are special for the library, so that no grammar produces a tag by chance, and a tag always ends what
 stands before it. A tag can also be spelt out of ordinary tokens, and whoever reads the text could not tell it from the
@@ -225,7 +225,7 @@ class Fixed:
         raise AssertionError("no token belongs to this phase")
 
 
-class Choice:
+class FixedText:
     """One of a few texts; `exits`: for each, the tokens that may follow it."""
 
     def __init__(self, vocabulary: Vocabulary, exits: Mapping[bytes, Mapping[int, Next]]):
@@ -288,7 +288,7 @@ class Text:
         return allowed
 
     def accept(self, token: int) -> Phase:
-        self._settle()
+        self._wait()
         if not self._tokens and token in self._opening:
             return self._opening[token]()
         exits = self._exits(self._text)
@@ -304,7 +304,7 @@ class Text:
         return self
 
     def undo(self) -> None:
-        self._settle()
+        self._wait()
         with contained():
             self._matcher.rollback(1)
         self._tokens.pop()
@@ -314,7 +314,7 @@ class Text:
     def _text(self) -> bytes:
         return b"".join(self._vocabulary.tokens[token] for token in self._tokens)
 
-    def _settle(self) -> None:
+    def _wait(self) -> None:
         """Wait until nobody uses the matcher."""
         if self._result is not None and not self._result.cancel():
             self._result.exception(MASK_SECONDS)

@@ -27,8 +27,8 @@ from glimmer.text.answers import AnswerFormat
 from glimmer.text.constraint import (
     AnswerConstraint,
     Beginning,
-    Choice,
     Fixed,
+    FixedText,
     Free,
     Next,
     Phase,
@@ -365,7 +365,7 @@ class _Answer:
     def name(self) -> Phase:
         """After <tool_call>."""
         exits = {tool.name.encode(): self.with_newline(self.next(tool, ()), self.fixed) for tool in self.spec.tools}
-        return Choice(self.vocabulary, exits)
+        return FixedText(self.vocabulary, exits)
 
     def next(self, tool: ToolForm, given: tuple[str, ...]) -> Exits:
         """After the name or an argument; `given`: the keys that have come."""
@@ -382,7 +382,7 @@ class _Answer:
         if tool.other is None:
             left = {key: grammar for key, grammar in tool.values if key not in given}
             exits = {key.encode(): {end: self.value(tool, given, key, grammar)} for key, grammar in left.items()}
-            return Choice(self.vocabulary, exits)
+            return FixedText(self.vocabulary, exits)
         known, other = dict(tool.values), tool.other
 
         def ends(read: Callable[[], bytes]) -> Exits:

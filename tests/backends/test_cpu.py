@@ -321,14 +321,14 @@ def test_memory_of_results_is_used_again_but_never_while_anyone_holds_it(ops):
 
 def test_a_recording_repeats_its_calls_in_little_memory(ops, noise):
     """Of many results two are alive at a time; a second capture lies in the same memory; other backends stay out."""
-    widen, narrow = (
+    up, down = (
         ops.pack_linear([Weight("plain", noise(*shape).bfloat16() / 16)], torch.bfloat16)
         for shape in ((1024, 256), (256, 512))
     )
 
     def chain(x: Tensor) -> Tensor:
         for _ in range(16):
-            x = ops.linear(ops.swiglu(ops.linear(x, widen, None)), narrow, bias)
+            x = ops.linear(ops.swiglu(ops.linear(x, up, None)), down, bias)
         return x
 
     bias = noise(256).bfloat16()

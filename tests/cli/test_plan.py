@@ -335,9 +335,9 @@ def test_the_probe_reads_what_is_there(tmp_path):
     solid, hollow = tmp_path / "solid", tmp_path / "hollow"
     for directory in (solid, hollow):
         directory.mkdir()
-    (solid / "model.safetensors").write_bytes(bytes(1) * machine.PROBE_LEAST)
+    (solid / "model.safetensors").write_bytes(bytes(1) * machine.MIN_PROBE)
     with open(hollow / "model.safetensors", "wb") as file:
-        file.truncate(machine.PROBE_LEAST)
+        file.truncate(machine.MIN_PROBE)
     found = machine.disk_of(solid, None)
     assert (found.speed is None) == ("refuses" in found.how) and (found.speed is None or found.speed > 0)
     assert machine.disk_of(hollow, None).speed is None and machine.disk_of(hollow, 5).speed == 5

@@ -168,7 +168,7 @@ def searched(tokens: list[int], longest: int, shortest: int, count: int) -> list
     same = lambda end: next(
         (n for n in range(longest) if n >= end or tokens[end - 1 - n] != tokens[size - 1 - n]), longest
     )
-    best = max(ends[: TokenIndex.MOST], key=same, default=None)
+    best = max(ends[: TokenIndex.MAX_COMPARED], key=same, default=None)
     if best is None:
         return []
     found = tokens[best : best + count]

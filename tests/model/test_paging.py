@@ -56,9 +56,11 @@ def paged(model: Path, slots: int, **settings) -> LLM:
     """An engine whose memory suffices for so many experts."""
     settings = SETTINGS | settings
     with file_of(model) as packed:
-        experts = [p for layer, pieces in packed.layers.items() for p in pieces.values() if layer.endswith(".experts")]
-        slot = max(piece.nbytes for piece in experts)
-        dense = sum(piece.nbytes for piece in packed.pieces() if piece not in experts)
+        experts = [
+            p for layer, sections in packed.layers.items() for p in sections.values() if layer.endswith(".experts")
+        ]
+        slot = max(section.nbytes for section in experts)
+        dense = sum(section.nbytes for section in packed.sections() if section not in experts)
     engine = EngineConfig(model=str(model), **settings)
     beside = dense + activation_bytes(engine, ModelConfig.load(str(model)))
     memory = beside + -(-(CACHE + slots * slot) * 64 // 63) + 64
@@ -119,10 +121,10 @@ def one_by_one(llm: LLM) -> str:
 def damage(model: Path, byte: int) -> None:
     """Changes a byte of every expert, or changes it back."""
     with file_of(model) as packed, open(packed.file, "r+b") as file:
-        for layer, pieces in packed.layers.items():
-            for piece in pieces.values() if layer.endswith(".experts") else ():
-                for i in range(piece.num_records):
-                    at = piece.begin + i * piece.nbytes + byte % piece.nbytes
+        for layer, sections in packed.layers.items():
+            for section in sections.values() if layer.endswith(".experts") else ():
+                for i in range(section.num_records):
+                    at = section.begin + i * section.nbytes + byte % section.nbytes
                     file.seek(at)
                     old = file.read(1)[0]
                     file.seek(at)

@@ -150,12 +150,12 @@ def test_another_byte_is_found_before_anything_is_computed(place, model):
     (data,) = packed.glob("weights-*.bin")
     at = int(data.stat().st_size * place)
     with open(data, "r+b") as file:
-        # A byte of a piece, not of the padding behind it.
-        pieces = PackedFile(packed).pieces()
-        piece = max((p for p in pieces if p.begin <= at), key=lambda p: p.begin)
-        file.seek(piece.begin)
+        # A byte of a section, not of the padding behind it.
+        sections = PackedFile(packed).sections()
+        section = max((p for p in sections if p.begin <= at), key=lambda p: p.begin)
+        file.seek(section.begin)
         byte = file.read(1)
-        file.seek(piece.begin)
+        file.seek(section.begin)
         file.write(bytes([byte[0] ^ 16]))
     with pytest.raises(CheckpointError, match=r"has other bytes in .* than were written"):
         load(packed.parent)
@@ -302,7 +302,7 @@ def test_of_two_writers_one_is_refused(model):
     directory = model()
     head = packed_file.head(Form("bfloat16"), "layout", {})
     target = packed_file.places(directory, Form("bfloat16"))[0]
-    first = packed_file.PackedWriter(target, head, lambda pieces: [])
+    first = packed_file.PackedWriter(target, head, lambda sections: [])
     with first, pytest.raises(ConfigError, match="another process is writing"):
         pack(directory)
     assert pack(directory) == target
