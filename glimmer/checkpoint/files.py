@@ -148,15 +148,26 @@ class Checkpoint:
         """The file that holds it."""
         return self._find(name).file
 
-    def tensor(self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None) -> Tensor:
+    def tensor(
+        self,
+        name: str,
+        rows: tuple[int, int] | None = None,
+        cols: tuple[int, int] | None = None,
+        matrix: int | None = None,
+    ) -> Tensor:
         """Rows start:stop and columns start:stop (None: all) of a tensor, in the type on disk, and mark it as read.
 
-        The result is memory of its own, as long as it or a view of it is held. Slice bounds must lie inside the shape.
-        CheckpointError when the file has been changed since its header was read.
+        matrix: of a tensor of three dimensions, a stack of matrices, only this one. The result is memory of its own, as
+        long as it or a view of it is held. Slice bounds must lie inside the shape. CheckpointError when the file has
+        been changed since its header was read.
         """
         stored = self._find(name)
         assert not self._closed, "the checkpoint is closed"
         _, dtype, shape, begin, end = stored
+        if matrix is not None:
+            assert len(shape) == 3 and 0 <= matrix < shape[0], f"matrix {matrix} of {name} {shape}"
+            nbytes = (end - begin) // shape[0]
+            begin, end, shape = begin + matrix * nbytes, begin + (matrix + 1) * nbytes, shape[1:]
         if rows is not None:
             start, stop = rows
             assert shape and 0 <= start <= stop <= shape[0], f"rows {rows} of {name} {shape}"

@@ -14,7 +14,6 @@ import fcntl
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -36,7 +35,6 @@ PAGE = 4096
 MAX_MANIFEST = 512 << 20  # bytes; the largest model of the family needs 2 million
 CHUNK = 8 << 20  # bytes written at once, from a multiple of as many on: the page cache keeps them in huge pages
 SYNCED = 256 << 20  # bytes after which the journal is written: what an interruption costs at most
-SLACK = 64 << 20  # bytes of disk for everything but weights
 
 
 @dataclass(frozen=True)
@@ -234,18 +232,6 @@ def digest_of(model: Path) -> str | None:
     if not (model / MANIFEST).is_file():
         return None
     return str(read_json(model / MANIFEST, "the manifest of a packed file", MAX_MANIFEST).get("digest"))
-
-
-def check_space(directory: Path, nbytes: int) -> None:
-    """CheckpointError unless the disk has room for so many bytes more in a directory, which need not exist yet."""
-    place = next(path for path in (directory, *directory.parents) if os.path.exists(path))
-    free, wanted = shutil.disk_usage(place).free, nbytes + SLACK
-    if free < wanted:
-        raise CheckpointError(
-            f"{place} has {free / 1e9:.2f} GB free",
-            f"{wanted / 1e9:.2f} GB for the packed weights",
-            "free some space, or choose another place (--out, or GLIMMER_CACHE)",
-        )
 
 
 class PackedWriter:

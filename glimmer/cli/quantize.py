@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from glimmer.checkpoint.disk import check_space
 from glimmer.cli.lazy import lazy
 from glimmer.cli.options import ENGINE, Command, Option, path, pick
 from glimmer.config import check_quantization
@@ -42,7 +43,6 @@ else:
 
 SHARD = 4 << 30  # bytes of tensors in a file
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")  # not copied
-SLACK = 64 << 20  # bytes of disk for everything but weights
 COMMAND = Command(
     "quantize",
     "Writes a checkpoint with fp8, int8 or int4 matrices, made once: OUT is a Hugging Face directory in the\n"
@@ -120,21 +120,12 @@ def quantize(model: Path, out: Path, quantization: str, group_size: int | None) 
     return nbytes
 
 
-def _check_space(directory: Path, nbytes: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < nbytes + SLACK:
-        raise CheckpointError(
-            f"{directory.parent} has {free / 1e9:.2f} GB free",
-            f"{(nbytes + SLACK) / 1e9:.2f} GB for the quantised weights",
-            "free some space or choose another place; nothing was left behind",
-        )
-
-
 def _write(loader: "load.WeightLoader", model: Path, directory: Path) -> int:
     """Everything into `directory`; returns the bytes of the tensors. config.json, a checkpoint's mark, comes last."""
     shards = _divide(loader.outline())
     nbytes = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    _check_space(directory, nbytes)
+    todo = "free some space or choose another place; nothing was left behind"
+    check_space(directory.parent, nbytes, "quantised", todo)
     weight_map: dict[str, str] = {}
     with (
         tqdm(total=loader.nbytes, unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False) as bar,

@@ -18,13 +18,13 @@ from torch import Tensor
 from glimmer.backends.base import Backend, ExpertSet, Packed
 from glimmer.backends.files import MappedFile, PackedFiles
 from glimmer.checkpoint import packed_file
+from glimmer.checkpoint.disk import check_space
 from glimmer.checkpoint.files import INDEX, Checkpoint
 from glimmer.checkpoint.packed_file import (
     Form,
     PackedFile,
     PackedWriter,
     Section,
-    check_space,
     damaged,
     head,
     places,
@@ -42,6 +42,7 @@ from glimmer.model_config import ModelConfig
 
 log = logging.getLogger("glimmer")
 
+MORE_SPACE = "free some space, or choose another place (--out, or GLIMMER_CACHE)"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")  # not copied
 ROUNDED_UP = 1.05  # a packed file in relation to its weights: panels and records are padded
@@ -282,9 +283,9 @@ def prepare(
         loader = WeightLoader(empty, checkpoint, dtype, form.quantization, form.group_size)
         total = int(loader.nbytes * ROUNDED_UP)
         if not os.path.exists(directory):  # and none is made for nothing
-            check_space(directory, total)
+            check_space(directory, total, "packed", MORE_SPACE)
         with PackedWriter(directory, head(form, backend.packed_layout, source), backend.checksums) as writer:
-            check_space(directory, total - writer.end)
+            check_space(directory, total - writer.end, "packed", MORE_SPACE)
             done = 0
 
             def progress(nbytes: int) -> None:

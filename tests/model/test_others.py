@@ -9,6 +9,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -306,6 +307,27 @@ def test_experts_in_one_tensor(layers, parts, source, checkpoint):
                     for a, b in zip(stacked._weights(spec, unit), single._weights(spec, unit), strict=True):
                         assert torch.equal(a.codes, b.codes), spec.layer
     assert torch.equal(logprobs(source), logprobs(checkpoint(index=False, mtp="full")))
+
+
+def test_experts_in_one_tensor_are_read_once(source):
+    """Each matrix by itself: gate and up lie in one tensor, and neither is read with the other."""
+    file = source / "model.safetensors"
+    save_file(stack(load_file(file), range(1, 5), ("gate_up", "down")), file)
+    with Checkpoint(source) as checkpoint:
+        loader = loader_of(source, checkpoint, Group())
+        spec = next(spec for spec in loader.param_specs if spec.layer.endswith(".experts"))
+        found, pread = [], checkpoint.pread
+
+        def counted(descriptor: int, memory: Tensor, offset: int) -> int:
+            found.append((offset, len(memory)))
+            return pread(descriptor, memory, offset)
+
+        checkpoint.pread = counted
+        for unit in spec.units:
+            loader._weights(spec, unit)
+    found.sort()
+    assert len(found) == 3 * len(spec.units)
+    assert all(at + count <= following for (at, count), (following, _) in pairwise(found))
 
 
 @pytest.mark.parametrize(

@@ -37,13 +37,11 @@ class Stacked(Format):
         return Matrix(Kind.PLAIN, (rows, cols), (name,), dtype=checkpoint.dtype(name), experts=experts)
 
     def read(self, checkpoint: Checkpoint, module: str, rows: Slice, cols: Slice, config: Config) -> Weight:
-        (out, inner), (name,) = (found := self.stored(checkpoint, module, config)).shape, found.tensors
+        (out, _), (name,) = (found := self.stored(checkpoint, module, config)).shape, found.tensors
         expert, matrix = _place(module)
         first, last = rows or (0, out)
-        start, stop = cols or (0, inner)
         above = out if matrix == "up" else 0
-        values = checkpoint.tensor(name, (expert, expert + 1))[0]
-        return Weight(Kind.PLAIN, values[above + first : above + last, start:stop])
+        return Weight(Kind.PLAIN, checkpoint.tensor(name, (above + first, above + last), cols, matrix=expert))
 
 
 def _place(module: str) -> tuple[int, str]:
