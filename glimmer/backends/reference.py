@@ -57,6 +57,11 @@ class PackedWeights:
         """How their values are stored."""
         return self.weights[0].kind
 
+    @property
+    def group_size(self) -> int | None:
+        """Columns that share a scale, if the kind is int4."""
+        return self.weights[0].group_size
+
 
 class Reference(Backend):
     """Complete; every other backend begins with it and overrides what it does better."""

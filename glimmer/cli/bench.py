@@ -81,17 +81,11 @@ class Figure:
     seen: int
     profile: "Profile | None"
     limits: dict[str, float] | None = None
+    predicted: float | None = None  # tokens/s that the cost model of `glimmer plan` expects of such work
 
     @property
     def rate(self) -> float:
         return self.tokens / self.seconds
-
-    @property
-    def predicted(self) -> float | None:
-        """tokens/s that the cost model of `glimmer plan` expects of such work at these limits."""
-        if self.profile is None or self.limits is None or (self.profile.bytes_read and "disk" not in self.limits):
-            return None
-        return self.tokens * self.seen / self.profile.expected(self.limits, captured=self.key.startswith("decode"))
 
     @property
     def percent(self) -> dict[str, float]:
@@ -148,6 +142,8 @@ def main(argv: list[str]) -> int:
             figures[-1].limits = _limits(model, figures[-1].profile)
     gains = [gain.measure(model, prompts, batch) for batch in decode] if speculative and model.drafts else []
     memory = {"load_s": load, "load_peak_memory_gib": load_peak / 2**30, "peak_memory_gib": model.peak_memory() / 2**30}
+    for figure in figures:
+        figure.predicted = _predicted(figure)
     _print(model, figures, memory, watch, gains if speculative else None)
     model.close()
     return 0
@@ -160,6 +156,14 @@ def _limits(model: "LLM", profile: "Profile | None") -> dict[str, float] | None:
         disk = machines.disk_of(Path(model.config.model), None)
         limits |= {} if disk.speed is None else {"disk": disk.speed}
     return limits
+
+
+def _predicted(figure: Figure) -> float | None:
+    """After the peak of memory has been read, since it takes some."""
+    profile, limits = figure.profile, figure.limits
+    if profile is None or limits is None or (profile.bytes_read and "disk" not in limits):
+        return None
+    return figure.tokens * figure.seen / profile.expected(limits, figure.key.startswith("decode"))
 
 
 def _prompt(model: "LLM", source: random.Random, length: int) -> dict[str, list[int]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from glimmer import device as devices
 from glimmer.backends import selection
+from glimmer.backends.op_times import OpTimes
 from glimmer.cli.options import size
 from glimmer.errors import ConfigError
 
@@ -90,8 +91,9 @@ class Disk:
 @dataclass(frozen=True)
 class Machine:
     """processes compute, each with so many free bytes of memory, `usable` of which it may take; limits: of one of them,
-    None where nothing measures them. accelerator: None on a CPU, whose threads are those of one process. cards: what
-    this machine has besides. notes: what of it was asked for and cannot be."""
+    None where nothing measures them; times: of single ops on it, None likewise. accelerator: None on a CPU, whose
+    threads are those of one process. cards: what this machine has besides. notes: what of it was asked for and cannot
+    be."""
 
     processes: int
     nodes: int
@@ -106,6 +108,7 @@ class Machine:
     described: tuple[str, ...] = ()
     cards: tuple[devices.Card, ...] = ()
     notes: tuple[str, ...] = ()
+    times: OpTimes | None = None
 
     @property
     def name(self) -> str:
@@ -158,9 +161,10 @@ def this_machine(threads: int | None, memory: int | None, share: float, disk: Di
     usable = int(free * share) if memory is None else memory
     said = () if memory is None else (f"{memory / GIB:.1f} GiB of memory to take",)
     notes = () if usable <= int(free * share) else (_too_much(usable, int(free * share), share),)
+    limits = backend.limits()
     return Machine(
-        1, 1, devices.total_memory(), free, usable, disk, count, backend.kernels, backend.limits(), None, said,
-        tuple(devices.cards()), notes,
+        1, 1, devices.total_memory(), free, usable, disk, count, backend.kernels, limits, None, said,
+        tuple(devices.cards()), notes, OpTimes.of(backend, limits),
     )  # fmt: skip
 
 

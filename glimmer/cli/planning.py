@@ -248,11 +248,12 @@ def _speed(candidate: Candidate, shapes: Shapes, machine: Machine, work: Work, t
         best = dict(zip(("memory bandwidth", "arithmetic"), work.cost.at_best(machine.limits)))
         name = max(best, key=lambda name: best[name])
         return Speed(tokens / best[name], {name: best[name]})
-    found = phases(work.cost, work.steps, machine.limits, held.nbytes - held.mtp, captured)
+    weights = held.nbytes - held.mtp
+    found = phases(work.cost, work.steps, machine.limits, weights, captured, machine.times)
     if candidate.where == DISK:
         assert machine.disk.speed is not None
         missing = work.experts * (1 - candidate.hits)
-        beside = phases(work.routed, 0, machine.limits, held.nbytes - held.mtp, captured)
+        beside = phases(work.routed, 0, machine.limits, weights, captured, machine.times)
         found = with_disk(found, beside, missing * held.record / machine.disk.speed)
     return Speed(tokens / sum(found.values()), found)
 

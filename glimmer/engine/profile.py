@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from glimmer import device as devices
+from glimmer.backends.op_times import OpTimes
 from glimmer.backends.timed import Cost, Timed
 from glimmer.engine.engine import Clock, Engine
 from glimmer.engine.runner import Runner
@@ -81,12 +82,14 @@ class Profile:
         return total
 
     def expected(self, limits: Mapping[str, float], captured: bool) -> float:
-        """Seconds that the steps should take on a machine with these limits, by the cost model of `glimmer plan`;
-        captured: if they are repeated ones, without Python between their ops. Where experts were read from the disk,
-        limits["disk"] is how many bytes it reads in a second."""
-        found = phases(self.total, self.steps, limits, self._weights, captured)
+        """Seconds that the steps should take on this machine, by the cost model of `glimmer plan`: their ops are
+        measured, with values of their own. limits: Backend.limits; where experts were read from the disk,
+        limits["disk"] is how many bytes it reads in a second. captured: if the steps are repeated ones, without Python
+        between their ops."""
+        times = OpTimes.of(self._runner.backend, limits)
+        found = phases(self.total, self.steps, limits, self._weights, captured, times)
         if self.bytes_read:
-            routed = phases(self._timed.parts()["experts"], 0, limits, self._weights, captured)
+            routed = phases(self._timed.parts()["experts"], 0, limits, self._weights, captured, times)
             found = with_disk(found, routed, self.bytes_read / limits["disk"])
         return sum(found.values())
 

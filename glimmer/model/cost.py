@@ -15,7 +15,7 @@ from torch import Tensor
 
 from glimmer.backends.base import Backend, ExpertSet, KVCache, KVCacheSpec, Packed, RouteRule
 from glimmer.backends.reference import Reference
-from glimmer.backends.timed import Cost, Timed
+from glimmer.backends.timed import Call, Cost, Timed
 from glimmer.batch import Batch
 from glimmer.errors import ConfigError
 from glimmer.group import Group
@@ -29,30 +29,35 @@ from glimmer.weight import GROUP_SIZE, ExpertWeights, Kind, Weight, layout
 FEW = 64  # rows up to which each layer draws experts of its own
 META = torch.device("meta")
 
-# What steps reach of a machine's limits. A least-squares fit of the relative error to the twenty figures of README's
-# tables for `air-quarter` (prefill of 512 and 2,048 tokens, decode of 1, 8 and 32 sequences, in bfloat16, int8, int4
-# and FP8) with the limits that stand beside them: benchmarks/fit_cost.py.
-REACHED = {"read": 1.1, "cached": 1.0, "bfloat16": 0.86, "int8": 0.62}
-# What they take besides, from the processor's time of one thread for the demo model, whose reads and products are few.
-ELEMENT = 215  # operations in bfloat16 that would take as long as one element of a norm, a rotation, a sum
-CALL, PYTHON_CALL = 2e-6, 30e-6  # seconds for a call of an op, repeated from a list of calls, and made by Python
-STEP = 140e-6  # seconds for a step: scheduling, sampling
+# What Python takes besides, in calls of the smallest op, which are measured: between two ops of a step that is not
+# captured, for each step (scheduling, sampling), and for each sequence in it.
+BETWEEN, STEP, SEQUENCE = 8, 160, 20
+
+SMALLEST = Call.of("add_", torch.empty(1, 1), torch.empty(1, 1))
 
 Kinds = Callable[[str, Layer, tuple[int, int]], tuple[Kind, int | None]]  # of a matrix: its name, layer, (out, in)
 
 
-def phases(cost: Cost, steps: int, limits: Mapping[str, float], weights: int, captured: bool) -> dict[str, float]:
-    """Seconds that `steps` should take on a machine with these limits (Backend.limits), by what takes them.
+Times = Callable[[Call, int, bool], float]  # backends/op_times.py
 
-    These do not overlap: a kernel computes what it has just read. weights: bytes of all of them, which lie in the
-    processor's cache if that is large enough. captured: no Python runs between the ops, as in decoding.
+
+def phases(
+    cost: Cost, steps: int, limits: Mapping[str, float], weights: int, captured: bool, times: Times | None
+) -> dict[str, float]:
+    """Seconds that `steps` should take, by what takes them.
+
+    limits: of the machine (Backend.limits). weights: bytes of all of them, which lie in the processor's cache if that
+    is large enough. captured: no Python runs between the ops, as in decoding. times: of single ops, None where none can
+    be measured: then reads and products take what they would at the limits.
     """
-    within = {name: limits[name] * share for name, share in REACHED.items()}
-    within["read"] = within["cached"] if weights <= limits["cache"] else within["read"]
-    reads, arithmetic = cost.at_best(within)
-    arithmetic += cost.elements * ELEMENT / limits["bfloat16"]
-    calls = cost.calls * (CALL if captured else PYTHON_CALL) + steps * STEP
-    return {"memory bandwidth": reads, "arithmetic": arithmetic, "calls": calls}
+    reads, arithmetic = cost.at_best(dict(limits) | ({"read": limits["cached"]} if weights <= limits["cache"] else {}))
+    if times is None:
+        return {"memory bandwidth": reads, "arithmetic": arithmetic}
+    ops = sum(count * times(call, weights, captured) for call, count in cost.calls.items())
+    share, smallest = reads / (reads + arithmetic), times(SMALLEST, 0, False)
+    between = 0 if captured else BETWEEN * cost.calls.total()
+    python = (between + steps * (STEP + SEQUENCE * cost.sequences)) * smallest
+    return {"memory bandwidth": share * ops, "arithmetic": (1 - share) * ops, "calls": python}
 
 
 def with_disk(found: dict[str, float], routed: dict[str, float], disk: float) -> dict[str, float]:
@@ -188,6 +193,12 @@ class Shape:
     k: int
     nbytes: int
     dtype: torch.dtype
+    group_size: int | None
+
+    @property
+    def float32(self) -> bool:
+        """Whether results are."""
+        return self.kind == Kind.PLAIN and self.dtype == torch.float32
 
 
 class Outline(Reference):
@@ -261,7 +272,7 @@ class Outline(Reference):
     def _shape(self, count: int, parts: Sequence[Weight], dtype: torch.dtype) -> Shape:
         rows, inner = sum(part.shape[0] for part in parts), parts[0].shape[1]
         nbytes = count * sum(map(self.packed_bytes, parts))
-        return Shape(parts[0].kind, count, rows, inner, nbytes, dtype)
+        return Shape(parts[0].kind, count, rows, inner, nbytes, dtype, parts[0].group_size)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from glimmer.backends import op_times
 from glimmer.backends.selection import choose
 from glimmer.cli import bench
 from glimmer.cli.main import main
@@ -19,8 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def run(checkpoint, capsys):
+def run(checkpoint, capsys, monkeypatch):
     """run(*options) -> (table, the figures of its last line)."""
+
+    monkeypatch.setattr(op_times, "ROUND_SECONDS", 1e-4)
 
     def command(*options: str) -> tuple[str, dict]:
         once = () if "--repeat" in options else ("--repeat", "1")
