@@ -19,7 +19,7 @@ from functools import partial
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -56,8 +56,16 @@ Prompt = str | Mapping[str, Any]
 OnLoad = Callable[[int, int], None]
 
 MAX_LOGPROBS = 1 << 23  # log-probabilities of one request; each takes some 200 bytes
-PROMPT_KEYS = ("prompt", "prompt_token_ids", "calls")
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "calls", "cache_salt")
 RENDERING = (*rendering.OPTIONS, "tool_choice", "parallel_tool_calls")
+
+
+class Wanted(NamedTuple):
+    """What is wanted of a prompt besides its parameters. spec: what its answers must look like; cache_salt: as in
+    ParentRequest."""
+
+    spec: ConstraintSpec | None
+    cache_salt: str
 
 
 class LLM:
@@ -333,7 +341,8 @@ class LLM:
         on_step: Callable[[int], None] | None = None,
         **unknown: Any,
     ) -> list[RequestOutput]:
-        """Answer every prompt (text, or {"prompt_token_ids": [...]}); the outputs are in the prompts' order.
+        """Answer every prompt (text, or {"prompt_token_ids": [...]}); the outputs are in the prompts' order. With a
+        "cache_salt" in it a prompt shares what is cached of its beginning with others of the same salt only.
 
         sampling_params: None is generation_config.json's, with the 16 tokens of SamplingParams.
         use_tqdm: show a bar on rank 0's stderr; or what makes one, such as tqdm.
@@ -410,10 +419,10 @@ class LLM:
         if errors not in ("raise", "return"):
             raise ConfigError(f"errors={shown(errors)}", "'raise' or 'return'", "choose one of these")
         outputs: list[RequestOutput] = []
-        specs: dict[int, ConstraintSpec | None] = {}
+        wanted: dict[int, Wanted] = {}
         for i, one in enumerate(asked):
             try:
-                output, specs[i] = self._checked(prompt_of(one), params[i])
+                output, wanted[i] = self._checked(prompt_of(one), params[i])
                 outputs.append(output)
             except RequestError as error:
                 if errors == "raise":
@@ -427,7 +436,7 @@ class LLM:
         started = [i for i, output in enumerate(outputs) if output.error is None]
         events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
         reader = Reader([(outputs[i], params[i]) for i in started], self.tokenizer, events.put, on_step=on_step)
-        requests = [self._parent_request(outputs[i], params[i], specs[i]) for i in started]
+        requests = [self._parent_request(outputs[i], params[i], wanted[i]) for i in started]
         call = Call(requests, reader, ordered=True, watches=on_step is not None)
         make_bar = use_tqdm if callable(use_tqdm) else tqdm
         bar = make_bar(total=len(requests), desc=f"{word}s") if use_tqdm and self.rank == 0 else None
@@ -542,9 +551,9 @@ class LLM:
         _check_call(method, {name: options[name] for name in options if name not in RENDERING}, RENDERING)
         return self.render(messages, **{name: options[name] for name in options if name in RENDERING})
 
-    def _stream(self, output: RequestOutput, spec: ConstraintSpec | None, params: SamplingParams) -> Iterator[Delta]:
+    def _stream(self, output: RequestOutput, wanted: Wanted, params: SamplingParams) -> Iterator[Delta]:
         events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
-        call = self._streaming(output, spec, params, events.put)
+        call = self._streaming(output, wanted, params, events.put)
         left = params.n
         try:
             self._loop.submit(call)
@@ -565,10 +574,10 @@ class LLM:
         for the same on another rank gets what was there. Cancelled on another rank, only this caller gets no more.
         """
         params = self._params(sampling_params, 1)[0]
-        output, spec = self._checked(prompt, params)
+        output, wanted = self._checked(prompt, params)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[list[Event]]()
         deliver = lambda new: loop.call_soon_threadsafe(events.put_nowait, new)
-        call = self._streaming(output, spec, params, deliver)
+        call = self._streaming(output, wanted, params, deliver)
         left = params.n
         try:
             self._loop.submit(call)
@@ -585,13 +594,13 @@ class LLM:
     def _streaming(
         self,
         output: RequestOutput,
-        spec: ConstraintSpec | None,
+        wanted: Wanted,
         params: SamplingParams,
         deliver: Callable[["list[Event]"], object],
     ) -> Call:
         """A call whose pieces are delivered as they come."""
         reader = Reader([(output, params)], self.tokenizer, deliver, piecewise=True)
-        return Call([self._parent_request(output, params, spec)], reader)
+        return Call([self._parent_request(output, params, wanted)], reader)
 
     # ------------------------------------------------------------------ token ids, for a client of one's own
 
@@ -609,10 +618,8 @@ class LLM:
         cache_salt: as in ParentRequest. Raises RequestError if the prompt cannot be served, EngineError if the engine
         has ended.
         """
-        output, spec = self._checked({"prompt_token_ids": prompt_token_ids}, params)
-        parent = replace(
-            self._parent_request(output, params, spec), constraints=tuple(constraints), cache_salt=cache_salt
-        )
+        output, wanted = self._checked({"prompt_token_ids": prompt_token_ids, "cache_salt": cache_salt}, params)
+        parent = replace(self._parent_request(output, params, wanted), constraints=tuple(constraints))
         call = Call([parent], client)
         self._loop.submit(call)
         return call
@@ -648,10 +655,11 @@ class LLM:
             )
         return list(params)
 
-    def _checked(self, prompt: Any, params: SamplingParams) -> tuple[RequestOutput, ConstraintSpec | None]:
-        """The prompt as token ids, in an output still empty; and what its answers must look like. RequestError if it
-        cannot be served."""
-        text, ids, calls = (prompt.get(k) for k in PROMPT_KEYS) if isinstance(prompt, Mapping) else (prompt, None, None)
+    def _checked(self, prompt: Any, params: SamplingParams) -> tuple[RequestOutput, Wanted]:
+        """The prompt as token ids, in an output still empty; and what else was asked for. RequestError if it cannot be
+        served."""
+        given = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
+        text, ids, calls, salt = (given.get(key) for key in PROMPT_KEYS)
         others = [k for k in prompt if k not in PROMPT_KEYS] if isinstance(prompt, Mapping) else []
         if others and any(prompt[k] is not None for k in others):
             raise RequestError(
@@ -681,6 +689,9 @@ class LLM:
         if calls is not None and not isinstance(calls, Calls):
             found = f"calls of type {type(calls).__name__} in a prompt"
             raise RequestError("prompt", found, "what LLM.render has made", "render the conversation with its tools")
+        if not isinstance(salt, str | None):
+            found = f"cache_salt of type {type(salt).__name__} in a prompt"
+            raise RequestError("cache_salt", found, "a text that only those know who may share a cache", "pass a str")
         named = {name: getattr(params, name) for name in ("stop", "bad_words", "structured_outputs")} | {"tools": calls}
         if self.tokenizer is None and any(named.values()):
             name = next(name for name, asked in named.items() if asked)
@@ -694,13 +705,13 @@ class LLM:
         self._engine.check(ParentRequest("", tuple(ids), params, "", tuple(self.eos_token_ids)).child(0))
         self._check_logprobs(len(ids), params)
         if self._grammars is None or self.tokenizer is None:
-            return output, None
+            return output, Wanted(None, salt or "")
         asked = params.structured_outputs
         assert asked is None or isinstance(asked, StructuredOutputs), "SamplingParams has made it one"
         spec = prompt_constraint(output.prompt_token_ids, self.tokenizer, asked, calls)
         if spec is not None:
             self._grammars.check(spec)
-        return output, spec
+        return output, Wanted(spec, salt or "")
 
     def _check_logprobs(self, length: int, params: SamplingParams) -> None:
         """RequestError if a request could bring more log-probabilities than memory holds."""
@@ -730,20 +741,19 @@ class LLM:
             )
         return self.tokenizer.encode(text, add_special_tokens, self.max_model_len if whole else None)
 
-    def _parent_request(
-        self, output: RequestOutput, params: SamplingParams, spec: ConstraintSpec | None
-    ) -> ParentRequest:
+    def _parent_request(self, output: RequestOutput, params: SamplingParams, wanted: Wanted) -> ParentRequest:
         """The n answers to a checked prompt, still empty; and what the engine is asked for."""
         number = next(self._numbers)
         output.request_id, output.metrics = str(number), RequestMetrics(time.time())
         seed = f"request {self.config.seed}.{number}" if params.seed is None else str(params.seed)
         bad_words = () if self.tokenizer is None else self.tokenizer.spellings(params.bad_words or ())
         constraints: tuple[AnswerConstraint, ...] = ()
-        if self.rank == 0 and self._grammars is not None and spec is not None:
-            constraints = tuple(self._grammars.constraint(spec) for _ in range(params.n))
+        if self.rank == 0 and self._grammars is not None and wanted.spec is not None:
+            constraints = tuple(self._grammars.constraint(wanted.spec) for _ in range(params.n))
         return ParentRequest(
-            str(number), tuple(output.prompt_token_ids), params, seed, tuple(self.eos_token_ids), bad_words, constraints
-        )
+            str(number), tuple(output.prompt_token_ids), params, seed, tuple(self.eos_token_ids), bad_words,
+            constraints, wanted.cache_salt,
+        )  # fmt: skip
 
 
 def join(config: EngineConfig) -> Group:

@@ -226,6 +226,7 @@ def test_log_probabilities_of_the_whole_vocabulary_are_counted(llm):
         ({"prompt": 5, "prompt_token_ids": [1]}, "prompt"),
         ({"prompt_token_ids": [10**5000]}, "prompt"),
         ({"prompt_token_ids": [1], "multi_modal_data": {}}, "prompt"),
+        ({"prompt_token_ids": [1], "cache_salt": 5}, "cache_salt"),
         (" " * 12_000_000, "prompt"),
         ("x" * 2**25, "prompt"),
         ("", "prompt"),

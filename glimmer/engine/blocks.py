@@ -98,7 +98,7 @@ class Blocks:
         """Digests of the first `count` full blocks, each covering all tokens up to its own end."""
         known = sequence.hashes
         salt = (
-            blake2b(sequence.request.cache_salt.encode(), digest_size=16).digest()
+            blake2b(sequence.request.cache_salt.encode(errors="surrogatepass"), digest_size=16).digest()
             if sequence.request.cache_salt
             else b""
         )
