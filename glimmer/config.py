@@ -1,8 +1,8 @@
 """The settings: of the engine (EngineConfig) and of one request (SamplingParams).
 
-Both come from the caller, are frozen and complete: a value that glimmer cannot serve is refused here, by the name of
-its field. Not here: torch, files other than generation_config.json, the model (model_config.py), whether memory
-suffices.
+Both come from the caller and are complete: a value that glimmer cannot serve is refused here, by the name of its
+field. EngineConfig is frozen; SamplingParams may be assigned to, and a call takes a copy. Not here: torch, files other
+than generation_config.json, the model (model_config.py), whether memory suffices.
 """
 
 import functools
@@ -373,9 +373,11 @@ def _json_text(schema: Any) -> str:
         ) from None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class SamplingParams:
     """How the answer to one request is sampled, and when it ends. Names, meanings and defaults are vLLM's.
+
+    Fields may be assigned to, as in vLLM. Whoever asks for an answer gives away a copy, whose values are checked again.
 
     n                            answers to the same prompt, each with its own randomness
     temperature                  0 is greedy; above, logits are divided by it
@@ -426,7 +428,7 @@ class SamplingParams:
     structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "structured_outputs", _structured_outputs(self.structured_outputs))
+        self.structured_outputs = _structured_outputs(self.structured_outputs)
         for field, kinds, accepted in (
             ("stop", (str, list, tuple), "a non-empty string or a list of them"),
             ("bad_words", (list, tuple), "a list of non-empty strings"),
@@ -437,9 +439,8 @@ class SamplingParams:
             value = getattr(self, field)
             if value is not None and not isinstance(value, kinds):
                 raise _refused(field, value, accepted)
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
+        self.stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        self.bad_words = tuple(self.bad_words or ())
         plain: dict[str, tuple[Callable[[Any], Any], str]] = {
             field: (number.plain, str(number)) for field, number in NUMBERS.items()
         }
@@ -448,7 +449,7 @@ class SamplingParams:
         plain["logit_bias"] = _biases, f"{{token id: {BIAS}}}"
         for field, (make, accepted) in plain.items():
             try:
-                object.__setattr__(self, field, make(getattr(self, field)))
+                setattr(self, field, make(getattr(self, field)))
             except ValueError:
                 raise _refused(field, getattr(self, field), accepted) from None
         texts: Callable[[Any], bool] = lambda v: (
@@ -545,7 +546,10 @@ def generation_defaults(directory: str | Path) -> tuple[dict[str, Any], tuple[in
     raw = read_optional_json(path, "generation defaults")
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     defaults = {k: raw[k] for k in names if raw.get(k) is not None}
-    if raw.get("do_sample") is False:
+    samples = raw.get("do_sample")
+    if not (samples is None or isinstance(samples, bool)):
+        raise ConfigError(f"{path}: do_sample={shown(samples)}", "true, false or null", "correct the file")
+    if samples is False:
         defaults = {k: v for k, v in defaults.items() if k == "repetition_penalty"} | {"temperature": 0.0}
     try:
         SamplingParams(**defaults)

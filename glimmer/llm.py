@@ -52,7 +52,7 @@ from glimmer.text.hf_tokenizer import HFTokenizer
 from glimmer.text.tokenizer import Tokenizer
 
 log = logging.getLogger("glimmer")
-Prompt = str | Mapping[str, Any]
+Prompt = str | Sequence[int] | Mapping[str, Any]
 OnLoad = Callable[[int, int], None]
 
 MAX_LOGPROBS = 1 << 23  # log-probabilities of one request; each takes some 200 bytes
@@ -341,8 +341,8 @@ class LLM:
         on_step: Callable[[int], None] | None = None,
         **unknown: Any,
     ) -> list[RequestOutput]:
-        """Answer every prompt (text, or {"prompt_token_ids": [...]}); the outputs are in the prompts' order. With a
-        "cache_salt" in it a prompt shares what is cached of its beginning with others of the same salt only.
+        """Answer every prompt (text, its token ids, or {"prompt_token_ids": [...]}); the outputs are in their order.
+        With a "cache_salt" a prompt shares what is cached of its beginning with others of the same salt only.
 
         sampling_params: None is generation_config.json's, with the 16 tokens of SamplingParams.
         use_tqdm: show a bar on rank 0's stderr; or what makes one, such as tqdm.
@@ -353,7 +353,7 @@ class LLM:
         unknown: parameters of vLLM's generate, which are accepted where they change nothing.
         """
         _check_call("generate", unknown, ("prompts", "sampling_params", "use_tqdm", "errors", "on_finish", "on_step"))
-        asked = [prompts] if isinstance(prompts, (str, Mapping)) else _listed(prompts)
+        asked = [prompts] if isinstance(prompts, (str, Mapping)) or _are_ids(prompts) else _listed(prompts)
         params = self._params(sampling_params, len(asked), "prompt")
         return self._all("prompt", asked, lambda prompt: prompt, params, use_tqdm, errors, on_finish, on_step)
 
@@ -635,7 +635,8 @@ class LLM:
         return replace(self.default_sampling_params(), max_tokens=None) if given is None else given
 
     def _params(self, given: Any, count: int, word: str = "prompt") -> list[SamplingParams]:
-        """One SamplingParams for each prompt. RequestError if they are anything else, or not as many."""
+        """One SamplingParams for each prompt, copies of what is given. RequestError if they are anything else, not as
+        many, or were assigned what cannot be served."""
         if given is None:
             given = self.default_sampling_params()
         params = [given] * count if isinstance(given, SamplingParams) else given
@@ -653,11 +654,14 @@ class LLM:
                 "one for all, or one for each",
                 f"pass a single SamplingParams, or a list with one for each {word}",
             )
-        return list(params)
+        copies = {key: replace(one) for key, one in {id(one): one for one in params}.items()}
+        return [copies[id(one)] for one in params]
 
     def _checked(self, prompt: Any, params: SamplingParams) -> tuple[RequestOutput, Wanted]:
         """The prompt as token ids, in an output still empty; and what else was asked for. RequestError if it cannot be
         served."""
+        if isinstance(prompt, (list, tuple)):
+            prompt = {"prompt_token_ids": prompt}
         given = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
         text, ids, calls, salt = (given.get(key) for key in PROMPT_KEYS)
         others = [k for k in prompt if k not in PROMPT_KEYS] if isinstance(prompt, Mapping) else []
@@ -669,7 +673,7 @@ class LLM:
             raise RequestError(
                 "prompt",
                 f"a prompt of type {type(text if isinstance(prompt, Mapping) else prompt).__name__}",
-                'text, {"prompt": text} or {"prompt_token_ids": [ids]}',
+                'text, its token ids, {"prompt": text} or {"prompt_token_ids": [ids]}',
                 "pass one of these",
             )
         keep = params.truncate_prompt_tokens
@@ -805,6 +809,11 @@ def _dtype_name(dtype: Any) -> str:
     """torch.bfloat16, "half" and the like under the names that EngineConfig checks; what is no dtype, as it is."""
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     return {"half": "float16", "float": "float32"}.get(name, name) if isinstance(name, str) else name
+
+
+def _are_ids(prompts: Any) -> bool:
+    """Whether this is one prompt, given as its token ids."""
+    return isinstance(prompts, (list, tuple)) and bool(prompts) and all(isinstance(id, int) for id in prompts)
 
 
 def _listed(prompts: Any) -> list[Any]:

@@ -43,6 +43,13 @@ ENGINE: Mapping[str, Only] = {
             "ray_workers_use_nsight", "max_loras", "max_lora_rank", "max_cpu_loras", "lora_dtype",
             "pt_load_map_location", "show_hidden_metrics_for_version", "aggregate_engine_logging", "kv_cache_metrics",
             "attention_config", "all2all_backend", "disable_sliding_window", "allow_deprecated_quantization",
+            "safetensors_prefetch_num_threads", "safetensors_prefetch_block_size", "moe_backend", "linear_backend",
+            "kernel_config", "enable_flashinfer_autotune", "performance_mode", "jit_monitor_mode", "numa_bind",
+            "disable_nccl_for_dp_synchronization", "mm_processor_cache_type", "mm_encoder_tp_mode",
+            "mm_encoder_attn_backend", "mm_encoder_only", "disable_chunked_mm_input", "renderer_num_workers",
+            "log_level", "logging_config", "log_config_file", "cudagraph_metrics", "kv_cache_metrics_sample",
+            "enable_mfu_metrics", "enable_layerwise_nvtx_tracing", "enable_logging_iteration_details",
+            "reasoning_parser_plugin", "reasoning_config", "fail_on_environ_validation", "shutdown_timeout",
         ),
         ANY,
     ),
@@ -86,6 +93,11 @@ ENGINE: Mapping[str, Only] = {
     "override_generation_config": Only(NONE, "pass SamplingParams"),
     "enable_lora": Only((False, None), "merge the adapter into the weights"),
     "enable_sleep_mode": Only((False, None), "close the LLM, and make a new one later"),
+    "chat_template": Only((None,), "pass chat_template to chat"),
+    "quantization_config": Only((None,), "quantise with quantization='fp8', 'int8' or 'int4'"),
+    "logprobs_mode": Only(("raw_logprobs", None), "leave it out"),
+    **dict.fromkeys(("spec_method", "spec_model", "spec_tokens"), Only((None,), "use speculative_config")),
+    **dict.fromkeys(("enable_return_routed_experts", "return_sampling_mask"), Only((False, None), "leave it out")),
     "scheduling_policy": Only(("fcfs", None), "leave it out: requests are served in their order"),
     "calculate_kv_scales": Only((False, None), "leave it out"),
     "logits_processors": Only(NONE, "use logit_bias, allowed_token_ids or bad_words"),
@@ -106,6 +118,17 @@ SAMPLING: Mapping[str, Only] = {
     "response_format": Only((None,), "use structured_outputs"),
     "extra_args": Only(NONE, "leave it out"),
     "flat_logprobs": Only((False, None), "leave it out: log-probabilities are dictionaries"),
+    "skip_clone": ANY,
+    "stream_interval": ANY,
+    **dict.fromkeys(("skip_reading_prefix_cache", "watermarking"), Only((False, None), "leave it out")),
+    **dict.fromkeys(
+        ("thinking_token_budget", "repetition_detection", "trace_decode_token_ids", "prompt_logprob_start"),
+        Only((None,), "leave it out"),
+    ),
+    **dict.fromkeys(
+        ("logprob_token_ids", "prompt_logprob_token_ids"), Only((None,), "ask for logprobs, and choose among them")
+    ),
+    "routed_experts_prompt_start": Only((0,), "leave it out"),
     "output_kind": ANY,  # LLM.generate returns answers that are done, LLM.stream returns pieces
 }
 
@@ -130,7 +153,28 @@ MEMBERS: Mapping[str, str] = {
     **dict.fromkeys(("sleep", "wake_up"), "close the LLM, and make a new one later"),
     **dict.fromkeys(("reset_prefix_cache", "reset_mm_cache"), "make the LLM with enable_prefix_caching=False"),
     **dict.fromkeys(("start_profile", "stop_profile"), "write `with llm.profile() as profile:`"),
-    **dict.fromkeys(("get_metrics", "llm_engine"), "read llm.stats, llm.config and llm.model_config"),
+    **dict.fromkeys(
+        ("get_metrics", "llm_engine", "request_counter"), "read llm.stats, llm.config and llm.model_config"
+    ),
+    **dict.fromkeys(
+        ("enqueue", "enqueue_chat", "wait_for_completion"), "use stream or astream, or call generate in a thread"
+    ),
+    **dict.fromkeys(
+        (
+            "init_weight_transfer_engine",
+            "shutdown_weight_transfer_engine",
+            "start_weight_update",
+            "update_weights",
+            "start_draft_weight_update",
+            "finish_weight_update",
+            "update_weight_version",
+            "get_weight_version",
+        ),
+        "make a new LLM with the other weights",
+    ),
+    "from_engine_args": "pass the parameters to LLM",
+    "get_world_size": "read llm.size",
+    "release_kv_cache_memory": "close the LLM, and make a new one later",
     **dict.fromkeys(("collective_rpc", "apply_model"), "start the script with torchrun: each process runs all of it"),
     "set_tokenizer": "put that tokenizer.json into a copy of the model's directory",
 }

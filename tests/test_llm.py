@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from glimmer import LLM, SamplingParams
+from glimmer import LLM, SamplingParams, config
 from glimmer import device as devices
 from glimmer.config import EngineConfig
 from glimmer.errors import CheckpointError, ConfigError, EngineError, RequestError, shown
@@ -112,7 +112,8 @@ def test_special_tokens_in_an_answer(llm):
         (5, None, "prompt"),
         (None, None, "prompt"),
         (b"bytes", None, "prompt"),
-        ([[1, 2], [3]], None, "prompt"),
+        ([[1, 2], [b"x"]], None, "prompt_token_ids"),
+        ([1, "x"], None, "prompt"),
         ([b"x"], None, "prompt"),
         ("x", {"temperature": 0}, "sampling_params"),
         ("x", 5, "sampling_params"),
@@ -135,6 +136,33 @@ def test_wrong_types_of_messages(messages, llm):
     with pytest.raises(RequestError) as error:
         llm.chat(messages)
     assert error.value.field.startswith("messages") and error.value.expected and error.value.todo
+
+
+def test_token_ids_without_a_dictionary_are_a_prompt(llm):
+    """As in vLLM: a list of ids is one prompt, a list of such lists several."""
+    of = lambda prompts: [output.outputs[0].token_ids for output in llm.generate(prompts, greedy(4))]
+    expected = of([{"prompt_token_ids": [72, 105]}, {"prompt_token_ids": [72]}])
+    assert of([[72, 105], (72,)]) == expected and of([72, 105]) == expected[:1]
+    assert [piece.token_ids for piece in llm.stream([72], greedy(1))] == [tuple(expected[1][:1])]
+
+
+def test_parameters_are_assigned_to_as_in_scripts_of_vllm(llm):
+    """A call takes a copy: what is assigned later changes nothing; what cannot be served is refused by the call."""
+    params = llm.get_default_sampling_params()
+    params.temperature, params.min_tokens, params.max_tokens, params.stop = 0, 20, 24, "never"
+    pieces = llm.stream("x", params)
+    first = next(pieces)
+    params.max_tokens = 1
+    answered = [id for piece in (first, *pieces) for id in piece.token_ids]
+    assert answered == llm.generate("x", greedy(24, min_tokens=20))[0].outputs[0].token_ids
+    with pytest.raises(RequestError) as error:
+        llm.generate("x", params)
+    assert error.value.field == "min_tokens" and "max_tokens=1" in error.value.found
+    params.min_tokens, params.temperature = 0, "hot"
+    with pytest.raises(RequestError, match="temperature='hot'"):
+        llm.chat([{"role": "user", "content": "Hi"}], params)
+    with pytest.raises(AttributeError, match="max_token"):
+        params.max_token = 5
 
 
 def test_parameters_of_a_call(llm):
@@ -232,7 +260,7 @@ def test_log_probabilities_of_the_whole_vocabulary_are_counted(llm):
         ("", "prompt"),
         ({"prompt_token_ids": []}, "prompt"),
         ({"prompt": ""}, "prompt"),
-        (5, "prompt"),
+        (5.5, "prompt"),
         (None, "prompt"),
         ({}, "prompt"),
         ({"prompt": 5}, "prompt"),
@@ -1045,7 +1073,7 @@ def test_hundreds_of_bad_requests_harm_nobody(llm):
     odd = [{i: v} for v in numbers for i in (5, 10**400)] + [[v] for v in numbers] + ["", "\ud800", [""], {"a": "b"}]
     bad = [{name: value} for name in names for value in (*numbers, *odd) if name not in ("max_tokens", "n")]
     bad += [{"n": value} for value in numbers] + [{"allowed_token_ids": [5], "bad_words": ["\x05"], "min_tokens": 2}]
-    prompts = [" " * 12_000_000, "\ud800", "", None, 5, b"x", [1], {"prompt_token_ids": [10**400]}, "x" * 10**6]
+    prompts = [" " * 12_000_000, "\ud800", "", None, 5.5, b"x", ["1"], {"prompt_token_ids": [10**400]}, "x" * 10**6]
     expected = {word: answer(llm, word, greedy(6)) for word in ("one", "two", "three")}
     found, harmed = [], []
 
@@ -1079,8 +1107,8 @@ def test_hundreds_of_bad_requests_harm_nobody(llm):
 
 def test_one_failing_request_among_many(llm, monkeypatch):
     """What cannot be sampled ends that answer, whoever asked for it, and nobody else's."""
-    bad = SamplingParams(temperature=1.0, max_tokens=8, logit_bias={5: 1.0})
-    bad.logit_bias[5] = "much"  # past every check
+    monkeypatch.setattr(config, "_biases", lambda given: given or {})  # past every check
+    bad = SamplingParams(temperature=1.0, max_tokens=8, logit_bias={5: "much"})
     one, two, three = llm.generate(["a", "b", "c"], [greedy(8), bad, greedy(8)])
     assert [o.outputs[0].finish_reason for o in (one, two, three)] == ["length", "error", "length"]
     assert isinstance(two.error, EngineError) and "sampling failed" in two.error.found and one.error is None
