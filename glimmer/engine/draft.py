@@ -6,6 +6,7 @@ Not here: the MTP layer itself (model/glm4_moe.py), and which drafts are accepte
 """
 
 from array import array
+from collections import deque
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from glimmer.batch import Batch
 from glimmer.engine.sequence import Chunk, SamplerOutput, Sequence, Step
+
+RECENT = 24  # steps, and rows of a chunk, whose hidden states are kept where the MTP layer does not run
+CATCH_UP = 64  # of these rows, those that it computes in one step, about: as many as a short prompt has
 
 
 class Source(Protocol):
@@ -58,7 +62,8 @@ class Rows:
     """What one chunk brings to the MTP layer.
 
     positions   of its rows; tokens: those that follow them
-    first       the first row, among all rows of the step
+    earlier     hidden states of the first rows, if earlier steps have computed some
+    first       the first of the others, among all rows of the step
     before      tokens in the cache before the first position
     table       the blocks that hold those and the new ones
     count       how many tokens are to be guessed
@@ -67,10 +72,54 @@ class Rows:
     sequence: Sequence
     positions: range
     tokens: list[int]
+    earlier: Tensor | None
     first: int
     before: int
     table: list[int]
     count: int
+
+
+class RecentStates:
+    """The hidden states of the latest steps in which the MTP layer has not run.
+
+    Of each chunk the last RECENT rows. Nothing is looked at until somebody asks, so that a step costs one copy.
+    """
+
+    def __init__(self) -> None:
+        self._steps: deque[tuple[Tensor, Step, list[SamplerOutput]]] = deque(maxlen=RECENT)
+
+    def keep(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step) -> None:
+        """hidden: (T, H), the rows of this step."""
+        if len(hidden) == len(step.chunks):
+            states = hidden.clone()
+        else:
+            ends = accumulate(chunk.n for chunk in step.chunks)
+            states = hidden[[row for chunk, end in zip(step.chunks, ends) for row in range(end - _kept(chunk), end)]]
+        self._steps.append((states, step, outputs))
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._steps.clear()
+
+    def before(self, positions: dict[Sequence, int]) -> dict[Sequence, list[Tensor]]:
+        """For each sequence the hidden states before its position, in order, as far back as none is missing."""
+        found: dict[Sequence, list[Tensor]] = {sequence: [] for sequence in positions}
+        ends = dict(positions)
+        for states, step, outputs in reversed(self._steps):
+            first = 0
+            for chunk, output in zip(step.chunks, outputs, strict=True):
+                kept, end = _kept(chunk), ends.get(chunk.sequence, 0)
+                begin = chunk.start + chunk.n - kept
+                if begin < end <= chunk.start + chunk.num_known + max(0, len(output.tokens) - 1):
+                    found[chunk.sequence].insert(0, states[first : first + end - begin])
+                    ends[chunk.sequence] = begin
+                first += kept
+        return found
+
+
+def _kept(chunk: Chunk) -> int:
+    """How many rows of a chunk are kept."""
+    return min(chunk.n, RECENT)
 
 
 class MTPSource:
@@ -81,9 +130,10 @@ class MTPSource:
     feed the layer its own hidden states, as rows behind the last one; the next step writes the true rows over them.
 
     Where no guesses are wanted the layer does not run, and rows are missing. A block counts only if all of its rows are
-    there, or, the last one, all up to the position that is computed; so guesses begin again at the beginning of a
-    block. A block that sequences share ends with a row that was computed for the first of them: where another one goes
-    on with another token, guesses may be slightly worse.
+    there, or, the last one, all up to the position that is computed; so the rows begin again at the beginning of a
+    block. The hidden states of the latest steps are kept, so this is a block that has begun already, and the first
+    guess comes after all of its rows. A block that sequences share ends with a row that was computed for the first of
+    them: where another one goes on with another token, guesses may be slightly worse.
     """
 
     def __init__(self, model: DraftModel, num_blocks: int, block_size: int, vocab_size: int, max_drafts: int):
@@ -91,6 +141,7 @@ class MTPSource:
         self.lookahead = max_drafts - 1
         self._rows_of = array("i", [0]) * num_blocks  # by block: how many rows are there, from its beginning on
         self._contexts: WeakKeyDictionary[Sequence, Context] = WeakKeyDictionary()
+        self._recent = RecentStates()
 
     def rows_of(self, blocks: Sequence_[int]) -> list[int]:
         return [self._rows_of[block] for block in blocks]
@@ -106,23 +157,31 @@ class MTPSource:
             chunk.sequence.drafts = []
             if chunk.n > 1 or chunk.start % self.block_size == 0:  # else nothing is to be forgotten
                 self._forget(chunk.sequence, chunk.start, chunk.start + chunk.n)
+        self._recent.keep(hidden, outputs, step)
 
     @torch.inference_mode()
     def _propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int) -> None:
         parts: list[Rows] = []
-        first = 0
+        first, room, waits = 0, CATCH_UP, False
+        earlier = self._recent.before({c.sequence: c.start for c in step.chunks if not self._goes_on(c)})
         for chunk, output in zip(step.chunks, outputs, strict=True):
             chunk.sequence.drafts = []
             if output.problem is None:
-                part = self._rows(chunk, output, first, count)
-                parts += [part] if part is not None else []
+                part = self._rows(chunk, output, first, count, earlier.get(chunk.sequence, []), room)
+                if part is not None:
+                    parts.append(part)
+                    room -= 0 if part.earlier is None else len(part.earlier)
+                waits |= part is None
             else:
                 self._forget(chunk.sequence, chunk.start, chunk.start + chunk.n)
             first += chunk.n
+        if waits:
+            self._recent.keep(hidden, outputs, step)
+        else:
+            self._recent.clear()
         if not parts:
             return
-        wanted = [part.first + i for part in parts for i in range(len(part.positions))]
-        computed = self.model.draft(_take(hidden, wanted), self._batch(parts))
+        computed = self.model.draft(_states(hidden, parts), self._batch(parts))
         ends = accumulate(len(part.positions) for part in parts)
         going = [(part, end - 1) for part, end in zip(parts, ends) if part.count]
         for place in range(1, count + 1):
@@ -136,18 +195,37 @@ class MTPSource:
             if going:
                 computed = self.model.draft(_take(last, rows), self._batch([part for part, _ in going]))
 
-    def _rows(self, chunk: Chunk, output: SamplerOutput, first: int, count: int) -> Rows | None:
-        """The rows of a chunk whose next tokens are known, or None if there is none that can be used."""
+    def _goes_on(self, chunk: Chunk) -> bool:
+        """Whether the layer has computed the row before the chunk's first, for this sequence."""
+        context = self._contexts.get(chunk.sequence)
+        return context is not None and context.blocks is chunk.sequence.blocks and context.end == chunk.start
+
+    def _context(self, chunk: Chunk, earlier: int) -> Context:
+        """Where the rows of a chunk go on or begin, if so many before it can be computed."""
+        sequence, size = chunk.sequence, self.block_size
+        blocks, start = sequence.blocks, chunk.start - earlier
+        context = self._contexts.get(sequence)
+        if context is not None and context.blocks is blocks and start <= context.end <= chunk.start:
+            return context
+        if start % size and self._rows_of[blocks[start // size]] != start % size:
+            start = (start // size + 1) * size
+        complete = [block for block in blocks[: start // size] if self._rows_of[block] == size]
+        context = self._contexts[sequence] = Context(blocks, complete, start)
+        return context
+
+    def _rows(
+        self, chunk: Chunk, output: SamplerOutput, first: int, count: int, earlier: list[Tensor], room: int
+    ) -> Rows | None:
+        """The rows of a chunk whose next tokens are known, and at most `room` before it, of `earlier` hidden states;
+        None if there is none that can be used."""
         sequence, size = chunk.sequence, self.block_size
         blocks = sequence.blocks
+        context = self._context(chunk, sum(map(len, earlier)))
+        if chunk.start - context.end > room:
+            context = self._context(chunk, 0)
+        start = context.end
         tokens = [*sequence.tokens[chunk.start + 1 : chunk.start + chunk.num_known + 1], *output.tokens]
-        start, end = chunk.start, chunk.start + len(tokens)
-        context = self._contexts.get(sequence)
-        if context is None or context.blocks is not blocks or context.end != start:
-            if start % size and self._rows_of[blocks[start // size]] != start % size:
-                start = (start // size + 1) * size
-            complete = [block for block in blocks[: start // size] if self._rows_of[block] == size]
-            context = self._contexts[sequence] = Context(blocks, complete, start)
+        end = chunk.start + len(tokens)
         if start >= end:
             self._forget(sequence, chunk.start, chunk.start + chunk.n)
             return None
@@ -158,11 +236,13 @@ class MTPSource:
         else:
             count = 0
         last = (end + max(0, count - 1) - 1) // size
+        caught_up = max(0, chunk.start - start)
         rows = Rows(
             sequence,
             positions=range(start, end),
-            tokens=tokens[start - chunk.start :],
-            first=first + start - chunk.start,
+            tokens=[*sequence.tokens[start + 1 : chunk.start + 1], *tokens[max(0, start - chunk.start) :]],
+            earlier=torch.cat(earlier)[-caught_up:] if caught_up else None,
+            first=first + max(0, start - chunk.start),
             before=len(context.complete) * size + start % size,
             table=[*context.complete, *blocks[begin : last + 1]],
             count=count,
@@ -183,7 +263,7 @@ class MTPSource:
         """The row of the latest guess."""
         end, before = part.positions.stop, part.before + len(part.positions)
         token = part.sequence.drafts[-1]
-        return Rows(part.sequence, range(end, end + 1), [token], 0, before, part.table, part.count)
+        return Rows(part.sequence, range(end, end + 1), [token], None, 0, before, part.table, part.count)
 
     def _batch(self, parts: list[Rows]) -> Batch:
         size = self.block_size
@@ -198,6 +278,20 @@ class MTPSource:
             query_lens=[len(part.positions) for part in parts],
             seq_lens=[part.before + len(part.positions) for part in parts],
         )
+
+
+def _states(hidden: Tensor, parts: list[Rows]) -> Tensor:
+    """The hidden states of all rows of these parts, where hidden (T, H) has those of the step."""
+    if all(part.earlier is None for part in parts):
+        return _take(hidden, [part.first + i for part in parts for i in range(len(part.positions))])
+    pieces: list[Tensor] = []
+    for part in parts:
+        rows = len(part.positions)
+        if part.earlier is not None:
+            pieces.append(part.earlier)
+            rows -= len(part.earlier)
+        pieces.append(hidden[part.first : part.first + rows])
+    return torch.cat(pieces)
 
 
 def _take(x: Tensor, rows: list[int]) -> Tensor:

@@ -12,9 +12,9 @@ nearest one that has, if that is not far. What is not in use is probed: beside k
 Where no drafts pay, or nothing is known yet, trials find out: one draft for each sequence, and as long as all of them
 are accepted, twice as many in the next step. What they lose, drafting and slower steps less the tokens that they bring,
 is paid from a budget that all sizes share: the time of START steps, and a share BUDGET of the time of all steps. A
-trial ends as soon as the budget is used up, and the next one begins when there is enough for another step whose drafts
-are all wrong; so engines whose drafts are always wrong lose no more than the budget. Times decide how fast answers
-come, never what they are.
+trial ends when the budget is used up and a draft is wrong, and the next one begins when there is enough for another
+step whose drafts are all wrong; so engines whose drafts are always wrong lose no more than the budget. Where all are
+accepted, it goes on until enough is known. Times decide how fast answers come, never what they are.
 Not here: who guesses (draft.py), several ranks (speculation.py: rank 0 asks here, and tells the others).
 """
 
@@ -258,7 +258,7 @@ class Switch:
         self._trial += checked
         self._tries = min(self.most, 2 * self._tries) if accepted == checked else max(1, round(accepted / len(drafts)))
         enough = self._trial >= TRIAL and self._measured(self._size) is not None
-        if self._budget <= 0 or enough:
+        if (self._budget <= 0 and accepted < checked) or enough:
             self._trial_steps = 0
             self._best.clear()
 
