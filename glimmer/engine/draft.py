@@ -102,7 +102,7 @@ class RecentStates:
         self._steps.clear()
 
     def before(self, positions: dict[Sequence, int]) -> dict[Sequence, list[Tensor]]:
-        """For each sequence the hidden states before its position, in order, as far back as none is missing."""
+        """For each sequence the hidden states before its position, in order: RECENT or a few more, if none misses."""
         found: dict[Sequence, list[Tensor]] = {sequence: [] for sequence in positions}
         ends = dict(positions)
         for states, step, outputs in reversed(self._steps):
@@ -113,6 +113,8 @@ class RecentStates:
                 if begin < end <= chunk.start + chunk.num_known + max(0, len(output.tokens) - 1):
                     found[chunk.sequence].insert(0, states[first : first + end - begin])
                     ends[chunk.sequence] = begin
+                    if positions[chunk.sequence] - begin >= RECENT:
+                        del ends[chunk.sequence]
                 first += kept
         return found
 

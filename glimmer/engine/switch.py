@@ -95,7 +95,8 @@ class Switch:
         self._spent = 0.0  # seconds of drafting for the next step of a trial
         self._tries = 1  # drafts for each sequence in the next step of a trial
         self._trial, self._trial_steps = 0, 0  # drafts that have been checked in a trial, steps that are left of it
-        self._prompting, self._decoding = 0.0, 0.0  # seconds of late steps with prompts and without
+        # Seconds of late steps with prompts, and those that the other tokens would have taken without drafts.
+        self._prompting, self._decoding = 0.0, 0.0
         self._prompt = 0.0  # seconds of the latest step with prompts
         self._prompt_share = 0.0  # what drafting takes of a step with prompts, in parts of it
 
@@ -119,14 +120,15 @@ class Switch:
             times.estimate(plain.seconds + max(0.0, seconds - plain.seconds) / covered)
         if self._budget == -math.inf and plain.known:
             self._budget = START * plain.seconds
-        self._passed(seconds * (1 + self._rested), prompts=False)
+        tokens = 1 + sum(n for _, n in drafts) / sequences + self._rested
+        self._passed(seconds * (1 + self._rested), 0.0, tokens * (plain.seconds if plain.known else seconds))
         self._rested = 0
         if self._trial_steps:
             self._tried(drafts, seconds, plain)
 
     def prompted(self, seconds: float) -> None:
         """A step with tokens of prompts."""
-        self._passed(seconds, prompts=True)
+        self._passed(seconds, seconds, 0.0)
         self._prompt = seconds
 
     def checked(self, drafts: int, accepted: int) -> None:
@@ -222,12 +224,12 @@ class Switch:
             rates.append(tokens / slowest)
         return rates
 
-    def _passed(self, seconds: float, prompts: bool) -> None:
+    def _passed(self, seconds: float, prompting: float, decoding: float) -> None:
         """Time that counts: as a source of the budget while drafts do not pay, and to compare prompts with the rest."""
         if self.drafts is None or self._trial_steps:
             self._budget += BUDGET * seconds
-        self._prompting += seconds * prompts - self._prompting / LATE
-        self._decoding += seconds * (not prompts) - self._decoding / LATE
+        self._prompting += prompting - self._prompting / LATE
+        self._decoding += decoding - self._decoding / LATE
 
     def _begins_trial(self, size: int) -> bool:
         """Begin a trial if the budget lasts for a step of it; earlier drafts count little from then on, so that a few

@@ -141,6 +141,21 @@ def test_prompts_are_prepared_for_where_drafts_pay():
     assert wrong.switch.choose(1, prompts=True) is None and wrong.switch.choose(32, prompts=True) is None
 
 
+def test_prompts_are_compared_with_answers_as_long_as_they_would_be_without_drafts():
+    """What the drafter takes for prompts is less than what drafts save; that the rest is short because of drafts does
+    not count against them."""
+    machine = Machine(lambda n, k: 0.01 * (1 + 0.01 * k), lambda n, k: 0.002 * k, [0.95] * 4)
+    machine.scatter = lambda: 1.0
+    machine.run(1, 50)
+    for _ in range(40):
+        machine.switch.prompted(0.6)
+        machine.switch.choose(1, prompts=True)
+        machine.switch.drafted(4, 0.15, prompts=True)
+        machine.run(1, 8)
+    saved = 8 * 4.5 * 0.01 * (1 - 1 / gain(1, 4, machine))
+    assert saved > 1.3 * 0.15 and machine.switch.best(1) == 4
+
+
 def test_the_gain_is_told():
     machine = Machine(cpu, drafting, [0.9] * 4)
     assert machine.switch.gain == 1.0
