@@ -26,24 +26,30 @@ def model_directory(name: str | Path) -> Path:
     """
     path = Path(name)
     try:
+        return _found(path, str(name))
+    except OSError as problem:
+        raise unreadable(Path(problem.filename or path), problem) from None
+
+
+def _found(path: Path, name: str) -> Path:
+    """`model_directory`, for which the system's refusals are OSErrors."""
+    try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError, ValueError):  # an id perhaps; ValueError: a NUL in the name
         pass
-    except OSError as problem:
-        raise unreadable(path, problem) from None
     if path.is_dir():
         is_repository = path.name.startswith("models--") and not (path / "config.json").exists()
         return _snapshot(path) if is_repository else path
-    if path.exists() or not _ID.fullmatch(str(name)) or str(name).startswith("."):
+    if path.exists() or not _ID.fullmatch(name) or name.startswith("."):
         return path
-    repository = cache() / f"models--{str(name).replace('/', '--')}"
+    repository = cache() / f"models--{name.replace('/', '--')}"
     if repository.is_dir():
         return _snapshot(repository)
-    for directory in modelscope_directories(str(name)):
+    for directory in modelscope_directories(name):
         if (directory / "config.json").is_file():
             return directory
     raise CheckpointError(
-        f"model directory {str(name)!r} does not exist, and there is no such repository in {cache()}",
+        f"model directory {name!r} does not exist, and there is no such repository in {cache()}",
         "a Hugging Face model directory, or the id of a model in the local cache ($HF_HUB_CACHE, $HF_HOME, "
         "$MODELSCOPE_CACHE)",
         f"check the path, or download it first: hf download {name}",

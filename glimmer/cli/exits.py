@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from glimmer.errors import GlimmerError, NotEnoughMemory
+from glimmer.errors import ConfigError, GlimmerError, NotEnoughMemory
 
 REFUSED = GlimmerError.exit_code
 INTERRUPTED = 130
@@ -103,8 +103,8 @@ NO_MEMORY = ("failed to map segment", "can't start new thread")
 
 
 def run(command: str, work: Callable[[], int]) -> int:
-    """The exit code of `work`. A GlimmerError becomes its three lines, and so does a lack of memory; a closed pipe ends
-    quietly; Ctrl-C is raised."""
+    """The exit code of `work`. A GlimmerError becomes its three lines, and so do a lack of memory and a path that this
+    user may not use; a closed pipe ends quietly; Ctrl-C is raised."""
     prepare()
     handles = alone() and threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
@@ -131,6 +131,17 @@ def run(command: str, work: Callable[[], int]) -> int:
     except BrokenPipeError:
         discard(sys.stdout)
         return CLOSED_PIPE
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        denied = ConfigError(
+            f"{error.filename}: permission denied",
+            "a path that this user may use",
+            "change its permissions, or those of the directories above it, or run as its owner",
+        )
+        to_stderr(f"glimmer {command}{place()}: {denied}")
+        keep_code(denied.exit_code)
+        return denied.exit_code
     except Terminated as reason:  # the process that started this one shall see that SIGTERM ended it
         if not reason.reported:
             to_stderr(f"glimmer {command}: interrupted")

@@ -10,6 +10,7 @@ Not here: how codes are chosen (weight.py), which matrix becomes what (model/loa
 import json
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -90,13 +91,20 @@ def quantize(model: Path, out: Path, quantization: str, group_size: int | None) 
     config = ModelConfig.load(model)
     if os.path.lexists(out):  # False for what no path can be: mkdir says what is wrong with it
         raise ConfigError(f"{out} exists", "a directory that is yet to be made", "choose another name, or remove it")
-    if not os.path.isdir(out.absolute().parent):
+    place = out.absolute().parent
+    try:
+        there = stat.S_ISDIR(os.stat(place).st_mode)
+    except PermissionError:  # os.path.isdir would take it for absence
+        raise
+    except (OSError, ValueError):
+        there = False
+    if not there:
         raise ConfigError(
-            f"{out} cannot be written: there is no directory {out.absolute().parent}",
+            f"{out} cannot be written: there is no directory {place}",
             "a place that is there",
             "make it, or name another",
         )
-    partial = out.absolute().parent / f".{out.name}.{os.getpid()}.partial"
+    partial = place / f".{out.name}.{os.getpid()}.partial"
     formats.check(config.quantization_config)
     with files.Checkpoint(model) as checkpoint:
         backend = selection.choose(selection.HOST, torch.get_num_threads())

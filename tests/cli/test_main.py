@@ -1,7 +1,9 @@
 """`glimmer` itself: its help and version without torch, commands found by name, and how commands end."""
 
 import importlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from glimmer import __version__
-from glimmer.cli import exits
+from glimmer.cli import demo, exits
 from glimmer.cli.main import COMMANDS, main, module
 from glimmer.errors import ConfigError, EngineError
 
@@ -178,3 +180,43 @@ def test_a_lost_stderr_decides_nothing():
             timeout=60,
         )
         assert (done.stdout, done.stderr) == ("2\n", "")
+
+
+COMMANDS_IN_A_ROW = """
+import json, sys
+from glimmer.cli.main import main
+for argv in json.loads(sys.argv[1]):
+    print(main(argv), file=sys.stderr)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="root may search every directory")
+def test_a_path_that_may_not_be_searched_is_called_that(tmp_path):
+    """By every way to a file, wherever permission is missing; it was said that there is no such directory."""
+    closed, model = tmp_path / "closed", tmp_path / "model"
+    for directory in (closed, model):
+        directory.mkdir()
+    (model / "config.json").write_text("{}")
+    id = "zai-org/GLM-4.5-Air"
+    argvs = [
+        ["quantize", str(demo.MODEL), str(closed / "below/out"), "--quantization", "int8"],
+        ["plan", str(model)],
+        ["doctor", str(closed / "below")],
+        ["doctor", id],
+    ]
+    words = (
+        [] if os.geteuid() else ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
+    )  # root may search all
+    argv = [*words, sys.executable, "-c", COMMANDS_IN_A_ROW, json.dumps(argvs)]
+    for directory in (closed, model):
+        directory.chmod(0)
+    try:
+        run = subprocess.run(
+            argv, env=os.environ | {"HF_HUB_CACHE": str(closed)}, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    finally:
+        for directory in (closed, model):
+            directory.chmod(0o700)
+    assert run.stderr.splitlines()[3::4] == ["2"] * 4 and run.stderr.count("permission denied\n") == 4, run.stderr
+    for found in (closed / "below", model / "config.json", closed / "models--zai-org--GLM-4.5-Air"):
+        assert str(found) in run.stderr
