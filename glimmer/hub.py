@@ -9,6 +9,7 @@ the files in OWNER/NAME, where its older versions write ___ for a dot, below $MO
 import importlib
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from glimmer.errors import CheckpointError, ConfigError
@@ -33,10 +34,8 @@ def model_directory(name: str | Path) -> Path:
 
 def _found(path: Path, name: str) -> Path:
     """`model_directory`, for which the system's refusals are OSErrors."""
-    try:
+    with suppress(FileNotFoundError, NotADirectoryError, ValueError):  # an id perhaps; ValueError: a NUL in the name
         path.stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # an id perhaps; ValueError: a NUL in the name
-        pass
     if path.is_dir():
         is_repository = path.name.startswith("models--") and not (path / "config.json").exists()
         return _snapshot(path) if is_repository else path
