@@ -367,13 +367,19 @@ NB_MODULE(_native, m) {
         },
         "logits", "bias", "rows", "experts", "top_k", "n_group", "topk_group", "normed", "factor", "ids", "scores");
     op_of_loading(
-        m, "quantize", "Quantise x (rows, inner) to int4 codes with a scale and a zero point for each group.",
+        m, "quantize_int4", "Quantise x (rows, inner) to int4 codes with a scale and a zero point for each group.",
         [](uintptr_t x, bool is_bf16, long stride, long rows, long inner, long group_size, uintptr_t codes, uintptr_t scales,
            uintptr_t zero_points) {
-            quantize({at<void>(x), is_bf16}, stride, rows, inner, group_size, at<uint8_t>(codes), at<float>(scales),
-                     at<uint8_t>(zero_points));
+            quantize_int4({at<void>(x), is_bf16}, stride, rows, inner, group_size, at<uint8_t>(codes), at<float>(scales),
+                          at<uint8_t>(zero_points));
         },
         "x", "is_bf16", "stride", "rows", "inner", "group_size", "codes", "scales", "zero_points");
+    op_of_loading(
+        m, "quantize_int8", "Quantise x (rows, inner) to int8 codes with a scale for each row.",
+        [](uintptr_t x, bool is_bf16, long stride, long rows, long inner, uintptr_t codes, uintptr_t scales) {
+            quantize_int8({at<void>(x), is_bf16}, stride, rows, inner, at<int8_t>(codes), at<float>(scales));
+        },
+        "x", "is_bf16", "stride", "rows", "inner", "codes", "scales");
     op_of_loading(
         m, "pread", "Read bytes of an open file with all threads: how many there are before its end, or -errno.",
         [](int descriptor, int64_t offset, size_t nbytes, uintptr_t memory) {

@@ -138,8 +138,8 @@ void forbid(float* x, long stride, long rows, long n, const uint8_t* allowed, lo
     over(rows, n, [&](long r) { ops.forbid(x + r * stride, n, allowed + r * bytes); });
 }
 
-void quantize(Values x, long stride, long rows, long inner, long group_size, uint8_t* codes, float* scales,
-              uint8_t* zero_points) {
+void quantize_int4(Values x, long stride, long rows, long inner, long group_size, uint8_t* codes, float* scales,
+                   uint8_t* zero_points) {
     if (inner < 2 || inner % 2 || group_size < 2 || group_size % 2) throw std::invalid_argument("columns that do not pair");
     const SmallLoops& ops = kernels().small;
     const long groups = (inner + group_size - 1) / group_size;
@@ -150,6 +150,11 @@ void quantize(Values x, long stride, long rows, long inner, long group_size, uin
                         zero_points + r * groups + g);
         }
     });
+}
+
+void quantize_int8(Values x, long stride, long rows, long inner, int8_t* codes, float* scales) {
+    const SmallLoops& ops = kernels().small;
+    over(rows, inner, [&](long r) { ops.to_int8(x + r * stride, inner, codes + r * inner, scales + r); });
 }
 
 }  // namespace glimmer

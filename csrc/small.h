@@ -29,6 +29,8 @@ struct SmallLoops {
     // Quantises a group of n numbers, n even, to int4: codes two per byte, the even one in the low bits. As _to_int4 in
     // glimmer/weight.py.
     void (*to_int4)(Values x, long n, uint8_t* codes, float* scale, uint8_t* zero_point);
+    // Quantises a row of n numbers to int8. As _to_int8 in glimmer/weight.py, to the same bits.
+    void (*to_int8)(Values x, long n, int8_t* codes, float* scale);
     // x (n) = -infinity where bit i % 8 of byte i / 8 of `allowed` is not set.
     void (*forbid)(float* x, long n, const uint8_t* allowed);
 };
@@ -68,7 +70,10 @@ void route(const float* logits, const float* bias, long rows, long experts, cons
 void forbid(float* x, long stride, long rows, long n, const uint8_t* allowed, long bytes);
 
 // x (rows, inner), rows `stride` elements apart, inner even -> codes (rows, inner / 2), scales and zero_points (rows, groups).
-void quantize(Values x, long stride, long rows, long inner, long group_size, uint8_t* codes, float* scales,
-              uint8_t* zero_points);
+void quantize_int4(Values x, long stride, long rows, long inner, long group_size, uint8_t* codes, float* scales,
+                   uint8_t* zero_points);
+
+// The same -> codes (rows, inner), scales (rows); inner may be odd.
+void quantize_int8(Values x, long stride, long rows, long inner, int8_t* codes, float* scales);
 
 }  // namespace glimmer

@@ -467,7 +467,7 @@ def queue_route(
 ) -> None:
     """Append a call of `route` to call_list; nothing is computed yet."""
 
-def quantize(
+def quantize_int4(
     pool: Pool,
     x: int,
     is_bf16: bool,
@@ -482,6 +482,11 @@ def quantize(
     """
     Quantise x (rows, inner) to int4 codes with a scale and a zero point for each group.
     """
+
+def quantize_int8(
+    pool: Pool, x: int, is_bf16: bool, stride: int, rows: int, inner: int, codes: int, scales: int
+) -> None:
+    """Quantise x (rows, inner) to int8 codes with a scale for each row."""
 
 def pread(pool: Pool, descriptor: int, offset: int, nbytes: int, memory: int) -> int:
     """

@@ -370,15 +370,18 @@ class Cpu(Reference, PackedFiles):
     def quantize(self, weight: Weight, kind: str, group: int | None) -> Weight:
         """As the reference does, except that an int4 group's sums are added up in another order."""
         kind, group = layout(kind, weight.shape[1], group)
-        if kind != Kind.INT4 or group is None or weight.codes.device.type != "cpu":
+        values, to_int8 = weight.codes, kind == Kind.INT8 and weight.codes.dtype in FLOATS
+        if values.device.type != "cpu" or (group is None and not to_int8):
             return super().quantize(weight, kind, group)
-        values = weight.codes if weight.codes.dtype in FLOATS else weight.dequantize()
+        values = values if values.dtype in FLOATS else weight.dequantize()
         values = values if values.stride(1) == 1 else values.contiguous()
         (out, inner), made = weight.shape, Weight.quantized(kind, weight.shape, group, values.device)
-        _native.quantize(
-            self._pool, values.data_ptr(), values.dtype == torch.bfloat16, values.stride(0), out, inner, group,
-            made.codes.data_ptr(), _address(made.scales), _address(made.zeros),
-        )  # fmt: skip
+        matrix = values.data_ptr(), values.dtype == torch.bfloat16, values.stride(0), out, inner
+        codes, scales = made.codes.data_ptr(), _address(made.scales)
+        if group is None:
+            _native.quantize_int8(self._pool, *matrix, codes, scales)
+        else:
+            _native.quantize_int4(self._pool, *matrix, group, codes, scales, _address(made.zeros))
         return made
 
     def pack_linear(self, parts: Sequence[Weight], dtype: torch.dtype) -> _native.Packed:

@@ -844,6 +844,18 @@ def test_quantize(inner, group, served, dtype, noise):
             assert torch.equal(part.nan_to_num(-1), whole[rows].nan_to_num(-1))
 
 
+@pytest.mark.parametrize("inner", [1, 31, 44, 96, 1409])
+def test_quantize_to_int8(inner, served, dtype, noise):
+    """The bits of the reference, for rows of zeros, of tiny and of huge numbers, and of what is no number."""
+    values = noise(14, inner + 6, dtype=dtype)[:, :inner]  # rows that lie apart
+    values[3], values[5, -1], values[7, 0], values[9], values[11] = 0, torch.nan, -torch.inf, 1e-38, 3e38
+    values[12] = torch.arange(inner) % 255 * 0.5 - 63.5  # halves, which are rounded to even
+    found, expected = (q(Weight("plain", values), "int8", None) for q in (served[0].quantize, Weight.quantize))
+    assert torch.equal(found.codes, expected.codes) and found.codes[[3, 5, 7]].eq(0).all()
+    assert torch.equal(found.scales.nan_to_num(-1), expected.scales.nan_to_num(-1))
+    assert found.scales[[5, 7]].isnan().all()
+
+
 @pytest.mark.parametrize("stored", ["fp8", "plain"])
 def test_quantize_of_what_is_stored_and_to_int8(stored, served, noise):
     values = noise(24, 96, scale=50)
