@@ -7,7 +7,8 @@ memory is lowered in proportion), and removes it in the end. Routing is not the 
 Zipf's law (the weight of rank r is 1 / r, in another order for every layer), so that hit rates are known.
 
 Measured: the disk (threads with O_DIRECT, blocks of an expert, the same depth), reads of the store, decode beside what
-hit rate and disk allow, a prompt of 512 tokens beside one pass over all experts, and, with a model of which all experts
+hit rate and disk allow (*_of_disk: the time that the disk needs for the experts that had no slot, in relation to the
+time that was taken), a prompt of 512 tokens beside one pass over all experts, and, with a model of which all experts
 have slots, paged decode beside resident. Prints a table and one line of JSON.
 """
 
@@ -18,11 +19,14 @@ import mmap
 import os
 import random
 import shutil
+import signal
 import statistics
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,15 +36,17 @@ from torch import Tensor
 from glimmer import LLM, SamplingParams
 from glimmer.backends import cpu, selection
 from glimmer.backends.base import RouteRule
+from glimmer.checkpoint.disk import check_space
 from glimmer.checkpoint.packed_file import MANIFEST, Form, PackedFile, PackedWriter, head
 from glimmer.engine import runner
 from glimmer.group import Group
 from glimmer.model import names
+from glimmer.model.cost import Shapes, as_quantized
 from glimmer.model.glm4_moe import Glm4Moe
 from glimmer.model.layers import Experts, Layer, LayerWeights
-from glimmer.model.packed import _add
+from glimmer.model.packed import ROUNDED_UP, _add
 from glimmer.model_config import ModelConfig
-from glimmer.weight import Kind, Weight
+from glimmer.weight import GROUP_SIZE, Kind, Weight
 
 AIR = CONFIG | {
     "hidden_size": 4096,
@@ -157,15 +163,26 @@ class Draw:
         return ids, scores
 
 
-def decode(llm: LLM, tokens: int) -> tuple[float, float]:
-    """(seconds, CPU seconds) for each of `tokens` decoded tokens."""
-    params = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0, detokenize=False)
-    times: list[float] = []
-    cpu_begin = time.process_time()
+@dataclass(frozen=True)
+class Decoded:
+    """For each of some decoded tokens: seconds, CPU seconds, and where experts are paged, how many it wanted, and how
+    many of them had no slot."""
+
+    seconds: float
+    cpu_seconds: float
+    wanted: float
+    missed: float
+
+
+def decode(llm: LLM, tokens: int) -> Decoded:
+    """`tokens` tokens after the first one, whose step has the prompt too."""
+    params = SamplingParams(max_tokens=1 + tokens, ignore_eos=True, temperature=0, detokenize=False)
+    marks = []
     for _ in llm.stream({"prompt_token_ids": [1, 2]}, params):
-        times.append(time.perf_counter())
-    spent = time.process_time() - cpu_begin
-    return (times[-1] - times[0]) / (len(times) - 1), spent / len(times)
+        paging = llm.paging
+        counts = (0, 0) if paging is None else (paging.wanted, paging.missed)
+        marks.append((time.perf_counter(), time.process_time(), *counts))
+    return Decoded(*((last - first) / tokens for first, last in zip(marks[0], marks[-1], strict=True)))
 
 
 def prefill(llm: LLM, first: int) -> float:
@@ -224,14 +241,11 @@ def measure_paged(directory: Path, share: float, tokens: int) -> dict[str, float
         for name, skew in (("even", 0.0), ("zipf", 1.0)):
             draw.skew = skew
             decode(llm, max(tokens, 24))  # until the slots hold what this routing wants
-            before = llm.paging
-            seconds, spent = decode(llm, tokens)
-            after = llm.paging
-            wanted, missed = after.wanted - before.wanted, after.missed - before.missed
+            one = decode(llm, tokens)
             probes.append(disk_speed(file, slot, READERS))
-            allowed = (after.bytes_read - before.bytes_read) / tokens / statistics.mean(probes[-2:])
-            found |= {f"{name}_hit_rate": 1 - missed / wanted, f"{name}_tokens_per_s": 1 / seconds}
-            found |= {f"{name}_of_disk": allowed / seconds, f"{name}_cpu_s_per_token": spent}
+            allowed = one.missed * slot / statistics.mean(probes[-2:])
+            found |= {f"{name}_hit_rate": 1 - one.missed / one.wanted, f"{name}_tokens_per_s": 1 / one.seconds}
+            found |= {f"{name}_of_disk": allowed / one.seconds, f"{name}_cpu_s_per_token": one.cpu_seconds}
         draw.skew = 0.0
         before, spent, seconds = llm.paging, time.process_time(), prefill(llm, 1000)
         found["prefill_cpu_s"] = time.process_time() - spent
@@ -262,8 +276,8 @@ def measure_overhead(directory: Path, tokens: int, rounds: int = 5) -> dict[str,
         decode(resident, tokens), decode(paged, tokens)
         ratios = []
         for _ in range(rounds):
-            (a, cpu_a), (b, cpu_b) = decode(resident, tokens), decode(paged, tokens)
-            ratios.append((b / a, cpu_b / cpu_a))
+            a, b = decode(resident, tokens), decode(paged, tokens)
+            ratios.append((b.seconds / a.seconds, b.cpu_seconds / a.cpu_seconds))
         resident.close(), paged.close()
     finally:
         runner.expert_slots = original
@@ -277,14 +291,20 @@ def temporary(
     """`measure` of a model that is written first and removed afterwards."""
     try:
         if not (directory / MANIFEST).is_file():
+            wanted, kinds = ModelConfig.from_dict(config), as_quantized(Kind.INT4, GROUP_SIZE)
+            nbytes = int(Shapes(wanted, kinds, selection.choose(selection.HOST)).held.nbytes * ROUNDED_UP)
+            print(f"{directory}: {nbytes / 1e9:.1f} GB of disk are needed, until the measurements are done", flush=True)
+            check_space(
+                directory, nbytes, "packed", "free some space, name another --directory, or ask for fewer --layers"
+            )
             begin = time.perf_counter()
             write_model(directory, config)
             size = sum(file.stat().st_size for file in directory.iterdir()) / 1e9
             print(f"{directory}: {size:.1f} GB written in {time.perf_counter() - begin:.0f} s", flush=True)
         return measure(directory)
     finally:
-        if not keep:
-            shutil.rmtree(directory, ignore_errors=True)
+        if not keep and directory.exists():
+            shutil.rmtree(directory)
             print(f"{directory}: removed", flush=True)
 
 
@@ -296,6 +316,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="to decode in each measurement")
     parser.add_argument("--keep", action="store_true", help="leave the model there, for the next time")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was written is removed then too
     found: dict[str, float] = {"layers": given.layers, "share": given.share}
     small = AIR | {"num_hidden_layers": 3, "vocab_size": 32768}
     large = AIR | {"num_hidden_layers": given.layers}
