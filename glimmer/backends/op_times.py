@@ -18,12 +18,14 @@ from torch import Tensor
 from glimmer.backends.base import Backend, ExpertSet, KVCacheSpec
 from glimmer.backends.timed import Cache, Call, Lengths, Matrix, Values
 from glimmer.batch import Batch
+from glimmer.errors import ConfigError
 from glimmer.weight import ExpertWeights, Kind, Weight
 
 ROUNDS, LEAST = 5, 2  # measurements, of which the median counts: LEAST where one lasts long
 ROUND_SECONDS = 4e-3  # what one lasts: as long as a step, so that what else the machine does delays both alike
 MAX_BYTES, MAX_OPERATIONS = 64 << 20, 8e9  # of the weights of one call; what exceeds this is measured in part
 MAX_COPIES, MAX_CALLS = 64, 4096  # of what a call works with; in a round
+MOST = 4 << 30  # bytes that a call, or what is measured of it, may work with
 MAX_ROWS = 4096  # of an embedding's table
 PANEL = 32  # rows of a matrix that are never divided
 
@@ -31,7 +33,8 @@ Run = Callable[[], object]
 
 
 class OpTimes:
-    """times(call, weights, captured) -> seconds. cache: bytes of the processor's cache."""
+    """times(call, weights, captured) -> seconds; ConfigError for sizes that no model has. cache: bytes of the
+    processor's cache."""
 
     def __init__(self, backend: Backend, cache: int):
         self._backend, self._cache = backend, cache
@@ -52,6 +55,12 @@ class OpTimes:
 
     def _measure(self, call: Call, working_set: int, captured: bool) -> float:
         part, share = partly(call)
+        if (nbytes := operand_bytes(part)) > MOST:
+            raise ConfigError(
+                f"{call.op} on {nbytes / 1e9:,.1f} GB of operands, which shall be measured",
+                f"at most {MOST / 1e9:.1f} GB: no model of the family needs as much at once",
+                "restore the checkpoint's own config.json, or lower max_num_batched_tokens",
+            )
         runs: list[Run] = []
         filled = once = 0.0
         while len(runs) < MAX_COPIES and filled <= working_set and once * len(runs) < ROUND_SECONDS:
@@ -157,6 +166,12 @@ def partly(call: Call) -> tuple[Call, float]:
         )  # fmt: skip
         return replace(call, arguments=made), rows * top_k / chosen.numel
     return call, 1.0
+
+
+def operand_bytes(call: Call) -> float:
+    """Bytes of tensors and matrices among the arguments."""
+    tensors = sum(each.numel * each.dtype.itemsize for each in call.arguments if isinstance(each, Values))
+    return tensors + sum(each.number * each.n * each.row_bytes for each in call.arguments if isinstance(each, Matrix))
 
 
 def _repeated(backend: Backend, runs: list[Run], captured: bool) -> Run:

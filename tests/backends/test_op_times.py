@@ -10,6 +10,7 @@ from glimmer.backends import op_times, selection
 from glimmer.backends.base import KVCacheSpec
 from glimmer.backends.op_times import MAX_BYTES, MAX_OPERATIONS, OpTimes, partly
 from glimmer.backends.timed import Call, Matrix, Values
+from glimmer.errors import ConfigError
 from glimmer.model.cost import SMALLEST, Shapes, as_quantized
 from glimmer.model_config import ModelConfig
 from glimmer.weight import Kind
@@ -71,3 +72,12 @@ def test_of_many_experts_some_are_measured_with_as_many_rows_each(rows, distinct
     assert chosen.numel / gate_up.number == pytest.approx(each, rel=0.35) and share == chosen.numel / (rows * 8)
     if gate_up.number > 1:
         assert gate_up.number * 3 * 4096 * width * 2 <= MAX_BYTES
+
+
+def test_what_is_too_large_to_be_measured_is_refused():
+    """Of a config.json that no model has: before memory is asked for."""
+    times = OpTimes(selection.choose(selection.HOST), 1 << 16)
+    wide = Values((512, 1 << 28), BF16)
+    for call in (Call("add_", (wide, wide)), Call("linear", (wide, matrix(64, 1 << 28), None))):
+        with pytest.raises(ConfigError, match="GB of operands"):
+            times(call, 1 << 30, False)
