@@ -25,7 +25,7 @@ ROUNDS, LEAST = 5, 2  # measurements, of which the median counts: LEAST where on
 ROUND_SECONDS = 4e-3  # what one lasts: as long as a step, so that what else the machine does delays both alike
 MAX_BYTES, MAX_OPERATIONS = 64 << 20, 8e9  # of the weights of one call; what exceeds this is measured in part
 MAX_COPIES, MAX_CALLS = 64, 4096  # of what a call works with; in a round
-MOST = 4 << 30  # bytes that a call, or what is measured of it, may work with
+MAX_OPERAND_BYTES = 4 << 30  # bytes that a call, or what is measured of it, may work with
 MAX_ROWS = 4096  # of an embedding's table
 PANEL = 32  # rows of a matrix that are never divided
 
@@ -55,10 +55,10 @@ class OpTimes:
 
     def _measure(self, call: Call, working_set: int, captured: bool) -> float:
         part, share = partly(call)
-        if (nbytes := operand_bytes(part)) > MOST:
+        if (nbytes := operand_bytes(part)) > MAX_OPERAND_BYTES:
             raise ConfigError(
                 f"{call.op} on {nbytes / 1e9:,.1f} GB of operands, which shall be measured",
-                f"at most {MOST / 1e9:.1f} GB: no model of the family needs as much at once",
+                f"at most {MAX_OPERAND_BYTES / 1e9:.1f} GB: no model of the family needs as much at once",
                 "restore the checkpoint's own config.json, or lower max_num_batched_tokens",
             )
         runs: list[Run] = []

@@ -14,6 +14,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from glimmer.checkpoint.fingerprint import fingerprints
 from glimmer.errors import CheckpointError, ConfigError
-from glimmer.foreign import open_regular, read_json, unreadable
+from glimmer.foreign import open_regular, read_json
 from glimmer.hub import cache_directory
 from glimmer.weight import GROUP_SIZE, Kind
 
@@ -31,6 +32,7 @@ log = logging.getLogger("glimmer")
 MANIFEST = "packed.json"
 JOURNAL, LOCK = "packed.journal", "packed.lock"
 FORMAT, VERSION = "glimmer packed weights", 1
+DATA = re.compile(r"weights-[0-9a-f]{8}\.bin")  # the file of the weights: a name, and no path
 PAGE = 4096
 MAX_MANIFEST = 512 << 20  # bytes; the largest model of the family needs 2 million
 CHUNK = 8 << 20  # bytes written at once, from a multiple of as many on: the page cache keeps them in huge pages
@@ -92,8 +94,22 @@ class PackedFile:
                 layer: {name: Section(**section) for name, section in sections.items()}
                 for layer, sections in table["layers"].items()
             }
+            self._check_places()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._damaged(f"is incomplete: {error!r}") from None
+        if not DATA.fullmatch(self.file.name) or self.file.parent != directory:
+            raise self._damaged(f"names {str(table['data'])!r} as its data")
+        try:
+            self.descriptor = open_regular(self.file)
+        except FileNotFoundError:
+            raise self._damaged(f"names {self.file.name}, which is not there") from None
+        size = os.fstat(self.descriptor).st_size
+        if size != self.nbytes:
+            os.close(self.descriptor)
+            raise self._damaged(f"wants {self.nbytes:,} bytes of {self.file.name}, which has {size:,}")
+
+    def _check_places(self) -> None:
+        """CheckpointError for a section that cannot lie where it is said to."""
         for section in self.sections():
             end = section.begin + section.num_records * section.nbytes
             if (
@@ -106,14 +122,6 @@ class PackedFile:
                 raise self._damaged(f"places a section at bytes {section.begin:,} to {end:,} of {self.nbytes:,}")
             if len(section.checksums) != section.num_records:
                 raise self._damaged("lacks checksums")
-        try:
-            self.descriptor = open_regular(self.file)
-        except FileNotFoundError:
-            raise self._damaged(f"names {self.file.name}, which is not there") from None
-        size = os.fstat(self.descriptor).st_size
-        if size != self.nbytes:
-            os.close(self.descriptor)
-            raise self._damaged(f"wants {self.nbytes:,} bytes of {self.file.name}, which has {size:,}")
 
     def sections(self) -> list[Section]:
         """All sections of all layers."""
@@ -247,7 +255,7 @@ class PackedWriter:
         self._file = self._journal = self._lock = -1
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -260,30 +268,20 @@ class PackedWriter:
             self._begin()
         except OSError as error:
             self.close()
-            raise unreadable(Path(error.filename or directory), error) from error
+            self.refused(Path(error.filename or directory), error)
         except BaseException:
             self.close()
             raise
 
     def _begin(self) -> None:
         """Go on with what the journal tells, or begin anew."""
-        journal, end = self.directory / JOURNAL, 0
-        lines = _journal(journal)
-        if lines and lines[0].get("head") == json.loads(json.dumps(self._head)):
-            self._name = str(lines[0]["data"])
-            file = self.directory / self._name
-            size = file.stat().st_size if file.is_file() else -1
-            for line in lines[1:]:
-                if line["end"] > size:
-                    break
-                end = line["end"]
-                self.done |= {layer: _sections(sections) for layer, sections in line["layers"].items()}
-        else:
-            self._name = f"weights-{os.urandom(4).hex()}.bin"
+        journal = self.directory / JOURNAL
+        end = self._read_journal(journal)
         for stray in self.directory.glob("weights-*.bin"):
             if stray.name not in (self._name, self._in_use()):
                 stray.unlink()
-        self._file = os.open(self.directory / self._name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._file = os.open(self.directory / self._name, flags, 0o644)
         os.ftruncate(self._file, end)
         kept: list[dict[str, Any]] = [{"head": self._head, "data": self._name}]
         if self.done:
@@ -298,12 +296,34 @@ class PackedWriter:
         self._pending: dict[str, dict[str, Section]] = {}
         self._synced = end
 
+    def _read_journal(self, journal: Path) -> int:
+        """What an earlier attempt at the same has written, as far as its journal and its data are whole: where it
+        ends."""
+        self._name, end = f"weights-{os.urandom(4).hex()}.bin", 0
+        first, *lines = _journal(journal) or [{}]
+        name = str(first.get("data"))
+        if first.get("head") != json.loads(json.dumps(self._head)) or not DATA.fullmatch(name):
+            return 0
+        self._name, file = name, self.directory / name
+        size = file.stat().st_size if file.is_file() else 0
+        for line in lines:
+            try:
+                next_end, layers = int(line["end"]), {name: _sections(one) for name, one in line["layers"].items()}
+            except (KeyError, TypeError, ValueError, AttributeError):
+                break
+            if not end <= next_end <= size:
+                break
+            end = next_end
+            self.done |= layers
+        return end
+
     def _in_use(self) -> str | None:
         """The data of the packed file that is there now; it is replaced in the end."""
         try:
-            return str(read_json(self.directory / MANIFEST, "a manifest", MAX_MANIFEST).get("data"))
+            name = str(read_json(self.directory / MANIFEST, "a manifest", MAX_MANIFEST).get("data"))
         except CheckpointError:  # there is none, or it is worth nothing
             return None
+        return name if DATA.fullmatch(name) else None
 
     @property
     def end(self) -> int:
@@ -345,13 +365,14 @@ class PackedWriter:
                 count = os.pwrite(self._file, view, at)
                 view, at = view[count:], at + count
         except OSError as error:
-            self._refused(error)
+            self.refused(self.directory / self._name, error)
 
-    def _refused(self, error: OSError) -> NoReturn:
+    def refused(self, path: Path, error: OSError) -> NoReturn:
+        """Raises CheckpointError: what belongs to the packed file cannot be written."""
         raise CheckpointError(
-            f"{self.directory / self._name} cannot be written: {error.strerror or error}",
-            "a disk that takes the packed weights",
-            "free some space and run it again: it goes on where it has stopped",
+            f"{path} cannot be written: {error.strerror or error}",
+            "a directory that can be written, and a disk that takes the packed weights",
+            "free some space, or choose another place (--out), and run it again: it goes on where it has stopped",
         ) from error
 
     def _sync(self) -> None:
@@ -363,7 +384,7 @@ class PackedWriter:
             os.write(self._journal, (json.dumps({"layers": layers, "end": self.end}) + "\n").encode())
             os.fdatasync(self._journal)
         except OSError as error:
-            self._refused(error)
+            self.refused(self.directory / self._name, error)
         self.done |= self._pending
         self._pending, self._synced = {}, self.end
 
@@ -385,7 +406,7 @@ class PackedWriter:
             if old not in (None, self._name):
                 (self.directory / str(old)).unlink(missing_ok=True)
         except OSError as error:
-            self._refused(error)
+            self.refused(self.directory / self._name, error)
 
     def close(self) -> None:
         """Let others write. What has been written is kept, to go on with."""
@@ -407,14 +428,17 @@ def head(form: Form, layout: str, source: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _journal(path: Path) -> list[dict[str, Any]]:
-    """The lines of a journal up to the first that an interruption has cut."""
+    """The lines of a journal up to the first that an interruption has cut, or that is damaged."""
     lines: list[dict[str, Any]] = []
     if path.is_file():
         for line in path.read_bytes().split(b"\n")[:-1]:
             try:
-                lines.append(json.loads(line))
-            except ValueError:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
                 break
+            if not isinstance(value, dict):
+                break
+            lines.append(value)
     return lines
 
 

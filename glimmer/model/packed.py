@@ -276,6 +276,8 @@ def prepare(
         )
     source = source_of(model, config.quantization_config)
     directory = out.absolute() if out is not None else _place(model, form)
+    others = [] if out is None else _others(model)
+    _check_out(directory, others)
     dtype = DTYPES[form.dtype]
     with Checkpoint(model) as checkpoint:
         mtp = has_mtp(config, checkpoint)
@@ -305,8 +307,11 @@ def prepare(
                     _add(writer, backend, spec.layer, name, value)
                 layer.hold({})
                 writer.finish_layer()
-            if out is not None:
-                _copy_others(model, directory)
+            for file in others:
+                try:
+                    shutil.copyfile(file, directory / file.name)
+                except OSError as error:
+                    writer.refused(directory / file.name, error)
             if source != source_of(model, config.quantization_config):
                 raise CheckpointError(
                     f"{model} has been changed while it was being prepared",
@@ -338,8 +343,21 @@ def _add(writer: PackedWriter, backend: PackedFiles, layer: str, name: str, valu
     writer.add(layer, name, records.description, record, records.count)
 
 
-def _copy_others(model: Path, directory: Path) -> None:
+def _others(model: Path) -> list[Path]:
     """Everything that a model's directory needs besides weights."""
-    for file in sorted(model.iterdir()):
-        if file.is_file() and file.suffix not in WEIGHTS and file.name != INDEX and not file.name.startswith("."):
-            shutil.copyfile(file, directory / file.name)
+    files = (file for file in sorted(model.iterdir()) if file.is_file() and not file.name.startswith("."))
+    return [file for file in files if file.suffix not in WEIGHTS and file.name != INDEX]
+
+
+def _check_out(directory: Path, others: Sequence[Path]) -> None:
+    """ConfigError if files of a directory would be overwritten that is no packed file, such as another model's."""
+    if any(os.path.isfile(directory / name) for name in (packed_file.MANIFEST, packed_file.JOURNAL)):
+        same = [file for file in others if file.parent.resolve() == directory.resolve()]
+    else:
+        same = [file for file in others if os.path.lexists(directory / file.name)]
+    if same:
+        raise ConfigError(
+            f"{directory} has files of its own, such as {same[0].name}",
+            "a new directory, an empty one, or one that glimmer prepare has written",
+            "choose another place with --out, or leave it out: the packed file then lies beside the checkpoint",
+        )

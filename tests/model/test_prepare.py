@@ -255,6 +255,94 @@ def test_a_writer_that_was_killed_is_gone_on_with(model, monkeypatch):
     assert not (whole / packed_file.JOURNAL).exists()
 
 
+HEAD = {"head": None, "data": "weights-01234567.bin"}  # None: that of the packed file
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [[]],
+        [5],
+        ["x" * 100_000],
+        [{}],
+        [HEAD | {"head": 1}],
+        [HEAD | {"data": "../outside.bin"}, {"layers": {}, "end": 4096}],
+        [HEAD | {"data": 5}, {"layers": {}, "end": 4096}],
+        [HEAD, {"layers": {}}],
+        [HEAD, {"layers": {}, "end": "x"}],
+        [HEAD, {"layers": {}, "end": -4096}],
+        [HEAD, {"layers": {}, "end": 1 << 60}],
+        [HEAD, {"layers": [1], "end": 4096}],
+        [HEAD, {"layers": {"norm": 1}, "end": 4096}],
+        [HEAD, {"layers": {"norm": {"weight": {"begin": 0}}}, "end": 4096}],
+        [HEAD, 7],
+    ],
+    ids=lambda lines: str(lines)[:60],
+)
+def test_a_damaged_journal_is_gone_on_with_as_far_as_it_is_whole(model, tmp_path, lines):
+    """From the beginning here; nothing is written outside."""
+    directory, target = model(), tmp_path / "out" / "packed"
+    target.mkdir(parents=True)
+    (tmp_path / "out" / "outside.bin").write_bytes(bytes(8192))
+    (target / HEAD["data"]).write_bytes(bytes(8192))
+    source = packed_file.source_of(directory, ModelConfig.load(str(directory)).quantization_config)
+    head = packed_file.head(Form("bfloat16"), selection.choose(selection.HOST).packed_layout, source)
+    written = [
+        line | {"head": head} if isinstance(line, dict) and line.get("head", 0) is None else line for line in lines
+    ]
+    (target / packed_file.JOURNAL).write_text("".join(json.dumps(line) + "\n" for line in written))
+    assert pack(directory, out=target) == target
+    assert (tmp_path / "out" / "outside.bin").read_bytes() == bytes(8192)
+    (data,) = target.glob("weights-*.bin")
+    assert data.read_bytes() == next(pack(directory).glob("weights-*.bin")).read_bytes()
+
+
+def test_files_of_others_are_not_written_over(model, tmp_path):
+    """Neither another model's nor the checkpoint's own; what prepare has written may be written again."""
+    directory, other = model(), tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text("another model's")
+    link = tmp_path / "link"
+    link.symlink_to(directory)
+    before = sorted(directory.iterdir())
+    for out in (other, directory, link):
+        with pytest.raises(ConfigError, match="files of its own"):
+            pack(directory, out=out)
+    assert sorted(directory.iterdir()) == before
+    assert (other / "config.json").read_text() == "another model's" and len(list(other.iterdir())) == 1
+    assert pack(directory, out=tmp_path / "new") == pack(directory, out=tmp_path / "new")
+
+
+@pytest.mark.parametrize("name", [packed_file.LOCK, "config.json", packed_file.MANIFEST, ""])
+def test_what_cannot_be_written_is_named(model, tmp_path, name):
+    """A directory in a file's place; a file in the directory's."""
+    directory, out = model(), tmp_path / "out"
+    if name:
+        (out / name).mkdir(parents=True)
+        (out / packed_file.JOURNAL).touch()  # so that it is one of ours
+    else:
+        out.touch()
+    with pytest.raises(CheckpointError, match=r"cannot be written: (Is a directory|File exists)"):
+        pack(directory, out=out)
+
+
+def test_a_manifest_that_names_another_file_is_damaged(model):
+    """Be it one outside, which would be mapped, or removed when the packed file is made again."""
+    packed = pack(model())
+    table = json.loads((packed / packed_file.MANIFEST).read_text())
+    outside = packed.parent / "weights-01234567.bin"
+    outside.write_bytes(next(packed.glob("weights-*.bin")).read_bytes())
+    del table["digest"]
+    for data in ("../weights-01234567.bin", str(outside), "packed.lock", 5):
+        table["data"] = data
+        whole = table | {"digest": packed_file._digest(table)}
+        (packed / packed_file.MANIFEST).write_text(json.dumps(whole))
+        with pytest.raises(CheckpointError, match="as its data"):
+            PackedFile(packed)
+    assert pack(packed.parent) == packed and outside.exists()
+    PackedFile(packed).close()
+
+
 def test_what_is_there_and_cannot_be_used_is_named(model, caplog):
     """By a backend of another layout, by processes that share the model, or while it is not finished."""
     directory = model()
