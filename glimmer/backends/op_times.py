@@ -1,9 +1,9 @@
 """OpTimes: how long single ops take on this machine, measured with made-up values at the sizes that a model gives them.
 
 A call of an op is described by what decides its time (timed.py:Call): shapes, dtypes, kinds of weights, lengths. Here
-such a call is made again, with as many matrices in turn as the model has, up to twice what the processor's cache holds,
-so that they come from where the model's come from. Large ones are measured in part and multiplied. Not here: which
-calls a model makes (model/cost.py), limits of the machine (Backend.limits).
+such a call is made again, with as many matrices in turn as the model has, up to some times what the processor's cache
+holds, so that they come from where the model's come from. Large ones are measured in part and multiplied. Not here:
+which calls a model makes (model/cost.py), limits of the machine (Backend.limits).
 """
 
 import statistics
@@ -24,6 +24,9 @@ from glimmer.weight import ExpertWeights, Kind, Weight
 ROUNDS, LEAST = 5, 2  # measurements, of which the median counts: LEAST where one lasts long
 ROUND_SECONDS = 4e-3  # what one lasts: as long as a step, so that what else the machine does delays both alike
 MAX_BYTES, MAX_OPERATIONS = 64 << 20, 8e9  # of the weights of one call; what exceeds this is measured in part
+COLD = (
+    4  # caches full of matrices, in turn, of which none is found there again: of two, a quarter is on some processors
+)
 MAX_COPIES, MAX_CALLS = 64, 4096  # of what a call works with; in a round
 MAX_OPERAND_BYTES = 4 << 30  # bytes that a call, or what is measured of it, may work with
 MAX_ROWS = 4096  # of an embedding's table
@@ -47,7 +50,7 @@ class OpTimes:
 
     def __call__(self, call: Call, weights: int, captured: bool) -> float:
         """weights: bytes of all of the model's; captured: repeated without Python, as in decoding."""
-        key = call, min(weights, 2 * self._cache or MAX_BYTES), captured and self._backend.captures
+        key = call, min(weights, COLD * self._cache or 2 * MAX_BYTES), captured and self._backend.captures
         if key not in self._found:
             with torch.inference_mode(), self._backend.running():
                 self._found[key] = self._measure(*key)
