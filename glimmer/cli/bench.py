@@ -152,16 +152,16 @@ def main(argv: list[str]) -> int:
 def _limits(model: "LLM", profile: "Profile | None") -> dict[str, float] | None:
     """What the machine can do just then; its disk too, where experts were read from it."""
     limits = model.limits()
-    if limits is not None and profile is not None and profile.bytes_read:
-        disk = machines.disk_of(Path(model.config.model), None)
-        limits |= {} if disk.speed is None else {"disk": disk.speed}
+    if limits is not None and profile is not None and profile.missed:
+        speed = machines.disk_of(Path(model.config.model), None).speed_of(*profile.reads)
+        limits |= {} if speed is None else {"disk": speed}
     return limits
 
 
 def _predicted(figure: Figure) -> float | None:
     """After the peak of memory has been read, since it takes some."""
     profile, limits = figure.profile, figure.limits
-    if profile is None or limits is None or (profile.bytes_read and "disk" not in limits):
+    if profile is None or limits is None or (profile.missed and "disk" not in limits):
         return None
     return figure.tokens * figure.seen / profile.expected(limits, figure.key.startswith("decode"))
 
@@ -195,12 +195,15 @@ def _answer(batch: int, context: int, steps: int) -> int:
 def _decode(model: "LLM", source: random.Random, batch: int, context: int, steps: int, watched: bool) -> Figure:
     """Steps in which all `batch` sequences decode; `steps` are timed, COUNTED more are profiled."""
     marks: list[float] = []  # the ends of steps that brought a token to every sequence
+    paged: list[tuple[int, int]] = []  # experts wanted, and missed, before and after those that are timed
     profile = model.profile() if watched else None
     with ExitStack() as open_:
 
         def mark(new: int) -> None:
             if new == batch:
                 marks.append(time.perf_counter())
+                if model.paging is not None and len(marks) in (1 + WARM, 1 + WARM + steps):
+                    paged.append((model.paging.wanted, model.paging.missed))
             if profile is not None and len(marks) == 1 + WARM + steps:
                 open_.enter_context(profile)
             elif len(marks) == 1 + WARM + steps + COUNTED:
@@ -217,6 +220,9 @@ def _decode(model: "LLM", source: random.Random, batch: int, context: int, steps
             "a cache that holds all of them",
             "ask for a smaller --context, or for a smaller batch with --decode",
         )
+    if profile is not None and paged:
+        # Those of the timed steps: the profiled ones follow, and find more experts in memory.
+        profile.wanted, profile.missed = ((end - begin) * COUNTED // steps for begin, end in zip(*paged, strict=True))
     key = f"decode_b{batch}" + (f"_after_{context}" if context != CONTEXT else "")
     what = f"decode, batch {batch}" + (f", after {context:,}" if context != CONTEXT else "")
     return Figure(key, what, batch, (marks[WARM + steps] - marks[WARM]) / steps, COUNTED, profile)

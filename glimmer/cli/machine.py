@@ -21,7 +21,7 @@ from glimmer.cli.options import size
 from glimmer.errors import ConfigError
 
 GIB = 1 << 30
-PROBE_SECONDS, PROBE_THREADS, PROBE_BLOCK = 1.0, 8, 2 << 20  # as the store of paged experts reads: csrc/store.h
+PROBE_SECONDS, PROBE_THREADS, PROBE_BLOCK = 0.5, 8, 2 << 20  # as the store of paged experts reads: csrc/store.h
 MIN_PROBE = 64 << 20  # bytes of a file from which a disk's speed can be told
 
 
@@ -81,11 +81,18 @@ def known(card: devices.Card) -> Accelerator | None:
 @dataclass(frozen=True)
 class Disk:
     """The file system where the model lies. speed: bytes/s of direct reads, None where nothing could be measured;
-    how: what was read, or why nothing was."""
+    how: what was read, or why nothing was; file: the one that was read."""
 
     free: int
     speed: float | None
     how: str
+    file: Path | None = None
+
+    def speed_of(self, block: int, depth: float) -> float | None:
+        """The same of blocks of so many bytes, about so many at a time; where nothing was measured, `speed`."""
+        if self.file is None:
+            return self.speed
+        return _probe(self.file, block, max(1, min(PROBE_THREADS, round(depth))))
 
 
 @dataclass(frozen=True)
@@ -186,7 +193,8 @@ def disk_of(directory: Path, speed: int | None) -> Disk:
     if not solid or solid[0].stat().st_size < MIN_PROBE:
         return Disk(free, None, f"no file of {MIN_PROBE >> 20} MB or more to read there: give --disk-speed")
     try:
-        return Disk(free, _probe(solid[0]), f"direct reads of {solid[0].name}")
+        found = _probe(solid[0], PROBE_BLOCK, PROBE_THREADS)
+        return Disk(free, found, f"direct reads of {solid[0].name}", solid[0])
     except OSError as error:
         return Disk(free, None, f"{solid[0].name} refuses direct reads ({error.strerror}): give --disk-speed")
 
@@ -196,26 +204,26 @@ def _files(directory: Path) -> Iterator[Path]:
         yield from (file for file in directory.glob(pattern) if file.is_file())
 
 
-def _probe(file: Path) -> float:
-    """Bytes/s of direct reads by several threads, in an order that no read-ahead knows. Raises OSError."""
+def _probe(file: Path, block: int, depth: int) -> float:
+    """Bytes/s of direct reads of blocks by so many threads, in an order that no read-ahead knows. Raises OSError."""
     descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-    count = os.fstat(descriptor).st_size // PROBE_BLOCK
-    read = [0] * PROBE_THREADS
+    count = os.fstat(descriptor).st_size // block
+    read = [0] * depth
     faults: list[OSError] = []
     end = time.perf_counter() + PROBE_SECONDS
 
     def work(me: int) -> None:
-        buffer = mmap.mmap(-1, PROBE_BLOCK)  # memory that begins with a page
+        buffer = mmap.mmap(-1, block)  # memory that begins with a page
         turn = me
         try:
             while time.perf_counter() < end and not faults:
-                read[me] += os.preadv(descriptor, [buffer], turn * 7919 % count * PROBE_BLOCK)
-                turn += PROBE_THREADS
+                read[me] += os.preadv(descriptor, [buffer], turn * 7919 % count * block)
+                turn += depth
         except OSError as error:
             faults.append(error)
 
     begin = time.perf_counter()
-    threads = [threading.Thread(target=work, args=(me,)) for me in range(PROBE_THREADS)]
+    threads = [threading.Thread(target=work, args=(me,)) for me in range(depth)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -251,10 +251,12 @@ def _speed(candidate: Candidate, shapes: Shapes, machine: Machine, work: Work, t
     weights = held.nbytes - held.mtp
     found = phases(work.cost, work.steps, machine.limits, weights, captured, machine.times)
     if candidate.where == DISK:
-        assert machine.disk.speed is not None
         missing = work.experts * (1 - candidate.hits)
+        layers = work.routed.calls.total()
+        speed = machine.disk.speed_of(held.record, missing / layers)
+        assert speed is not None, "else no time is told"
         beside = phases(work.routed, 0, machine.limits, weights, captured, machine.times)
-        found = with_disk(found, beside, missing * held.record / machine.disk.speed)
+        found = with_disk(found, beside, missing * held.record / speed, work.experts / layers, candidate.hits)
     return Speed(tokens / sum(found.values()), found)
 
 

@@ -41,14 +41,14 @@ class Profile:
         }
         packed = (getattr(module, "packed", None) for module in runner.model.modules())
         self._weights = sum(one.nbytes for one in packed if one is not None)
-        self.bytes_read = 0  # of experts that are on the disk
+        self.wanted = self.missed = 0  # experts that steps have wanted; and that were on the disk
         self._timed = Timed(runner.backend, names, partial(devices.synchronize, runner.device))
         self._clock = StepClock(self._timed)
 
     def __enter__(self) -> "Profile":
         engine = self._engine
         self._before = engine.clock
-        self.bytes_read -= self._read()
+        self._paged_before = self._paged()
         engine.clock = self._clock
         self._runner.model.use(self._timed, timed_group(engine.group, self._timed))
         return self
@@ -56,12 +56,24 @@ class Profile:
     def __exit__(self, *_: object) -> None:
         engine = self._engine
         engine.clock = self._before
-        self.bytes_read += self._read()
+        wanted, missed = self._paged()
+        self.wanted, self.missed = wanted - self._paged_before[0], missed - self._paged_before[1]
         self._runner.model.use(self._runner.backend, engine.group)
 
-    def _read(self) -> int:
+    def _paged(self) -> tuple[int, int]:
         paging = self._runner.paging
-        return 0 if paging is None else paging.bytes_read
+        return (0, 0) if paging is None else (paging.wanted, paging.missed)
+
+    @property
+    def reads(self) -> tuple[int, float]:
+        """(bytes of an expert that is read, how many a layer has waited for at a time); zeros where none was read."""
+        paging = self._runner.paging
+        return (0, 0.0) if paging is None else (paging.slot_bytes, self.missed / max(self._layers, 1))
+
+    @property
+    def _layers(self) -> int:
+        """Layers with experts that all steps have had."""
+        return sum(count for call, count in self.total.calls.items() if call.op == "experts")
 
     @property
     def steps(self) -> int:
@@ -84,13 +96,14 @@ class Profile:
     def expected(self, limits: Mapping[str, float], captured: bool) -> float:
         """Seconds that the steps should take on this machine, by the cost model of `glimmer plan`: their ops are
         measured, with values of their own. limits: Backend.limits; where experts were read from the disk,
-        limits["disk"] is how many bytes it reads in a second. captured: if the steps are repeated ones, without Python
-        between their ops."""
+        limits["disk"] is how many bytes it reads in a second, read as `reads` says. captured: if the steps are repeated
+        ones, without Python between their ops."""
         times = OpTimes.of(self._runner.backend, limits)
         found = phases(self.total, self.steps, limits, self._weights, captured, times)
-        if self.bytes_read:
+        if self.missed:
             routed = phases(self._timed.parts()["experts"], 0, limits, self._weights, captured, times)
-            found = with_disk(found, routed, self.bytes_read / limits["disk"])
+            disk = self.missed * self.reads[0] / limits["disk"]
+            found = with_disk(found, routed, disk, self.wanted / self._layers, 1 - self.missed / self.wanted)
         return sum(found.values())
 
     @property

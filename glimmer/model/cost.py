@@ -60,11 +60,18 @@ def phases(
     return {"memory bandwidth": share * ops, "arithmetic": (1 - share) * ops, "calls": python}
 
 
-def with_disk(found: dict[str, float], routed: dict[str, float], disk: float) -> dict[str, float]:
+def with_disk(
+    found: dict[str, float], routed: dict[str, float], disk: float, chosen: float, hits: float
+) -> dict[str, float]:
     """`phases` of steps whose experts are read from the disk in so many seconds: while some of them are read, others
-    are computed (routed: the phases of these), and nothing else is."""
+    are computed (routed: the phases of these), and nothing else is.
+
+    chosen: distinct experts of a layer in a step; hits: the share of them that is in memory. In a layer where all are,
+    nothing is read meanwhile; in others, the last one is computed when it has come.
+    """
     whole = sum(routed.values())
-    hidden = min(disk, whole) / whole if whole else 0.0
+    most = whole * (1 - 1 / max(chosen, 1)) * (1 - hits**chosen)
+    hidden = min(disk, most) / whole if whole else 0.0
     return {name: value - hidden * routed[name] for name, value in found.items()} | {"disk": disk}
 
 

@@ -34,7 +34,7 @@ LOOK_EVERY, SAVE_EVERY = 1.0, 60.0  # seconds
 @dataclass(frozen=True)
 class PagingStats:
     """slots in use for `experts` experts of all layers; since the start: experts that steps have wanted, those of them
-    that had to be read, and bytes that were read. direct: without the page cache."""
+    that had to be read, and bytes that were read. direct: without the page cache; slot_bytes: of the largest expert."""
 
     slots: int
     experts: int
@@ -42,6 +42,7 @@ class PagingStats:
     missed: int
     bytes_read: int
     direct: bool
+    slot_bytes: int
 
 
 class Pager:
@@ -88,7 +89,9 @@ class Pager:
         """What the store has done so far."""
         wanted, missed, nbytes = self.store.counts
         experts = sum(count for _, count in self._layers)
-        return PagingStats(self.store.slots_in_use, experts, wanted, missed, nbytes, self.store.direct)
+        return PagingStats(
+            self.store.slots_in_use, experts, wanted, missed, nbytes, self.store.direct, self._slot_bytes
+        )
 
     def save(self) -> None:
         """Write down what has been counted so far."""

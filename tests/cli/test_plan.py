@@ -19,7 +19,7 @@ from glimmer.cli.machine import Disk, Machine
 from glimmer.cli.main import main
 from glimmer.config import EngineConfig
 from glimmer.device import Card
-from glimmer.model.cost import BETWEEN, SEQUENCE, STEP, Shapes, as_quantized, phases
+from glimmer.model.cost import BETWEEN, SEQUENCE, STEP, Shapes, as_quantized, phases, with_disk
 from glimmer.model_config import ModelConfig
 from glimmer.weight import Kind
 
@@ -124,6 +124,16 @@ def test_time_is_that_of_the_ops_and_of_python():
     assert found["memory bandwidth"] == found["arithmetic"] == pytest.approx(0.02)
     assert found["calls"] == pytest.approx(2e-6 * (STEP + 3 * SEQUENCE))
     assert phases(cost, 2, limits, 10**9, False, times)["calls"] == pytest.approx(found["calls"] + 40e-6 * BETWEEN)
+
+
+def test_reading_is_hidden_behind_experts_that_are_there():
+    """Only in layers that miss one, and never behind the last that comes; never more than there is to hide."""
+    found, routed = {"memory bandwidth": 3.0, "arithmetic": 1.0}, {"memory bandwidth": 1.5, "arithmetic": 0.5}
+    total = lambda disk, hits: sum(with_disk(found, routed, disk, 8, hits).values())
+    assert total(0.0, 1.0) == 4.0
+    assert total(10.0, 0.0) == pytest.approx(14.0 - 2 * 7 / 8)
+    assert total(10.0, 0.5) == pytest.approx(14.0 - 2 * 7 / 8 * (1 - 0.5**8))
+    assert total(0.1, 0.5) == pytest.approx(4.0)
 
 
 @pytest.mark.slow
@@ -357,5 +367,7 @@ def test_the_probe_reads_what_is_there(tmp_path):
         file.truncate(machine.MIN_PROBE)
     found = machine.disk_of(solid, None)
     assert (found.speed is None) == ("refuses" in found.how) and (found.speed is None or found.speed > 0)
+    assert found.speed is None or found.speed_of(1 << 20, 2.4) > 0
+    assert machine.disk_of(hollow, 5).speed_of(1 << 20, 1) == 5
     assert machine.disk_of(hollow, None).speed is None and machine.disk_of(hollow, 5).speed == 5
     shutil.rmtree(solid)
