@@ -323,9 +323,9 @@ def prepare(
 
 
 def _place(model: Path, form: Form) -> Path:
-    """The first of the places where a directory can be made."""
+    """The first of the places that can be written."""
     beside, cached = places(model, form)
-    return beside if beside.is_dir() or os.access(model, os.W_OK) else cached
+    return beside if os.access(beside if beside.is_dir() else model, os.W_OK) else cached
 
 
 def _add(writer: PackedWriter, backend: PackedFiles, layer: str, name: str, value: Packed | ExpertSet | Tensor) -> None:

@@ -406,7 +406,9 @@ def test_a_full_disk_is_seen_first(model, monkeypatch):
 
 
 def test_where_the_model_cannot_be_written_the_cache_has_it(model, cache, monkeypatch):
+    """Also where an older packed file lies beside it, which cannot be replaced."""
     directory = model()
+    (pack(directory) / packed_file.MANIFEST).write_text("{}")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     packed = pack(directory)
     assert packed.is_relative_to(cache)
