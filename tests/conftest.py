@@ -11,6 +11,10 @@ from servers import Server
 
 # Before torch is imported: small matrices gain nothing from a second thread, and lose much where cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch
+
+if not torch.cuda.is_available():  # before Triton is imported: without a GPU its kernels run in its interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
 # A shell without job control starts what runs in the background with SIGINT ignored, which every child would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"  # transformers, with which some tests compare, finds everything on this disk

@@ -147,7 +147,7 @@ class Backend(ABC):
     name: ClassVar[str]
     # Changes with the bytes of a block of the cache, be it their layout or how the values in them are rounded.
     cache_layout: ClassVar[str] = "1"
-    captures: ClassVar[bool] = False  # whether `capture` is there
+    captures: bool = False  # whether `capture` is there
 
     def __init__(self, device: torch.device, threads: int = 1):
         """threads: CPU threads that compute, where the CPU does."""

@@ -3,9 +3,11 @@
 To find out whether a wrong answer comes from our own kernels, set GLIMMER_BACKEND=reference.
 """
 
+import importlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 
 import torch
@@ -32,22 +34,28 @@ def choose(device: torch.device, threads: int = 1, cache: KVCacheSpec | None = N
     that name for this device here.
     """
     variable = os.environ.get("GLIMMER_BACKEND", "") if backend == "auto" else ""
-    asked, available = variable or backend, names(device)
-    if asked not in ("auto", *available):
+    asked = variable or backend
+    chosen = next((each for each in _backends(device) if asked in ("auto", each.name)), None)
+    if chosen is None:
         raise ConfigError(
             f"GLIMMER_BACKEND={asked!r}" if variable else f"backend={asked!r}",
-            " or ".join(map(repr, ("auto", *available))) + f", which serve {device.type} here",
+            " or ".join(map(repr, ("auto", *names(device)))) + f", which serve {device.type} here",
             "unset GLIMMER_BACKEND, or set it to one of these" if variable else "choose one of these",
         )
     if device.type == HOST.type and _missing is not None:
         _say_what_is_missing()
-    chosen = next(each for each in _backends(device) if asked in ("auto", each.name))
     return chosen.make(device, threads, cache)
 
 
-def _backends(device: torch.device) -> list[type[Backend]]:
-    """What serves a device here, the best first."""
-    return [*([cpu.Cpu] if _missing is None and device.type == HOST.type else []), Reference]
+def _backends(device: torch.device) -> Iterator[type[Backend]]:
+    """What serves a device here, first what "auto" means. Triton's kernels have never run on a GPU: who wants them asks
+    for them by name. On a CPU they run under TRITON_INTERPRET=1 only, for tests."""
+    if device.type == HOST.type and _missing is None:
+        yield cpu.Cpu
+    yield Reference
+    if device.type == "cuda" or (device.type == HOST.type and os.environ.get("TRITON_INTERPRET") == "1"):
+        with suppress(ImportError):  # torch for CPUs, and for some GPUs, comes without Triton
+            yield importlib.import_module("glimmer.backends.cuda.backend").Cuda
 
 
 def names(device: torch.device) -> list[str]:
