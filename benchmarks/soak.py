@@ -424,9 +424,8 @@ def _settle(server: Served, report: Report) -> None:
 
 
 def _judge(report: Report, growth: float) -> None:
-    """Compare what is held at the end with what was held after the first round, but memory with what was held half-way.
-
-    Of 8 minutes the engine's memory grew by 40 MiB in the first five and by 4 in the rest; what grew was not found out.
+    """Compare what is held at the end with what was held after the first round, but memory with what was held half-way:
+    blocks of the cache take memory when they are first used.
     """
     first, half, last = report.held[0], report.held[len(report.held) // 2 - 1], report.held[-1]
     for name, more in ALLOWED.items():

@@ -6,6 +6,7 @@ the KV cache is laid out in strips of 16 slots (csrc/attention.h). Not here: any
 installed this module does not import, and selection.py says so.
 """
 
+import ctypes
 import json
 import logging
 import math
@@ -53,7 +54,9 @@ class CapturedStep:
     """Calls of ops that `replay` repeats on the same tensors.
 
     Whoever replays puts new values into the tensors that the ops were given. Results lie in `memory`, where a later one
-    takes the place of one that nobody holds any more; captures that share it overwrite each other's results.
+    takes the place of one that nobody holds any more; captures that share it overwrite each other's results. The calls
+    hold none of them, so that captures of any number need no more memory than the largest; each has an output of its
+    own.
     """
 
     output: Tensor
@@ -62,6 +65,7 @@ class CapturedStep:
         self.pool, self.memory = pool, memory
         self._parts: list[Callable[[_native.Pool], object]] = []  # lists of native calls, and calls that torch computes
         self._held: list[Any] = []  # what the calls read or write: their arguments are addresses
+        self._results: set[int] = set()  # where results lie
 
     def add(self, name: str, arguments: tuple[Any, ...], held: tuple[Tensor | None, ...]) -> None:
         """One more native call. held: tensors whose addresses are among the arguments."""
@@ -70,9 +74,30 @@ class CapturedStep:
         getattr(_native, f"queue_{name}")(self._parts[-1], *arguments)
         self._held.append((arguments, held))
 
-    def add_torch(self, call: Callable[[], object]) -> None:
-        """One more call that is not the extension's."""
-        self._parts.append(lambda pool: call())
+    def add_torch(self, call: Callable[..., object], tensors: tuple[Tensor, ...]) -> None:
+        """One more call that is not the extension's: call(*tensors)."""
+        borrowed = [self._borrowed(tensor) for tensor in tensors]
+        self._parts.append(lambda pool: call(*borrowed))
+
+    def new(self, nbytes: int) -> Tensor:
+        """Memory for a result."""
+        result = self.memory.acquire(nbytes)
+        self._results.add(result.data_ptr())
+        return result
+
+    def finish(self, result: Tensor) -> None:
+        """The captured function has returned this."""
+        self.output = result.clone()
+        self.add_torch(self.output.copy_, (result,))
+
+    def _borrowed(self, tensor: Tensor) -> Tensor:
+        """The tensor; if it is a result, in the same place without holding it: `memory` gives no place back."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._results:
+            return tensor
+        place = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+        whole = torch.frombuffer(place, dtype=tensor.dtype)
+        return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def replay(self) -> None:
         for part in self._parts:
@@ -127,7 +152,7 @@ class Cpu(Reference, PackedFiles):
         captured = CapturedStep(self._pool, self._capture_memory)
         self._capture = captured
         try:
-            captured.output = function()
+            captured.finish(function())
         finally:
             self._capture = None
         return captured
@@ -139,19 +164,20 @@ class Cpu(Reference, PackedFiles):
             self._capture.add(name, arguments, held)
         getattr(_native, name)(self._pool, *arguments)
 
-    def _run_torch(self, call: Callable[[], object]) -> None:
-        """call(), kept where a step is being captured: what torch computes as fast."""
+    def _run_torch(self, call: Callable[..., object], *tensors: Tensor) -> None:
+        """call(*tensors), kept where a step is being captured: what torch computes as fast. Among `tensors` are all
+        results of ops that it reads or writes."""
         if self._capture is not None:
-            self._capture.add_torch(call)
-        call()
+            self._capture.add_torch(call, tensors)
+        call(*tensors)
 
     def _new(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Where the result of an op will be."""
         nbytes = math.prod(shape) * dtype.itemsize
         if self._capture is None and nbytes < POOLED:
             return torch.empty(shape, dtype=dtype)
-        memory = self._results if self._capture is None else self._capture.memory
-        return memory.acquire(nbytes).view(dtype).view(shape)
+        memory = self._results.acquire(nbytes) if self._capture is None else self._capture.new(nbytes)
+        return memory.view(dtype).view(shape)
 
     def _contiguous(self, x: Tensor) -> Tensor:
         if x.is_contiguous():
@@ -216,7 +242,7 @@ class Cpu(Reference, PackedFiles):
 
     def concat(self, x: Tensor, y: Tensor) -> Tensor:
         z = self._new(len(x), x.shape[1] + y.shape[1], dtype=x.dtype)
-        self._run_torch(lambda: torch.cat((x, y), -1, out=z))
+        self._run_torch(lambda x, y, z: torch.cat((x, y), -1, out=z), x, y, z)
         return z
 
     def add_(self, y: Tensor, x: Tensor) -> None:
@@ -519,11 +545,11 @@ class CpuAnyBlock(Cpu):
         super().import_blocks(caches, blocks, data)
 
     def store_kv_(self, k: Tensor, v: Tensor, kv: KVCache, slot_mapping: Tensor) -> None:
-        self._run_torch(lambda: Reference.store_kv_(self, k, v, kv, slot_mapping))
+        self._run_torch(lambda k, v: Reference.store_kv_(self, k, v, kv, slot_mapping), k, v)
 
     def attention(self, q: Tensor, kv: KVCache, batch: Batch, scale: float) -> Tensor:
         y = self._new(len(q), q.shape[1] * q.shape[2], dtype=q.dtype)
-        self._run_torch(lambda: y.copy_(Reference.attention(self, q, kv, batch, scale)))
+        self._run_torch(lambda y, q: y.copy_(Reference.attention(self, q, kv, batch, scale)), y, q)
         return y
 
     def serves(self, op: str) -> str:

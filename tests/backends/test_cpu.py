@@ -351,6 +351,39 @@ def test_a_recording_repeats_its_calls_in_little_memory(ops, noise):
     assert foreign.eq(2).all()
 
 
+@pytest.mark.parametrize("block_size", [16, 5])
+def test_captures_of_many_sizes_hold_no_results(block_size, noise):
+    """Their outputs are their own; all else lies in memory that they share, also what torch computes."""
+    spec = KVCacheSpec(1, block_size, 2, 32, torch.bfloat16)
+    ops = cpu.Cpu.make(CPU, 1, spec)
+    [kv] = ops.allocate_kv(spec, 4)
+    memory, places = ops._capture_memory, set()
+
+    class Counting:
+        def acquire(self, nbytes: int) -> Tensor:
+            place = memory.acquire(nbytes)
+            places.add(place.data_ptr())
+            return place
+
+    ops._capture_memory = Counting()
+
+    def step(x: Tensor, slots: Tensor) -> Tensor:
+        x = ops.swiglu(ops.concat(ops.swiglu(x), ops.swiglu(x)))
+        ops.store_kv_(x[:, :64].unflatten(1, (2, 32)), x[:, 64:].unflatten(1, (2, 32)), kv, slots)
+        return ops.concat(x, x)
+
+    captures, counts = [], []
+    for rows in range(1, 13):
+        x, slots = noise(rows, 256, dtype=torch.bfloat16), torch.arange(rows)
+        captures.append((x, slots, ops.capture(lambda x=x, slots=slots: step(x, slots))))
+        counts.append(len(places))
+    assert counts[0] == counts[-1] < 8
+    for x, slots, captured in captures:
+        x.copy_(noise(*x.shape))
+        captured.replay()
+        assert same(captured.output, step(x, slots))
+
+
 def test_broken_rows_stay_alone(ops, dtype, noise):
     x = noise(40, 512, dtype=dtype)
     broken = x.clone()
