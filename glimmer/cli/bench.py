@@ -41,10 +41,8 @@ CONTEXT = 64  # tokens before decoding
 WARM, STEPS, COUNTED = 4, 32, 8  # decode steps that pass by, are timed, and are profiled after that
 CHUNK = 2048  # tokens of prompts computed in one step
 REPEAT = 2  # prefills of each length
-BAR, MIN_SHARE = (
-    40,
-    0.005,
-)  # characters of the longest bar; the share of a step below which a part has no line of its own
+# Characters of the longest bar; the share of a step below which a part has no line of its own.
+BAR, MIN_SHARE = 40, 0.005
 
 
 ENGINE_OPTIONS = without(

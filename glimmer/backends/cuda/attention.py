@@ -8,7 +8,7 @@ each, whose results `merge` puts together. Not here: launches (backend.py).
 import triton
 import triton.language as tl
 
-from glimmer.backends.cuda.rows import ROUND_TO_ONE, TINY
+from glimmer.backends.cuda.rows import scaled, to_int8
 
 
 @triton.jit
@@ -20,13 +20,9 @@ def store(x, cache, slots, heads, row_stride, head_stride, D, WIDTH, CODES: tl.c
     v = tl.load(x + t * row_stride + head * head_stride + d, mask=live, other=0.0)
     place = cache + (tl.load(slots + t) * heads + head) * WIDTH
     if CODES:
-        v = v.to(tl.float32)
-        size = tl.abs(v)
-        broken = tl.max(tl.where(size < float("inf"), 0, 1), 0) != 0
-        scale = tl.maximum(tl.div_rn(tl.max(size, 0), 127.0), TINY)
-        v = tl.where(broken, 0.0, (tl.div_rn(v, scale) + ROUND_TO_ONE) - ROUND_TO_ONE)
-        v = tl.minimum(tl.maximum(v, -127.0), 127.0)
-        tl.store((place + D).to(tl.pointer_type(tl.float32)), tl.where(broken, float("nan"), scale))
+        v, scale = scaled(v.to(tl.float32), 127.0)
+        v = to_int8(v)
+        tl.store((place + D).to(tl.pointer_type(tl.float32)), scale)
     tl.store(place + d, v.to(cache.dtype.element_ty), mask=live)
 
 

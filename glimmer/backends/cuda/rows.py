@@ -145,11 +145,7 @@ def quantize(x, codes, scales, K, row_stride, GROUP, FP8: tl.constexpr, BLOCK: t
     columns = g * GROUP + inside
     live = (inside < GROUP) & (columns < K)
     v = tl.load(x + t * row_stride + columns, mask=live, other=0.0).to(tl.float32)
-    size = tl.abs(v)
-    broken = tl.max(tl.where(size < float("inf"), 0, 1), 0) != 0
-    most = E4M3_MAX if FP8 else 127.0
-    scale = tl.maximum(tl.div_rn(tl.max(size, 0), most), TINY)
-    v = tl.where(broken, 0.0, tl.div_rn(v, scale))
+    v, scale = scaled(v, E4M3_MAX if FP8 else 127.0)
     if FP8:
         # e4m3 keeps 3 bits after the first; what is smaller than the smallest normal number has steps of 2^-9.
         bits = v.to(tl.int32, bitcast=True)
@@ -158,10 +154,25 @@ def quantize(x, codes, scales, K, row_stride, GROUP, FP8: tl.constexpr, BLOCK: t
         v = tl.where(tl.abs(v) < LEAST_NORMAL_E4M3, small, rounded.to(tl.float32, bitcast=True))
         v = tl.minimum(tl.maximum(v, -E4M3_MAX), E4M3_MAX)
     else:
-        v = (v + ROUND_TO_ONE) - ROUND_TO_ONE
-        v = tl.minimum(tl.maximum(v, -127.0), 127.0)
+        v = to_int8(v)
     tl.store(codes + t * K + columns, v.to(codes.dtype.element_ty), mask=live)
-    tl.store(scales + t * tl.num_programs(1) + g, tl.where(broken, float("nan"), scale))
+    tl.store(scales + t * tl.num_programs(1) + g, scale)
+
+
+@triton.jit
+def scaled(v, most):
+    """(v / scale, scale), where the largest of v / scale is `most`. With a NaN or an infinity: zeros, and NaN."""
+    size = tl.abs(v)
+    broken = tl.max(tl.where(size < float("inf"), 0, 1), 0) != 0
+    scale = tl.maximum(tl.div_rn(tl.max(size, 0), most), TINY)
+    return tl.where(broken, 0.0, tl.div_rn(v, scale)), tl.where(broken, float("nan"), scale)
+
+
+@triton.jit
+def to_int8(v):
+    """v, at most 127 in size, rounded to whole numbers, half to even; float32 still."""
+    v = (v + ROUND_TO_ONE) - ROUND_TO_ONE
+    return tl.minimum(tl.maximum(v, -127.0), 127.0)
 
 
 @triton.jit
