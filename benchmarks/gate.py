@@ -1,13 +1,16 @@
 """The speed gate: is anything slower in one commit than in another?
 
-usage: gate.py [BASE] [HEAD] [--pairs N] [--starts N] [--forms bfloat16,int8,int4,fp8] [--threshold 0.98]
+usage: gate.py [BASE] [HEAD] [--processes N] [--pairs N] [--starts N] [--forms bfloat16,int8,int4,fp8]
+               [--threshold 0.98]
 
 Each commit is built in a directory of its own, beside the torch that is installed here, and computes on `air-quarter`
 (random weights, made in --cache where they are missing). First a few processes of one commit and the other are started
 in turn: they give the time of loading and the peak memory. Then one process of each stays in memory, and the two
 compute short bursts in turn, as pairs that follow each other directly, every second pair in reverse order: what the
-machine does in another second, or to both, does not count. The process whose turn it is not sleeps. Of each figure the
-median of the pairs' ratios counts: 1.05x means that HEAD is 5 % better.
+machine does in another second, or to both, does not count. The process whose turn it is not sleeps. Which physical
+pages a process has got makes it a few percent faster or slower for as long as it lives, so several such pairs of
+processes take part one after the other. Of each figure the median of all pairs' ratios counts: 1.05x means that HEAD
+is 5 % better.
 
 Exit code 0: no figure is below the threshold. 1: at least one is; they are named. 2: there are no figures, and why.
 The table is printed, and as the last line all figures as JSON. Two models must fit into memory at once. The machine
@@ -213,6 +216,17 @@ def bursts(children: list[Child], args: argparse.Namespace) -> dict[str, Pairs]:
     return found
 
 
+def resident(start: Callable[[int], Child], args: argparse.Namespace) -> dict[str, Pairs]:
+    """The pairs of `bursts` of several pairs of processes, of which every second one starts in reverse order."""
+    found: dict[str, Pairs] = {}
+    for i in range(args.processes):
+        first = i % 2
+        with start(first) as one, start(1 - first) as other:
+            for key, pairs in bursts([other, one] if first else [one, other], args).items():
+                found.setdefault(key, []).extend(pairs)
+    return found
+
+
 def ratios(key: str, pairs: Pairs) -> list[float]:
     """Of each pair: how many times better the head is."""
     return [ratio(key, head, base) for base, head in pairs]
@@ -251,7 +265,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", nargs="?", default="HEAD^", help="the commit to compare with")
     parser.add_argument("head", nargs="?", default="HEAD", help="the commit that must not be slower")
-    parser.add_argument("--pairs", type=int, default=20, help="pairs of bursts for each figure")
+    parser.add_argument("--processes", type=int, default=5, help="pairs of processes that stay in memory")
+    parser.add_argument("--pairs", type=int, default=6, help="pairs of bursts of each of them, for each figure")
     parser.add_argument("--starts", type=int, default=5, help="pairs of starts for each form")
     parser.add_argument("--seconds", type=float, default=0.3, help="how long a burst lasts")
     parser.add_argument("--forms", default=",".join(FORMS), help=f"of {', '.join(FORMS)}, with commas")
@@ -264,8 +279,8 @@ def main() -> int:
     forms = args.forms.split(",")
     if unknown := set(forms) - set(FORMS):
         parser.error(f"no form {', '.join(sorted(unknown))}; there are {', '.join(FORMS)}")
-    if min(args.pairs, args.starts) < 1:
-        parser.error("--pairs and --starts must be at least 1")
+    if min(args.processes, args.pairs, args.starts) < 1:
+        parser.error("--processes, --pairs and --starts must be at least 1")
     try:
         args.cache = args.cache.resolve()
         args.cache.mkdir(parents=True, exist_ok=True)
@@ -282,8 +297,7 @@ def main() -> int:
 
             found = starts(start, args)
             check_memory(found)
-            with start(0) as base, start(1) as head:
-                results[form] = found | bursts([base, head], args)
+            results[form] = found | resident(start, args)
     except Failed as failed:
         print(f"gate.py: {failed}", file=sys.stderr)
         return 2

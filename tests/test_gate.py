@@ -71,8 +71,8 @@ def judge(gate, monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(gate, "checkpoints", lambda cache, forms: {form: cache / form for form in forms})
         monkeypatch.setattr(gate, "Child", child)
         monkeypatch.setattr(gate, "PAUSE", 0)
-        words = ["gate.py", "base", "head", "--cache", str(tmp_path), "--starts", "1", "--decode", "1", *options]
-        monkeypatch.setattr(sys, "argv", words)
+        words = ["gate.py", "base", "head", "--cache", str(tmp_path), "--starts", "1", "--processes", "1"]
+        monkeypatch.setattr(sys, "argv", [*words, "--decode", "1", *options])
         return gate.main(), capsys.readouterr().out, heard, started
 
     return command
@@ -129,6 +129,15 @@ def test_bursts_last_as_long_as_the_slower_build_needs(judge):
 def test_starts_alternate(judge):
     _, _, _, started = judge(FIGURES, FIGURES, "--starts", "3", "--pairs", "1", "--forms", "int8")
     assert [name for name, *_ in started] == ["base", "head", "head", "base", "base", "head", "base", "head"]
+
+
+def test_the_pairs_of_several_processes_count_together(judge):
+    """The second pair of processes begins in reverse order, and its figures are not taken for each other's."""
+    head = FIGURES | {"decode 1": 125.0}
+    options = ("--processes", "3", "--pairs", "2", "--forms", "int8")
+    _, out, _, started = judge(FIGURES | {"decode 1": 100.0}, head, *options)
+    assert [name for name, *_ in started[2:]] == ["base", "head", "head", "base", "base", "head"]
+    assert json.loads(out.splitlines()[-1])["pairs"]["int8"]["decode_b1"] == [[100.0, 125.0]] * 6
 
 
 def test_forms_choose_the_checkpoint(judge):
