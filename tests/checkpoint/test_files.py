@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -379,22 +378,32 @@ def test_a_pipe_is_not_waited_for(directory, name):
         Checkpoint(directory)
 
 
+LIMITED = """
+import os, resource, sys
+from glimmer.checkpoint.files import Checkpoint
+from glimmer.errors import CheckpointError
+
+free = os.open("/", os.O_RDONLY)
+os.close(free)
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (free + 2, hard))
+with Checkpoint(sys.argv[1]) as checkpoint:  # one file at a time
+    print(len(checkpoint.names()))
+resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+try:
+    Checkpoint(sys.argv[1])
+except CheckpointError as error:
+    print(error.found, error.todo)
+"""
+
+
 def test_a_limit_of_open_files_is_no_damage(directory):
+    """In a process of its own, in which nobody else opens and closes files."""
     for i in range(40):
         save_file({f"x.{i}": torch.zeros(1)}, directory / f"{i}.safetensors")
-    free = os.open("/", os.O_RDONLY)
-    os.close(free)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (free + 2, hard))
-        with Checkpoint(directory) as checkpoint:  # one file at a time
-            assert len(checkpoint.names()) == 40
-        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
-        with pytest.raises(CheckpointError) as caught:
-            Checkpoint(directory)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert "open files" in caught.value.found and "ulimit -n" in caught.value.todo
+    child = subprocess.run([sys.executable, "-c", LIMITED, directory], capture_output=True, text=True, timeout=60)
+    count, said = child.stdout.splitlines()
+    assert count == "40" and "open files" in said and "ulimit -n" in said, child.stderr
 
 
 @pytest.mark.parametrize("number, words", [(errno.ENOMEM, "ulimit -v"), (errno.EACCES, "permission denied")])
