@@ -214,6 +214,18 @@ def describe() -> list[tuple[str, str]]:
     return rows
 
 
+def identity() -> dict[str, str]:
+    """What this machine is: two of which any of this differs are not equally fast."""
+    return {
+        "host": platform.node(),
+        "system": platform.release(),
+        "processor": _cpu_name(),
+        "instructions": " ".join(sorted(_cpu_flags())),
+        "cpus": f"{available_cpus()} of {os.cpu_count()}",
+        "memory": f"{total_memory() / 2**30:.0f} GiB",
+    }
+
+
 def _meminfo() -> dict[str, int]:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

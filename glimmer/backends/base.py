@@ -301,6 +301,11 @@ class Backend(ABC):
         """The instruction set of our own kernels, and of which others it was chosen; None: torch computes."""
         return None
 
+    @property
+    def build(self) -> str | None:
+        """Which build of our own kernels it is: a digest; None: torch computes."""
+        return None
+
     def limits(self) -> dict[str, float] | None:
         """What this machine can do at best, measured now by all threads of our own kernels; None: there are none.
 

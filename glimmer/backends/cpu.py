@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -135,6 +136,10 @@ class Cpu(Reference, PackedFiles):
     @property
     def kernels(self) -> str:
         return f"{_native.isa()} (of {', '.join(_native.available().split())})"
+
+    @property
+    def build(self) -> str:
+        return blake2b(Path(str(_native.__file__)).read_bytes(), digest_size=16).hexdigest()
 
     def limits(self) -> dict[str, float]:
         # In a process of its own: what it reads shall not count as memory of this one.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from glimmer.backends.base import Backend, ExpertSet, KVCacheSpec
+from glimmer.backends.measurements import Measurements
 from glimmer.backends.timed import Cache, Call, Lengths, Matrix, Values
 from glimmer.batch import Batch
 from glimmer.errors import ConfigError
@@ -37,24 +38,27 @@ Run = Callable[[], object]
 
 class OpTimes:
     """times(call, weights, captured) -> seconds; ConfigError for sizes that no model has. cache: bytes of the
-    processor's cache."""
+    processor's cache. kept: what was measured before, by a backend like this one; None: nothing."""
 
-    def __init__(self, backend: Backend, cache: int):
-        self._backend, self._cache = backend, cache
-        self._found: dict[tuple[Call, int, bool], float] = {}
+    def __init__(self, backend: Backend, cache: int, kept: Measurements | None = None):
+        self._backend, self._cache, self._kept = backend, cache, kept or Measurements()
 
     @classmethod
-    def of(cls, backend: Backend, limits: Mapping[str, float] | None) -> "OpTimes | None":
+    def of(
+        cls, backend: Backend, limits: Mapping[str, float] | None, kept: Measurements | None = None
+    ) -> "OpTimes | None":
         """Of a backend with these limits (Backend.limits); None where there are none."""
-        return None if limits is None else cls(backend, int(limits["cache"]))
+        return None if limits is None else cls(backend, int(limits["cache"]), kept)
 
     def __call__(self, call: Call, weights: int, captured: bool) -> float:
         """weights: bytes of all of the model's; captured: repeated without Python, as in decoding."""
         key = call, min(weights, COLD * self._cache or 2 * MAX_BYTES), captured and self._backend.captures
-        if key not in self._found:
+
+        def measure() -> float:
             with torch.inference_mode(), self._backend.running():
-                self._found[key] = self._measure(*key)
-        return self._found[key]
+                return self._measure(*key)
+
+        return self._kept.get(repr(key), measure)
 
     def _measure(self, call: Call, working_set: int, captured: bool) -> float:
         part, share = partly(call)

@@ -12,13 +12,20 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
+import torch
+
+from glimmer import __version__
 from glimmer import device as devices
 from glimmer.backends import selection
+from glimmer.backends.base import Backend
+from glimmer.backends.measurements import Measurements
 from glimmer.backends.op_times import OpTimes
 from glimmer.cli.options import size
 from glimmer.errors import ConfigError
+from glimmer.hub import cache_directory
 
 GIB = 1 << 30
 PROBE_SECONDS, PROBE_THREADS, PROBE_BLOCK = 0.5, 8, 2 << 20  # as the store of paged experts reads: csrc/store.h
@@ -98,9 +105,9 @@ class Disk:
 @dataclass(frozen=True)
 class Machine:
     """processes compute, each with so many free bytes of memory, `usable` of which it may take; limits: of one of them,
-    None where nothing measures them; times: of single ops on it, None likewise. accelerator: None on a CPU, whose
-    threads are those of one process. cards: what this machine has besides. notes: what of it was asked for and cannot
-    be."""
+    None where nothing measures them; times: of single ops on it, None likewise; kept: these and limits, also those of
+    earlier runs. accelerator: None on a CPU, whose threads are those of one process. cards: what this machine has
+    besides. notes: what of it was asked for and cannot be."""
 
     processes: int
     nodes: int
@@ -116,6 +123,7 @@ class Machine:
     cards: tuple[devices.Card, ...] = ()
     notes: tuple[str, ...] = ()
     times: OpTimes | None = None
+    kept: Measurements | None = None
 
     @property
     def name(self) -> str:
@@ -159,20 +167,42 @@ def describe(card: Accelerator, number: int, nodes: int, memory: int | None, sha
     )  # fmt: skip
 
 
-def this_machine(threads: int | None, memory: int | None, share: float, disk: Disk) -> Machine:
-    """This machine's CPU, measured in about two seconds. memory: bytes that may be taken, in place of its own: another
-    machine, where they are more than this one has."""
+def this_machine(threads: int | None, memory: int | None, share: float, disk: Disk, anew: bool = False) -> Machine:
+    """This machine's CPU, measured in about two seconds, unless that was kept. memory: bytes that may be taken, in
+    place of its own: another machine, where they are more than this one has. anew: nothing that was kept is taken."""
     count = devices.share_cores(1, threads)
     backend = selection.choose(selection.HOST, count)
     free = devices.free_memory(selection.HOST)
     usable = int(free * share) if memory is None else memory
     said = () if memory is None else (f"{memory / GIB:.1f} GiB of memory to take",)
     notes = () if usable <= int(free * share) else (_too_much(usable, int(free * share), share),)
-    limits = backend.limits()
+    kept = _kept(backend, anew)
+    limits = _limits(backend, kept)
     return Machine(
         1, 1, devices.total_memory(), free, usable, disk, count, backend.kernels, limits, None, said,
-        tuple(devices.cards()), notes, OpTimes.of(backend, limits),
+        tuple(devices.cards()), notes, OpTimes.of(backend, limits, kept), kept,
     )  # fmt: skip
+
+
+def _kept(backend: Backend, anew: bool) -> Measurements:
+    """What was measured here before with these kernels and threads."""
+    machine = devices.identity() | {
+        "kernels": backend.kernels or "none",
+        "build": backend.build or "none",
+        "threads": str(backend.threads),
+        "torch": torch.__version__,
+        "glimmer": __version__,
+    }
+    return Measurements(cache_directory() / "measured", machine, anew)
+
+
+def _limits(backend: Backend, kept: Measurements) -> dict[str, float] | None:
+    """Backend.limits, measured together where one of them was not kept."""
+    if backend.build is None:
+        return None
+    measured = cache(lambda: backend.limits() or {})
+    names = ("read", "cached", "bfloat16", "int8", "cache")
+    return {name: kept.get(f"limit: {name}", partial(lambda name: measured()[name], name)) for name in names}
 
 
 def _too_much(memory: int, most: int, share: float) -> str:

@@ -43,6 +43,9 @@ COMMAND = Command(
             "gpu": Option(text, "NAME[:N]", "N cards of a known kind in place of this CPU, e.g. H100:2"),
             "nodes": Option(count, "N", "machines with so many cards each", "1"),
             **pick(ENGINE, "threads"),
+            "remeasure": Option(
+                truth, "", "measure this machine anew: else what was measured in the last 24 hours counts"
+            ),
         },
         "output": {"json": Option(truth, "", "print the plan as one JSON object")},
     },
@@ -56,7 +59,7 @@ def main(argv: list[str]) -> int:
         return 0
     settings = COMMAND.read(argv)
     gpu, nodes, memory = settings.take("gpu"), settings.take("nodes", 1), settings.take("memory")
-    speed = settings.take("disk_speed")
+    speed, anew = settings.take("disk_speed"), settings.take("remeasure", False)
     if nodes > 1 and gpu is None:
         raise ConfigError(f"--nodes {nodes} without --gpu", "cards in each machine", "name them, e.g. --gpu H100:8")
     for name, value in (("memory", memory), ("disk_speed", speed)):
@@ -77,10 +80,12 @@ def main(argv: list[str]) -> int:
     share = planner.engine.gpu_memory_utilization
     disk = machines.disk_of(directory, speed)
     if card is None:
-        machine = machines.this_machine(planner.engine.threads, memory, share, disk)
+        machine = machines.this_machine(planner.engine.threads, memory, share, disk, anew)
     else:
         machine = machines.describe(*card, nodes, memory, share, disk)
     candidates = planner.candidates(machine)
+    if machine.kept is not None:
+        machine.kept.keep()
     chosen = planning.recommended(candidates)
     commands = [] if chosen is None else _commands(name, planner, machine, chosen, given, memory)
     if settings.take("json", False):
@@ -153,6 +158,9 @@ def _print_machine(machine: "Machine") -> None:
         print(
             f"  measured            reads {read:,.1f} GB/s; {bf16:,.0f} G operations/s in bfloat16, {int8:,.0f} in int8"
         )
+        if machine.kept is not None and machine.kept.taken:
+            hours, minutes = divmod(round(machine.kept.oldest / 60), 60)
+            print(f"  {'':<20}up to {hours} h {minutes:02} min ago (--remeasure measures anew)")
     else:
         print("  measured            nothing: without the CPU kernels no speed is predicted")
     print("".join(f"  note                {note}\n" for note in machine.notes), end="")

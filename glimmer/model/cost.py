@@ -152,8 +152,7 @@ class Shapes:
                 [_outline(*kinds(s.name, layer, s.shape), s.local_shape, dtype) for s in unit] for unit in spec.units
             ]
             vectors = [
-                torch.empty(length if cut is None else cut[1] - cut[0], dtype=dtype, device=META)
-                for _, length, cut in spec.vectors
+                torch.empty(length if cut is None else cut[1] - cut[0], dtype=dtype) for _, length, cut in spec.vectors
             ]
             layer.load(LayerWeights(vectors, iter(units), len(units), dtype))
             nbytes = sum(vector.nbytes for vector in vectors)
@@ -179,7 +178,8 @@ class Shapes:
             for start in range(context, context + tokens, chunk):
                 n = min(chunk, context + tokens - start)
                 batch, kv = _batch(spec, start, n, sequences)
-                self.model.logits(self.model(batch, kv)[batch.logits_indices])
+                hidden = self.model(batch, kv)
+                self.model.logits(hidden[: len(batch.logits_indices)])
                 steps += 1
         self.model.use(self._outline, group)
         parts, total, routed = timed.parts(), Cost(), Cost()
@@ -325,4 +325,4 @@ def _batch(spec: KVCacheSpec, start: int, n: int, sequences: int) -> tuple[Batch
         query_lens=[n] * sequences,
         seq_lens=[start + n] * sequences,
     )
-    return batch.to(META), [KVCache(empty, empty, spec.head_dim)] * spec.num_layers
+    return batch, [KVCache(empty, empty, spec.head_dim)] * spec.num_layers

@@ -196,7 +196,7 @@ class Glm4Moe(nn.Module):
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor, Rotary]:
         """What the first layer gets: x (T, H), nothing yet; residual (T, H), the embedded tokens; the rotary angles."""
         x = self.group.all_reduce(self.embed_tokens(batch.tokens))                   # (T, H)
-        return torch.zeros_like(x), x.to(self.residual_dtype), self._rotary(batch.positions)
+        return x.new_zeros(x.shape), x.to(self.residual_dtype), self._rotary(batch.positions)
 
     def run_layers(self, x: Tensor, residual: Tensor, rotary: Rotary, batch: Batch, kv: Sequence[KVCache]) -> Tensor:
         """All layers and the final norm. Nothing but ops and collectives, so that a step can be captured."""

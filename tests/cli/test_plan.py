@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +44,14 @@ BIG = FAMILY | {
     "n_routed_experts": 160, "num_experts_per_tok": 8, "first_k_dense_replace": 3,
 }  # fmt: skip
 LIMITS = {"read": 20e9, "cached": 80e9, "bfloat16": 1e12, "int8": 2e12, "cache": 32e6}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def measured(tmp_path_factory):
+    """What is measured here is kept for this file's tests, and for nobody else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLIMMER_CACHE", str(tmp_path_factory.mktemp("measured")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -237,8 +247,9 @@ def test_the_engine_divides_as_planned(capsys, described, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_demo_on_this_machine(capsys, monkeypatch):
+def test_the_demo_on_this_machine(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(op_times, "ROUND_SECONDS", 1e-4)
+    monkeypatch.setenv("GLIMMER_CACHE", str(tmp_path))
     plan = run(capsys, str(DEMO), "--threads", "1")
     assert plan["recommended"] and plan["headers"] and plan["machine"]["memory"]["usable"] > 0
     assert plan["needs"]["bf16"]["all"] > plan["needs"]["int8"]["all"] > 0
@@ -246,6 +257,30 @@ def test_the_demo_on_this_machine(capsys, monkeypatch):
     if plan["machine"]["limits"] is not None:
         chosen = next(one for one in plan["candidates"] if one["form"] == plan["recommended"])
         assert chosen["decode"]["tokens_per_second"] > 0 and chosen["prefill"]["limited_by"]
+        (kept,) = (tmp_path / "measured").iterdir()
+        never = lambda *_: pytest.fail("measured again")
+        monkeypatch.setattr(op_times.OpTimes, "_measure", never)
+        monkeypatch.setattr(type(selection.choose(selection.HOST)), "limits", never)
+        again = run(capsys, str(DEMO), "--threads", "1")
+        assert again["machine"]["limits"] == plan["machine"]["limits"]
+        assert main(["plan", str(DEMO), "--threads", "1"]) == 0 and "--remeasure" in capsys.readouterr().out
+        monkeypatch.setattr(op_times.OpTimes, "_measure", lambda *_: 0.125)
+        monkeypatch.setattr(type(selection.choose(selection.HOST)), "limits", lambda _: LIMITS)
+        run(capsys, str(DEMO), "--threads", "1", "--remeasure")
+        assert {0.125} < {number for number, _ in json.loads(kept.read_text())["measured"].values()}
+        assert run(capsys, str(DEMO), "--threads", "1")["machine"]["limits"] == LIMITS
+
+
+@pytest.mark.slow
+def test_sizes_are_found_without_what_torch_compiles_with(described):
+    """Importing that takes as long as a plan: no op on tensors without values may ask for it."""
+    program = "import sys, pathlib; from glimmer.cli.planning import *; from glimmer.weight import Kind\n"
+    program += "one = Planner(pathlib.Path(sys.argv[1]), EngineConfig(model=sys.argv[1]))\n"
+    program += "one.shapes(Kind.INT4, None).work(one.cache_spec(1, False), 40, 0)\n"
+    program += "assert not {'torch._dynamo', 'sympy'} & sys.modules.keys()"
+    subprocess.run(
+        [sys.executable, "-c", program, str(described(AIR | {"num_hidden_layers": 2}))], check=True, timeout=120
+    )
 
 
 def test_headers_are_enough(capsys, tmp_path, checkpoint):
