@@ -19,14 +19,16 @@ from torch import Tensor
 from glimmer.batch import Batch
 from glimmer.engine.sequence import Chunk, SamplerOutput, Sequence, Step
 
+KEEP = -1  # in place of a number of guesses: none, and the MTP layer does not run, but its hidden states are kept
 RECENT = 24  # steps, and rows of a chunk, whose hidden states are kept where the MTP layer does not run
 CATCH_UP = 64  # of these rows, those that it computes in one step, about: as many as a short prompt has
 
 
 class Source(Protocol):
-    """A way to guess. lookahead: see Scheduler."""
+    """A way to guess. lookahead: see Scheduler. recent: steps before the first guesses in which KEEP is of use."""
 
     lookahead: int
+    recent: int
 
     def rows_of(self, blocks: Sequence_[int]) -> list[int]:
         """How many rows of its own the source has in each block."""
@@ -133,10 +135,12 @@ class MTPSource:
 
     Where no guesses are wanted the layer does not run, and rows are missing. A block counts only if all of its rows are
     there, or, the last one, all up to the position that is computed; so the rows begin again at the beginning of a
-    block. The hidden states of the latest steps are kept, so this is a block that has begun already, and the first
-    guess comes after all of its rows. A block that sequences share ends with a row that was computed for the first of
-    them: where another one goes on with another token, guesses may be slightly worse.
+    block. Where guesses are expected, the hidden states of the latest steps are kept, so that this is a block that has
+    begun already, and the first guess comes after all of its rows. A block that sequences share ends with a row that
+    was computed for the first of them: where another one goes on with another token, guesses may be slightly worse.
     """
+
+    recent = RECENT
 
     def __init__(self, model: DraftModel, num_blocks: int, block_size: int, vocab_size: int, max_drafts: int):
         self.model, self.block_size, self.vocab_size = model, block_size, vocab_size
@@ -153,13 +157,16 @@ class MTPSource:
             self._rows_of[block] = min(count, self.block_size)
 
     def propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int | None) -> None:
-        if count is not None:
+        if count is not None and count != KEEP:
             return self._propose(hidden, outputs, step, count)
         for chunk in step.chunks:
             chunk.sequence.drafts = []
             if chunk.n > 1 or chunk.start % self.block_size == 0:  # else nothing is to be forgotten
                 self._forget(chunk.sequence, chunk.start, chunk.start + chunk.n)
-        self._recent.keep(hidden, outputs, step)
+        if count == KEEP:
+            self._recent.keep(hidden, outputs, step)
+        else:
+            self._recent.clear()
 
     @torch.inference_mode()
     def _propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int) -> None:
@@ -309,7 +316,7 @@ class LookupSource:
     most agree counts, of equals the latest.
     """
 
-    lookahead = 0
+    lookahead = recent = 0
 
     def __init__(self, longest: int, shortest: int):
         self.longest, self.shortest = longest, shortest
@@ -325,7 +332,7 @@ class LookupSource:
         for chunk, output in zip(step.chunks, outputs, strict=True):
             sequence = chunk.sequence
             sequence.drafts = []
-            if not count or not output.tokens:
+            if count is None or count <= 0 or not output.tokens:
                 continue
             index = self._indexes.get(sequence)
             if index is None:

@@ -63,8 +63,8 @@ class Drafter(BlockRows, Protocol):
     def choose(self, outputs: list[SamplerOutput], step: Step, seconds: float) -> int | None:
         """How many tokens to guess for each sequence after a step; asked on rank 0, whose answer is every rank's.
 
-        0: none, but what later guesses need is computed; None: nothing is. seconds: from the step's beginning to its
-        outputs.
+        0: none, but what later guesses need is computed; draft.KEEP: it is kept for the time when guesses are wanted;
+        None: neither. seconds: from the step's beginning to its outputs.
         """
 
     def propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int | None) -> None:

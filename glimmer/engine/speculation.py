@@ -9,7 +9,7 @@ from time import perf_counter
 from torch import Tensor
 
 from glimmer.config import SpeculativeConfig
-from glimmer.engine.draft import LookupSource, MTPSource, Source
+from glimmer.engine.draft import KEEP, LookupSource, MTPSource, Source
 from glimmer.engine.runner import Runner
 from glimmer.engine.sequence import SamplerOutput, Step
 from glimmer.engine.switch import Switch
@@ -23,7 +23,7 @@ class Speculation:
 
     def __init__(self, source: Source, most: int, fixed: bool):
         self.source, self.most = source, most
-        self.switch = None if fixed else Switch(most)
+        self.switch = None if fixed else Switch(most, source.recent)
         self.paused = False
 
     @property
@@ -49,7 +49,7 @@ class Speculation:
             return self.most
         decoding = all(chunk.num_known == 1 for chunk in step.chunks)
         if decoding and switch.rests(len(step.chunks)):
-            return None
+            return KEEP if switch.keeps else None
         drafts = [
             (len(chunk.drafts), len(output.tokens) - 1) for chunk, output in zip(step.chunks, outputs) if output.tokens
         ]
@@ -60,12 +60,13 @@ class Speculation:
             switch.prompted(seconds)
         elif len(drafts) == len(step.chunks):
             switch.stepped(len(drafts), drafts, seconds)
-        return switch.choose(len(step.chunks), prompts=not decoding)
+        count = switch.choose(len(step.chunks), prompts=not decoding)
+        return KEEP if count is None and switch.keeps else count
 
     def propose(self, hidden: Tensor, outputs: list[SamplerOutput], step: Step, count: int | None) -> None:
         begin = perf_counter()
         self.source.propose(hidden, outputs, step, count)
-        if self.switch is not None and count is not None:
+        if self.switch is not None and count is not None and count != KEEP:
             made = sum(len(chunk.sequence.drafts) for chunk in step.chunks) / len(step.chunks)
             prompts = any(chunk.num_known > 1 for chunk in step.chunks)
             self.switch.drafted(made, perf_counter() - begin, prompts)

@@ -73,15 +73,16 @@ class Times:
 
 
 class Switch:
-    """most: the largest number of drafts.
+    """most: the largest number of drafts. recent: of so many steps before drafts the drafter keeps something.
 
     `drafts` is what was chosen last: that many for each sequence; 0: none, but what the next ones need is kept up to
-    date; None: none, and nothing is kept.
+    date; None: none. `keeps`: where there are none, whether they may be wanted within `recent` steps.
     """
 
-    def __init__(self, most: int):
-        self.most = most
+    def __init__(self, most: int, recent: int = 0):
+        self.most, self.recent = most, recent
         self.drafts: int | None = None
+        self.keeps = True
         self._accepted, self._seen = [ACCEPTED] * most, [SEEN] * most
         self._steps: defaultdict[tuple[int, int], Times] = defaultdict(Times)  # by (size of the batch, drafts)
         self._drafting: defaultdict[tuple[int, int], Times] = defaultdict(Times)
@@ -154,6 +155,7 @@ class Switch:
         self._sequences, self._size = sequences, size
         self._rest = REST if self._steps[size, 0].known else 0
         self.drafts = self._choose(size, prompts)
+        self.keeps = self._trial_steps > 0 or any(self._best.values()) or self._expects_trial(size)
         return self.drafts
 
     def _choose(self, size: int, prompts: bool) -> int | None:
@@ -230,11 +232,21 @@ class Switch:
         self._prompting += prompting - self._prompting / LATE
         self._decoding += decoding - self._decoding / LATE
 
+    def _cost(self, plain: float) -> float:
+        """Seconds that a step of a trial may lose, where one without drafts takes `plain`."""
+        return max(0.1, self._loss - self.share(0)) * plain
+
+    def _expects_trial(self, size: int) -> bool:
+        """Whether a trial may begin within `recent` steps after the next decision."""
+        plain = self._steps[size, 0]
+        soon = BUDGET * (self.recent + REST + 1) * plain.seconds
+        return not plain.known or self._budget + soon >= self._cost(plain.seconds)
+
     def _begins_trial(self, size: int) -> bool:
         """Begin a trial if the budget lasts for a step of it; earlier drafts count little from then on, so that a few
         tell whether they pay again."""
         plain = self._steps[size, 0]
-        cost = max(0.1, self._loss - self.share(0)) * plain.seconds
+        cost = self._cost(plain.seconds)
         if not plain.known or self._budget < cost:
             return False
         self._budget = min(self._budget, max(cost, START * plain.seconds))

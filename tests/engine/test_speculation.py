@@ -11,7 +11,7 @@ from glimmer import LLM, SamplingParams
 from glimmer.backends.base import KVCacheSpec
 from glimmer.batch import Batch
 from glimmer.engine import runner
-from glimmer.engine.draft import RECENT, TokenIndex
+from glimmer.engine.draft import KEEP, RECENT, TokenIndex
 from glimmer.errors import CheckpointError, NotEnoughMemory
 
 DEMO = Path(__file__).resolve().parents[2] / "glimmer/demo"
@@ -128,7 +128,7 @@ def test_each_row_pairs_a_hidden_state_with_the_next_token(pause, demo, monkeypa
     llm = demo("mtp 3", max_num_batched_tokens=11, enable_prefix_caching=False)
     drafter, computing = llm._engine.drafter, llm._runner
     source, steps = drafter.source, itertools.count()
-    monkeypatch.setattr(drafter, "choose", lambda *_: 3 if next(steps) >= pause else None)
+    monkeypatch.setattr(drafter, "choose", lambda *_: 3 if next(steps) >= pause else KEEP)
     source.model = watched = Watched(computing)
     try:
         params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)

@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from glimmer.engine.draft import RECENT
 from glimmer.engine.switch import Switch, size_of
 
 
@@ -13,9 +14,10 @@ class Machine:
 
     def __init__(self, step, draft, right, seed=0, noise=0.1):
         self.step, self.draft, self.right, self.noise = step, draft, right, noise
-        self.source, self.switch = random.Random(seed), Switch(4)
+        self.source, self.switch = random.Random(seed), Switch(4, RECENT)
         self.pending: int | None = None
         self.chosen: list[int | None] = []
+        self.kept: list[bool] = []
 
     def run(self, sequences: int, steps: int) -> float:
         """Tokens per second, in parts of what the same steps without drafts bring."""
@@ -32,6 +34,7 @@ class Machine:
                 self.switch.stepped(sequences, drafts, took)
                 self.pending = self.switch.choose(sequences)
             self.chosen.append(self.pending)
+            self.kept.append(self.switch.keeps)
             drafting = self.draft(sequences, self.pending) * self.scatter() if self.pending is not None else 0.0
             self.switch.drafted(self.pending or 0, drafting)
             # Interruptions would hide what is to be judged, so the true times count here.
@@ -64,6 +67,16 @@ def test_drafts_that_are_always_wrong_cost_next_to_nothing(sequences, seed):
     machine = Machine(cpu, drafting, [0.0] * 4, seed)
     assert machine.run(sequences, 1000) > 0.98, "what it takes to find out included"
     assert machine.run(sequences, 4000) > 0.985
+
+
+@pytest.mark.parametrize("sequences", [1, 8, 32])
+def test_what_trials_need_is_kept_before_them_and_not_always(sequences):
+    machine = Machine(cpu, drafting, [0.0] * 4)
+    machine.scatter = lambda: 1.0
+    machine.run(sequences, 2000)
+    begins = [i for i in range(1, 2000) if machine.chosen[i] and not machine.chosen[i - 1]]
+    assert len(begins) > 5 and all(all(machine.kept[max(0, i - RECENT) : i]) for i in begins)
+    assert sum(machine.kept) < 0.5 * 2000
 
 
 @pytest.mark.parametrize("seed", range(3))
