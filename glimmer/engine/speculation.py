@@ -44,7 +44,7 @@ class Speculation:
     def choose(self, outputs: list[SamplerOutput], step: Step, seconds: float) -> int | None:
         switch = self.switch
         if self.paused:
-            return None
+            return KEEP
         if switch is None:
             return self.most
         decoding = all(chunk.num_known == 1 for chunk in step.chunks)
