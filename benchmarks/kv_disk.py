@@ -6,10 +6,11 @@ Two models: one of random weights that is written first (8 layers, 16 KiB of KV 
 prompt takes 0.5 GB), with a prompt of --tokens tokens; and the demo model with the longest prompt that it takes. A
 first engine computes the prompt and writes its blocks. Then, in each round, the files are dropped from the page cache,
 a new engine answers the prompt with one token, and the disk is measured just before and after: direct reads of the same
-files, by as many threads. The same prompt is then answered once more from memory: what this takes (the last tokens,
-which fill no page and are computed again, and the answer's token) is no reading, and the rest of the first answer's
-time is: looking up, reading, comparing checksums, filling the cache. All files are removed in the end. Prints a table
-of medians and one line of JSON. Needs 1 GB of disk, and a file system with direct reads.
+files, by as many threads. Then a prompt is answered that shares with it what has been read, now from memory, and ends
+in as many other tokens: what this takes (computing the last tokens, which fill no page, and the answer's token) is no
+reading, and the rest of the first answer's time is: looking up, reading, comparing checksums, filling the cache. All
+files are removed in the end. Prints a table of medians and one line of JSON. Needs 1 GB of disk, and a file system with
+direct reads.
 """
 
 import argparse
@@ -106,13 +107,14 @@ def measure(model: Path, kv: Path, tokens: int | None, rounds: int) -> dict[str,
     rows = []
     for _ in range(rounds):
         with engine() as llm:
-            answer(llm, [5, 6, 7])  # what a first step takes
+            answer(llm, [5] * 128)  # what a first step takes
             drop(files)
             before = disk_speed(files)
             drop(files)
             took, cached, found = answer(llm, prompt)
             nbytes = llm.disk.read_bytes
-            again, _, _ = answer(llm, prompt)
+            again, shared, _ = answer(llm, prompt[:cached] + [4] * (length - cached))
+            assert shared == cached, "as much is computed"
         drop(files)
         speed = statistics.mean((before, disk_speed(files)))
         assert found == wanted and cached > length - 2 * 128, "the same answer, from disk"

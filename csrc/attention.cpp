@@ -77,6 +77,28 @@ void store_kv(Values k, long k_stride, Values v, long v_stride, const int64_t* s
 
 namespace {
 
+// copy(place of a block, its offset in the data, bytes) for each part of each block.
+template <class Copy> void for_blocks(const std::vector<Blocks>& parts, const std::vector<long>& blocks, Copy copy) {
+    for (long block : blocks)
+        for (const Blocks& part : parts)
+            if (block < 0 || block >= part.count) throw std::out_of_range("no such block");
+    size_t offset = 0;
+    for (long block : blocks)
+        for (const Blocks& part : parts) copy(part.begin + block * part.bytes, offset, part.bytes), offset += part.bytes;
+}
+
+}  // namespace
+
+void export_blocks(const std::vector<Blocks>& parts, const std::vector<long>& blocks, char* data) {
+    for_blocks(parts, blocks, [&](char* place, size_t offset, size_t bytes) { std::memcpy(data + offset, place, bytes); });
+}
+
+void import_blocks(const std::vector<Blocks>& parts, const std::vector<long>& blocks, const char* data) {
+    for_blocks(parts, blocks, [&](char* place, size_t offset, size_t bytes) { std::memcpy(place, data + offset, bytes); });
+}
+
+namespace {
+
 // Query rows that read the same keys: all query heads of one key head, for some positions of one sequence.
 struct Task {
     int sequence, head, positions, splits;

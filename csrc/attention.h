@@ -77,6 +77,17 @@ struct AttentionLoops {
 // is quantised with its own scale by Kernels::to_int8. Throws std::invalid_argument for a slot that does not exist.
 void store_kv(Values k, long k_stride, Values v, long v_stride, const int64_t* slot_mapping, long rows, const Paged& cache);
 
+// The keys or the values of one layer, as blocks of `bytes` bytes.
+struct Blocks {
+    char* begin;
+    size_t bytes;
+    long count;
+};
+// Copies some blocks of all parts of a cache to data, or from it: block after block, the parts of each in their order.
+// Throws std::out_of_range for a block that does not exist.
+void export_blocks(const std::vector<Blocks>& parts, const std::vector<long>& blocks, char* data);
+void import_blocks(const std::vector<Blocks>& parts, const std::vector<long>& blocks, const char* data);
+
 // y (rows, heads * D) of q (rows, heads, D), rows a stride apart. The rows of sequence s are query_start_loc[s] to
 // query_start_loc[s + 1] (sequences + 1 numbers), the last ones of its seq_lens[s] positions; its blocks are row s of
 // block_tables (sequences, columns). Head i reads key head i / (heads / g). Throws std::invalid_argument if these do not fit together.

@@ -189,6 +189,28 @@ NB_MODULE(_native, m) {
         },
         "pool"_a, "records"_a, "nbytes"_a, ReleaseGil(), "The checksums of records at these addresses, by all threads.");
 
+    using Part = std::tuple<uintptr_t, size_t, long>;  // of a cache: address, bytes of a block, number of blocks
+    auto parts = [](const std::vector<Part>& described) {
+        std::vector<Blocks> found;
+        for (auto [begin, bytes, count] : described) found.push_back({at<char>(begin), bytes, count});
+        return found;
+    };
+    m.def(
+        "export_blocks",
+        [=](const std::vector<Part>& cache, const std::vector<long>& blocks, uintptr_t data) {
+            export_blocks(parts(cache), blocks, at<char>(data));
+        },
+        "parts"_a, "blocks"_a, "data"_a, ReleaseGil(),
+        "Copy blocks of a cache to `data`, block after block. parts: address, bytes of a block and number of blocks of the\n"
+        "keys and of the values of each layer. Raises IndexError for a block that does not exist.");
+    m.def(
+        "import_blocks",
+        [=](const std::vector<Part>& cache, const std::vector<long>& blocks, uintptr_t data) {
+            import_blocks(parts(cache), blocks, at<char>(data));
+        },
+        "parts"_a, "blocks"_a, "data"_a, ReleaseGil(),
+        "The reverse: fill blocks of a cache with what export_blocks has copied.");
+
     nb::class_<Packed>(m, "Packed", "Weight matrices of one shape, stored in the layout that the kernels read.")
         .def(
             "__init__",

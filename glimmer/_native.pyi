@@ -87,6 +87,17 @@ def checksum(data: int, nbytes: int) -> str:
 def checksums(pool: Pool, records: Sequence[int], nbytes: Sequence[int]) -> list[str]:
     """The checksums of records at these addresses, by all threads."""
 
+def export_blocks(parts: Sequence[tuple[int, int, int]], blocks: Sequence[int], data: int) -> None:
+    """
+    Copy blocks of a cache to `data`, block after block. parts: address, bytes of a block and number of blocks of the
+    keys and of the values of each layer. Raises IndexError for a block that does not exist.
+    """
+
+def import_blocks(parts: Sequence[tuple[int, int, int]], blocks: Sequence[int], data: int) -> None:
+    """
+    The reverse: fill blocks of a cache with what export_blocks has copied.
+    """
+
 class Packed:
     """
     Weight matrices of one shape, stored in the layout that the kernels read.

@@ -307,23 +307,17 @@ class Cpu(Reference, PackedFiles):
         return super().allocate_kv(spec, num_blocks)
 
     def export_blocks(self, caches: Sequence[KVCache], blocks: Sequence[int]) -> Tensor:
-        # By numpy: torch would begin threads of its own for each thread that calls this.
         parts = _parts(caches)
-        data = torch.empty(len(blocks), sum(part.shape[1] for part in parts), dtype=torch.uint8)
-        for place, block in zip(data.numpy(), blocks, strict=True):
-            begin = 0
-            for part in parts:
-                place[begin : begin + part.shape[1]] = part[block]
-                begin += part.shape[1]
+        data = torch.empty(len(blocks), sum(nbytes for _, nbytes, _ in parts), dtype=torch.uint8)
+        _native.export_blocks(parts, blocks, data.data_ptr())
         return data
 
     def import_blocks(self, caches: Sequence[KVCache], blocks: Sequence[int], data: Tensor) -> None:
         parts = _parts(caches)
-        for source, block in zip(data.view(len(blocks), -1).numpy(), blocks, strict=True):
-            begin = 0
-            for part in parts:
-                part[block] = source[begin : begin + part.shape[1]]
-                begin += part.shape[1]
+        whole = data.dtype == torch.uint8 and data.is_contiguous()
+        if not whole or data.nbytes != len(blocks) * sum(nbytes for _, nbytes, _ in parts):
+            raise ValueError(f"{tuple(data.shape)} {data.dtype} for {len(blocks)} blocks")
+        _native.import_blocks(parts, blocks, data.data_ptr())
 
     def checksum(self, data: memoryview) -> bytes:
         address = np.frombuffer(data, np.uint8).ctypes.data
@@ -566,9 +560,10 @@ def fits_strips(spec: KVCacheSpec) -> bool:
     return spec.block_size % STRIP == 0 and spec.head_dim % 2 == 0
 
 
-def _parts(caches: Sequence[KVCache]) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
-    """Keys and values of all layers, as (blocks, bytes); views."""
-    return [part.flatten(1).view(torch.uint8).numpy() for kv in caches for part in (kv.keys, kv.values)]
+def _parts(caches: Sequence[KVCache]) -> list[tuple[int, int, int]]:
+    """Keys and values of all layers: address, bytes of a block, number of blocks."""
+    parts = (part for kv in caches for part in (kv.keys, kv.values))
+    return [(part.data_ptr(), part.nbytes // len(part), len(part)) for part in parts]
 
 
 def _is_cache(kv: KVCache, rows: Tensor) -> bool:
