@@ -31,7 +31,7 @@ LAYOUTS = {
 WEIGHT_OPS = ("linear", "experts")  # which one backend may serve for some kinds of weights, another for others
 OPS = (
     "embed", "rms_norm", "add_rms_norm", "concat", "linear", "add_", "swiglu", "rope_", "store_kv_", "attention",
-    "route", "experts", "forbid_", "quantize", "pack_linear", "pack_experts",
+    "route", "experts", "forbid_", "argmax_", "quantize", "pack_linear", "pack_experts",
 )  # fmt: skip
 
 
@@ -191,6 +191,10 @@ class Backend(ABC):
     @abstractmethod
     def forbid_(self, logits: Tensor, allowed: Tensor) -> None:
         """logits (T, V) float32 = -infinity at id i where bit i % 8 of byte i // 8 of allowed (T, V/8 or more) is 0."""
+
+    @abstractmethod
+    def argmax_(self, tokens: Tensor, logits: Tensor) -> None:
+        """tokens (T,) int64 = the first of the largest of each row of logits (T, V)."""
 
     # ------------------------------------------------------------------ weights
 

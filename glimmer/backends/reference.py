@@ -104,6 +104,9 @@ class Reference(Backend):
         bits = allowed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=allowed.device) & 1
         logits.masked_fill_(bits.flatten(1)[:, : logits.shape[1]] == 0, float("-inf"))
 
+    def argmax_(self, tokens: Tensor, logits: Tensor) -> None:
+        tokens.copy_(logits.argmax(-1))
+
     def linear(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         """For a quantised weight, x is quantised first, and both sides' codes are multiplied exactly."""
         assert isinstance(weight, PackedWeights)

@@ -190,6 +190,9 @@ class Timed(Backend):
     def forbid_(self, logits: Tensor, allowed: Tensor) -> None:
         self.inner.forbid_(logits, allowed)  # a part of sampling, which is no part of the model
 
+    def argmax_(self, tokens: Tensor, logits: Tensor) -> None:
+        self.inner.argmax_(tokens, logits)  # a part of drafting
+
     def linear(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         with self.measure(self.names[id(weight)], "linear", x, weight, bias) as part:
             y = self.inner.linear(x, weight, bias)

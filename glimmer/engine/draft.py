@@ -6,7 +6,7 @@ Not here: the MTP layer itself (model/glm4_moe.py), and which drafts are accepte
 """
 
 from array import array
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 from itertools import accumulate
@@ -44,7 +44,7 @@ class DraftModel(Protocol):
     """What computes the MTP layer: the Runner."""
 
     def draft(self, hidden: Tensor, batch: Batch) -> Tensor: ...
-    def likeliest(self, hidden: Tensor, vocab_size: int) -> list[int]: ...
+    def draft_chain(self, hidden: Tensor, batch: Batch, vocab_size: int) -> list[list[int]]: ...
 
 
 @dataclass
@@ -131,7 +131,8 @@ class MTPSource:
 
     The layer runs after the model on the same chunk, prompts included, since by then the token after each row is known.
     Its keys and values lie in the sequence's own blocks, in one more layer of the cache. The second and further guesses
-    feed the layer its own hidden states, as rows behind the last one; the next step writes the true rows over them.
+    feed the layer its own hidden states, as rows behind the last one (chain.py); the next step writes the true rows
+    over them.
 
     Where no guesses are wanted the layer does not run, and rows are missing. A block counts only if all of its rows are
     there, or, the last one, all up to the position that is computed; so the rows begin again at the beginning of a
@@ -192,17 +193,15 @@ class MTPSource:
             return
         computed = self.model.draft(_states(hidden, parts), self._batch(parts))
         ends = accumulate(len(part.positions) for part in parts)
-        going = [(part, end - 1) for part, end in zip(parts, ends) if part.count]
-        for place in range(1, count + 1):
-            if not going:
-                return
-            last = _take(computed, [row for _, row in going])
-            for (part, _), token in zip(going, self.model.likeliest(last, self.vocab_size), strict=True):
-                part.sequence.drafts.append(token)
-            rows = [i for i, (part, _) in enumerate(going) if part.count > place]
-            going = [(self._after(going[i][0]), row) for row, i in enumerate(rows)]
-            if going:
-                computed = self.model.draft(_take(last, rows), self._batch([part for part, _ in going]))
+        chains: defaultdict[int, list[tuple[Rows, int]]] = defaultdict(list)  # by length
+        for part, end in zip(parts, ends):
+            if part.count:
+                chains[part.count].append((part, end - 1))
+        for length, chain in chains.items():
+            last = _take(computed, [row for _, row in chain])
+            batch = self._batch([self._after(part, length - 1) for part, _ in chain])
+            for (part, _), drafts in zip(chain, self.model.draft_chain(last, batch, self.vocab_size), strict=True):
+                part.sequence.drafts = drafts
 
     def _goes_on(self, chunk: Chunk) -> bool:
         """Whether the layer has computed the row before the chunk's first, for this sequence."""
@@ -268,11 +267,10 @@ class MTPSource:
         for i in range(-(-start // self.block_size), (end - 1) // self.block_size + 1):
             self._rows_of[sequence.blocks[i]] = 0
 
-    def _after(self, part: Rows) -> Rows:
-        """The row of the latest guess."""
+    def _after(self, part: Rows, count: int) -> Rows:
+        """The next `count` rows, whose tokens are not known yet."""
         end, before = part.positions.stop, part.before + len(part.positions)
-        token = part.sequence.drafts[-1]
-        return Rows(part.sequence, range(end, end + 1), [token], None, 0, before, part.table, part.count)
+        return Rows(part.sequence, range(end, end + count), [0] * count, None, 0, before, part.table, 0)
 
     def _batch(self, parts: list[Rows]) -> Batch:
         size = self.block_size

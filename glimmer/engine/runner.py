@@ -25,7 +25,7 @@ from glimmer.checkpoint.fingerprint import fingerprints
 from glimmer.checkpoint.packed_file import MANIFEST, Form, digest_of, source_of
 from glimmer.config import EngineConfig
 from glimmer.engine.capture import StepCapture
-from glimmer.engine.sampler import likeliest
+from glimmer.engine.chain import DraftChains
 from glimmer.engine.sequence import Step
 from glimmer.errors import CheckpointError, ConfigError, NotEnoughMemory
 from glimmer.group import Group
@@ -137,6 +137,7 @@ class Runner:
         rows = 1 + (0 if self.drafts_by == "off" else config.speculation.max_drafts)
         self.capture = StepCapture(self.model, self.model.run_layers, self.kv, longest, rows)
         self.draft_capture = StepCapture(self.model, self.model.run_draft, self.kv, longest, rows)
+        self.draft_chains = DraftChains(self.model, self.kv, longest)
 
     @property
     def paging(self) -> PagingStats | None:
@@ -196,10 +197,18 @@ class Runner:
     def draft(self, hidden: Tensor, batch: Batch) -> Tensor:
         """MTP hidden states (T, H), valid until the next call; batch.tokens are the tokens that follow its rows.
 
-        hidden: (T, H) of `forward`, or of an earlier draft; see Glm4Moe.draft.
+        hidden: (T, H) of `forward`; see Glm4Moe.draft.
         """
         batch = self.backend.prepare(batch)
         return self.draft_capture.run(self.model.begin_draft(hidden, batch), batch)
+
+    def draft_chain(self, hidden: Tensor, batch: Batch, vocab_size: int) -> list[list[int]]:
+        """For each of S sequences 1 + q guesses below vocab_size, each of which follows from those before it.
+
+        hidden: (S, H) of `draft`, of the last row of each sequence. batch: q more rows of each, whose tokens are the
+        guesses, so that those in it do not count.
+        """
+        return self.draft_chains.run(hidden, self.backend.prepare(batch), vocab_size).t().tolist()
 
     @torch.inference_mode()
     def forbid(self, logits: Tensor, allowed: Tensor) -> None:
@@ -217,10 +226,6 @@ class Runner:
     def checksum(self, data: memoryview) -> bytes:
         """See Backend.checksum."""
         return self.backend.checksum(data)
-
-    def likeliest(self, hidden: Tensor, vocab_size: int) -> list[int]:
-        """The likeliest token below vocab_size for each row (R, H) of `draft`."""
-        return likeliest(self.model.draft_logits(hidden)[:, :vocab_size])
 
 
 def _on_all_ranks(group: Group, plan: Callable[[], T]) -> T:

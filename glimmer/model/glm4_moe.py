@@ -196,7 +196,7 @@ class Glm4Moe(nn.Module):
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor, Rotary]:
         """What the first layer gets: x (T, H), nothing yet; residual (T, H), the embedded tokens; the rotary angles."""
         x = self.group.all_reduce(self.embed_tokens(batch.tokens))                   # (T, H)
-        return x.new_zeros(x.shape), x.to(self.residual_dtype), self._rotary(batch.positions)
+        return x.new_zeros(x.shape), x.to(self.residual_dtype), self.rotary(batch.positions)
 
     def run_layers(self, x: Tensor, residual: Tensor, rotary: Rotary, batch: Batch, kv: Sequence[KVCache]) -> Tensor:
         """All layers and the final norm. Nothing but ops and collectives, so that a step can be captured."""
@@ -219,7 +219,7 @@ class Glm4Moe(nn.Module):
 
     def begin_draft(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Rotary]:
         """What the MTP layer gets beside the tokens: hidden (T, H); residual (T, H), nothing yet; the rotary angles."""
-        return hidden, torch.zeros_like(hidden, dtype=self.residual_dtype), self._rotary(batch.positions)
+        return hidden, torch.zeros_like(hidden, dtype=self.residual_dtype), self.rotary(batch.positions)
 
     def run_draft(
         self, x: Tensor, residual: Tensor, rotary: Rotary, batch: Batch, kv: Sequence[KVCache]
@@ -239,7 +239,7 @@ class Glm4Moe(nn.Module):
         assert self.mtp is not None, "the model was built without its MTP layer"
         return self.group.all_gather((self.mtp.head or self.lm_head)(hidden).float(), self.config.vocab_size)
 
-    def _rotary(self, positions: Tensor) -> Rotary:
+    def rotary(self, positions: Tensor) -> Rotary:
         """cos and sin of the rotary angles, (T, R/2) float32 each; computed once for all layers."""
         if self._frequencies is None:
             self._frequencies = rotary_frequencies(self.config, positions.device)

@@ -116,8 +116,8 @@ class Watched:
         self.seen.append((hidden.clone(), batch))
         return self.runner.draft(hidden, batch)
 
-    def likeliest(self, hidden, vocab_size):
-        return self.runner.likeliest(hidden, vocab_size)
+    def draft_chain(self, hidden, batch, vocab_size):
+        return self.runner.draft_chain(hidden, batch, vocab_size)
 
 
 @pytest.mark.slow

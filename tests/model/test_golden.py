@@ -139,7 +139,7 @@ def test_yarn_as_transformers_computes_it(changes, place):
     config = ModelConfig.from_dict(raw | {"head_dim": 128, "num_nextn_predict_layers": 0})
     positions = torch.tensor([0, 1, 2, 17, 1000, 4095, 16383])
     cos, sin = theirs(torch.zeros(1), positions[None])
-    ours = Glm4Moe(config, Group(), selection.choose(torch.device("cpu")), torch.float32)._rotary(positions)
+    ours = Glm4Moe(config, Group(), selection.choose(torch.device("cpu")), torch.float32).rotary(positions)
     for found, expected in zip(ours, (cos, sin), strict=True):
         assert (found - expected[0, :, : found.shape[1]]).abs().max() < 2e-3  # angles of 16,383 rad have an ulp of 1e-3
         assert (found[:4] - expected[0, :4, : found.shape[1]]).abs().max() < 1e-5

@@ -382,7 +382,7 @@ def test_partial_sums_of_all_ranks_make_the_whole(variant, checkpoint):
         ids, scores = layer.mlp.gate(x)
         return {
             "embed_tokens": model.embed_tokens(tokens),
-            "attention": layer.self_attn(x, model._rotary(places), batch, kv),
+            "attention": layer.self_attn(x, model.rotary(places), batch, kv),
             "dense": model.layers[0].mlp(x),
             "experts": layer.mlp.experts(x, ids, scores),
             "moe": layer.mlp(x),
