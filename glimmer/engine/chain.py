@@ -60,6 +60,8 @@ class Chain:
         """Another chain: hidden (S, H), and the rows, q of each sequence, as a batch whose tokens are not known."""
         count = len(hidden)
         self.hidden.copy_(hidden)
+        if not self.rows:
+            return
         self.positions.copy_(batch.positions.view(count, self.rows).t())
         self.slot_mapping.copy_(batch.slot_mapping.view(count, self.rows).t())
         self.block_tables[:, : batch.block_tables.shape[1]] = batch.block_tables

@@ -139,6 +139,19 @@ def test_forbid(width, rows, served, noise):
         assert torch.equal(row.nan_to_num(9), torch.tensor(expected + before[width:].tolist()).nan_to_num(9))
 
 
+@pytest.mark.parametrize("width, rows", [(1, 1), (63, 2), (200, 3), (40_009, 2)])
+def test_argmax(width, rows, served, dtype, noise):
+    """The first of the largest, of which there are several in the first row."""
+    ops, device = served
+    padded = noise(rows, width + 7, dtype=dtype)
+    padded[:, width:] = 100.0  # what the logits are a part of
+    padded[0, width // 3] = padded[0, width // 2] = padded[0, width - 1] = 9.0
+    tokens = torch.full((rows,), -1)
+    [found] = call(lambda tokens, x: ops.argmax_(tokens, x[:, :width]), device, tokens, padded, changes=(0,))
+    lists = padded[:, :width].tolist()
+    assert found.dtype == torch.int64 and found.tolist() == [row.index(max(row)) for row in lists]
+
+
 @pytest.mark.parametrize("rows", [1, 7])
 @pytest.mark.parametrize("first, held", [(0, 50), (10, 5), (49, 1)])
 def test_embed(rows, first, held, served, dtype, noise):
