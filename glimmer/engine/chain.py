@@ -26,10 +26,10 @@ class Chain:
     cos, sin   (q, S, R/2)  their rotary angles
     """
 
-    def __init__(self, model: Glm4Moe, hidden: Tensor, batch: Batch, columns: int):
+    def __init__(self, model: Glm4Moe, hidden: Tensor, batch: Batch | None, columns: int):
         """For what `fill` is given, and other chains of as many rows; block tables have up to `columns` columns."""
         (count, _), device = hidden.shape, hidden.device
-        self.model, self.rows = model, len(batch.tokens) // count
+        self.model, self.rows = model, 0 if batch is None else len(batch.tokens) // count
         self.hidden, self.residual = torch.empty_like(hidden), torch.zeros_like(hidden, dtype=model.residual_dtype)
         self.tokens = torch.zeros(self.rows + 1, count, dtype=torch.int64, device=device)
         self.positions, self.slot_mapping = torch.zeros_like(self.tokens[1:]), torch.zeros_like(self.tokens[1:])
@@ -56,11 +56,12 @@ class Chain:
         self._later = torch.arange(self.rows - 1, -1, -1)[:, None]  # rows of the same sequence after each
         self.fill(hidden, batch)
 
-    def fill(self, hidden: Tensor, batch: Batch) -> None:
-        """Another chain: hidden (S, H), and the rows, q of each sequence, as a batch whose tokens are not known."""
+    def fill(self, hidden: Tensor, batch: Batch | None) -> None:
+        """Another chain: hidden (S, H), and the rows, q of each sequence, as a batch whose tokens are not known; None
+        if there are none."""
         count = len(hidden)
         self.hidden.copy_(hidden)
-        if not self.rows:
+        if batch is None:
             return
         self.positions.copy_(batch.positions.view(count, self.rows).t())
         self.slot_mapping.copy_(batch.slot_mapping.view(count, self.rows).t())
@@ -79,12 +80,13 @@ class DraftChains:
         self.model, self.kv, self.max_blocks = model, kv, max_blocks
         self._captured: dict[tuple[int, int, int], tuple[Chain, Captured]] = {}
 
-    def run(self, hidden: Tensor, batch: Batch, vocab_size: int) -> Tensor:
+    def run(self, hidden: Tensor, batch: Batch | None, vocab_size: int) -> Tensor:
         """The guesses (q + 1, S), ids below vocab_size, valid until the next call; see Chain.fill."""
         model, count = self.model, len(hidden)
+        rows, columns = (0, 0) if batch is None else (len(batch.tokens), batch.block_tables.shape[1])
         if not model.backend.captures or model.group.size > 1 or count > MAX_BATCH:
-            return self._compute(Chain(model, hidden, batch, batch.block_tables.shape[1]), vocab_size)
-        key = count, len(batch.tokens), vocab_size
+            return self._compute(Chain(model, hidden, batch, columns), vocab_size)
+        key = count, rows, vocab_size
         if key in self._captured:
             chain, captured = self._captured[key]
             chain.fill(hidden, batch)

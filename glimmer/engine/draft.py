@@ -44,7 +44,7 @@ class DraftModel(Protocol):
     """What computes the MTP layer: the Runner."""
 
     def draft(self, hidden: Tensor, batch: Batch) -> Tensor: ...
-    def draft_chain(self, hidden: Tensor, batch: Batch, vocab_size: int) -> list[list[int]]: ...
+    def draft_chain(self, hidden: Tensor, batch: Batch | None, vocab_size: int) -> list[list[int]]: ...
 
 
 @dataclass
@@ -199,7 +199,7 @@ class MTPSource:
                 chains[part.count].append((part, end - 1))
         for length, chain in chains.items():
             last = _take(computed, [row for _, row in chain])
-            batch = self._batch([self._after(part, length - 1) for part, _ in chain])
+            batch = self._batch([self._after(part, length - 1) for part, _ in chain]) if length > 1 else None
             for (part, _), drafts in zip(chain, self.model.draft_chain(last, batch, self.vocab_size), strict=True):
                 part.sequence.drafts = drafts
 

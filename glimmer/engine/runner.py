@@ -202,13 +202,14 @@ class Runner:
         batch = self.backend.prepare(batch)
         return self.draft_capture.run(self.model.begin_draft(hidden, batch), batch)
 
-    def draft_chain(self, hidden: Tensor, batch: Batch, vocab_size: int) -> list[list[int]]:
+    def draft_chain(self, hidden: Tensor, batch: Batch | None, vocab_size: int) -> list[list[int]]:
         """For each of S sequences 1 + q guesses below vocab_size, each of which follows from those before it.
 
         hidden: (S, H) of `draft`, of the last row of each sequence. batch: q more rows of each, whose tokens are the
-        guesses, so that those in it do not count.
+        guesses, so that those in it do not count; None if q is 0.
         """
-        return self.draft_chains.run(hidden, self.backend.prepare(batch), vocab_size).t().tolist()
+        batch = None if batch is None else self.backend.prepare(batch)
+        return self.draft_chains.run(hidden, batch, vocab_size).t().tolist()
 
     @torch.inference_mode()
     def forbid(self, logits: Tensor, allowed: Tensor) -> None:
