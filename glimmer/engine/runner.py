@@ -181,7 +181,7 @@ class Runner:
         batch = self.backend.prepare(batch)
         try:
             hidden = self.capture.run(self.model.embed(batch), batch)
-            logits = self.model.logits(hidden[batch.logits_indices]) if len(batch.logits_indices) else None
+            logits = self.model.logits(_rows(hidden, batch.logits_indices)) if len(batch.logits_indices) else None
         except torch.OutOfMemoryError as error:
             raise NotEnoughMemory(
                 f"a step of {len(batch.tokens)} tokens ran out of memory: {str(error).splitlines()[0]}",
@@ -227,6 +227,11 @@ class Runner:
     def checksum(self, data: memoryview) -> bytes:
         """See Backend.checksum."""
         return self.backend.checksum(data)
+
+
+def _rows(hidden: Tensor, indices: Tensor) -> Tensor:
+    """These rows of hidden (T, H), in ascending order."""
+    return hidden if len(indices) == len(hidden) else hidden[indices]
 
 
 def _on_all_ranks(group: Group, plan: Callable[[], T]) -> T:

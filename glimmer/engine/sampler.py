@@ -9,10 +9,11 @@ last id are never chosen. Not here: when an answer ends (sequence.py), and stop 
 """
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import accumulate, islice, takewhile
+from itertools import accumulate, islice
 
 import numpy as np
 import torch
@@ -85,8 +86,10 @@ class Sampler:
         """
         if logits is None:
             return [SamplerOutput() for _ in step.chunks]
-        rows = list(accumulate((chunk.rows for chunk in step.chunks), initial=0))
         finite = _finite(logits)
+        if all(finite) and all(_is_plain(chunk.sequence) for chunk in step.chunks):
+            return self._sample_plain(logits, step)
+        rows = list(accumulate((chunk.rows for chunk in step.chunks), initial=0))
         outputs: list[SamplerOutput] = []
         places: list[list[Place]] = []
         for chunk, first in zip(step.chunks, rows):
@@ -115,6 +118,16 @@ class Sampler:
                 outputs[i] = SamplerOutput(tuple(tokens), None, logprobs, outputs[i].prompt_logprobs)
             except Exception as error:
                 outputs[i] = SamplerOutput(problem=problem_of("sampling", error))
+        return outputs
+
+    def _sample_plain(self, logits: Tensor, step: Step) -> list[SamplerOutput]:
+        """The same where all sequences are plain and all logits finite, without an object for each place."""
+        tokens, end = likeliest(logits[:, : self.sampling_vocab_size]), 0
+        outputs: list[SamplerOutput] = []
+        for chunk in step.chunks:
+            begin, end = end, end + chunk.rows
+            own = tokens[begin:end]
+            outputs.append(SamplerOutput(tuple(own[: 1 + _accepted(own, chunk.drafts)])))
         return outputs
 
     def _tokens(self, places: list[Place], raw: Tensor) -> list[int]:
@@ -227,8 +240,12 @@ def _allowed(sequence: Sequence, constraint: Constraint, drafts: int) -> NDArray
 
 def _accepted(tokens: list[int], drafts: tuple[int, ...]) -> int:
     """How many drafts are the tokens that their places got, from the first on. The place after them has a token too."""
-    agree = (token == draft for token, draft in zip(tokens[: len(tokens) - 1], drafts))
-    return sum(takewhile(bool, agree))
+    count = 0
+    for token, draft in zip(tokens[:-1], drafts):
+        if token != draft:
+            break
+        count += 1
+    return count
 
 
 def likeliest(logits: Tensor) -> list[int]:
@@ -238,8 +255,9 @@ def likeliest(logits: Tensor) -> list[int]:
 
 def _finite(logits: Tensor) -> list[bool]:
     """Whether each row (R, V) is free of NaN and infinity. A sum tells in one pass, unless it overflows."""
-    if logits.sum(-1).isfinite().all():
-        return [True] * len(logits)
+    finite = [math.isfinite(total) for total in logits.sum(-1).tolist()]
+    if all(finite):
+        return finite
     return logits.isfinite().all(-1).tolist()
 
 
@@ -248,18 +266,14 @@ def _is_read(place: Place) -> bool:
     return place.params.logprobs is not None
 
 
+def _is_plain(sequence: Sequence) -> bool:
+    """Whether a sequence gets the likeliest token of its logits, as they are, at every place."""
+    return sequence.constraint is None and sequence.request.plain
+
+
 def _shifts(place: Place) -> bool:
     """Whether anything but its constraint adjusts the logits of this place."""
-    p = place.params
-    return (
-        p.repetition_penalty != 1
-        or p.presence_penalty != 0
-        or p.frequency_penalty != 0
-        or bool(p.logit_bias)
-        or p.allowed_token_ids is not None
-        or bool(place.sequence.request.bad_words)
-        or place.num_output_tokens < p.min_tokens
-    )
+    return place.sequence.request.adjusts or place.num_output_tokens < place.params.min_tokens
 
 
 def _shift_(logits: Tensor, place: Place) -> None:

@@ -73,6 +73,26 @@ class Request:
         )
 
     @cached_property
+    def adjusts(self) -> bool:
+        """Whether logits are adjusted at every place of the answer, other than by a constraint."""
+        p = self.params
+        return (
+            p.repetition_penalty != 1
+            or p.presence_penalty != 0
+            or p.frequency_penalty != 0
+            or bool(p.logit_bias)
+            or p.allowed_token_ids is not None
+            or bool(self.bad_words)
+        )
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether every token is the likeliest one, and nothing else is asked, other than by a constraint."""
+        p = self.params
+        asks = p.min_tokens > 0 or p.logprobs is not None or p.prompt_logprobs is not None
+        return p.temperature == 0 and not self.adjusts and not asks
+
+    @cached_property
     def biases(self) -> tuple[Tensor, Tensor]:
         """params.logit_bias as token ids and what is added to their logits; on the host."""
         table = self.params.logit_bias or {}

@@ -45,6 +45,27 @@ def test_greedy_takes_the_likeliest_and_padding_is_never_chosen():
     }
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_greedy_sequences_among_themselves_get_what_they_get_beside_others(seed):
+    """Drafts are right, wrong or beyond what may be sampled; one sequence is not yet up to date."""
+    source = torch.Generator().manual_seed(seed)
+    logits = torch.randn(12, 6, generator=source)
+    best = logits[:, :5].argmax(-1).tolist()
+    counts = [0, 3, 1, 3]
+    chunks, end = [], 0
+    for count in counts:
+        wrong = torch.randint(6, (count,), generator=source).tolist()
+        right = torch.rand(count, generator=source).tolist()
+        drafts = tuple(best[end + i] if right[i] < 0.7 else wrong[i] for i in range(count))
+        one = chunk(temperature=0)
+        chunks.append(Chunk(one.sequence, one.start, 1 + count, 1 + count, drafts))
+        end += 1 + count
+    chunks.insert(2, Chunk(chunk(prompt=(1, 2, 3), temperature=0).sequence, 0, 1, 0))
+    alone = choose(logits[:end], *chunks, sampling_vocab_size=5)
+    beside = choose(logits, *chunks, chunk(temperature=1.0), sampling_vocab_size=5)
+    assert alone == beside[:-1]
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_follow_the_distribution(temperature):
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -8.0])
