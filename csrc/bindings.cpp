@@ -189,15 +189,15 @@ NB_MODULE(_native, m) {
         },
         "pool"_a, "records"_a, "nbytes"_a, ReleaseGil(), "The checksums of records at these addresses, by all threads.");
 
-    using Part = std::tuple<uintptr_t, size_t, long>;  // of a cache: address, bytes of a block, number of blocks
-    auto parts = [](const std::vector<Part>& described) {
+    using CachePart = std::tuple<uintptr_t, size_t, long>;  // of a cache: address, bytes of a block, number of blocks
+    auto parts = [](const std::vector<CachePart>& described) {
         std::vector<Blocks> found;
         for (auto [begin, bytes, count] : described) found.push_back({at<char>(begin), bytes, count});
         return found;
     };
     m.def(
         "export_blocks",
-        [=](const std::vector<Part>& cache, const std::vector<long>& blocks, uintptr_t data) {
+        [=](const std::vector<CachePart>& cache, const std::vector<long>& blocks, uintptr_t data) {
             export_blocks(parts(cache), blocks, at<char>(data));
         },
         "parts"_a, "blocks"_a, "data"_a, ReleaseGil(),
@@ -205,7 +205,7 @@ NB_MODULE(_native, m) {
         "keys and of the values of each layer. Raises IndexError for a block that does not exist.");
     m.def(
         "import_blocks",
-        [=](const std::vector<Part>& cache, const std::vector<long>& blocks, uintptr_t data) {
+        [=](const std::vector<CachePart>& cache, const std::vector<long>& blocks, uintptr_t data) {
             import_blocks(parts(cache), blocks, at<char>(data));
         },
         "parts"_a, "blocks"_a, "data"_a, ReleaseGil(),
