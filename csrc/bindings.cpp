@@ -415,6 +415,18 @@ NB_MODULE(_native, m) {
         },
         "x", "stride", "rows", "n", "allowed", "bytes");
     op(
+        m, "argmax", "tokens (rows) = the first of the largest of each row of x (rows, n).",
+        [](uintptr_t x, bool is_bf16, long stride, long rows, long n, uintptr_t tokens) {
+            argmax({at<void>(x), is_bf16}, stride, rows, n, at<int64_t>(tokens));
+        },
+        "x", "is_bf16", "stride", "rows", "n", "tokens");
+    op(
+        m, "concat", "z (rows, n + m), in bytes, of x (rows, n) and y (rows, m).",
+        [](uintptr_t x, long n, uintptr_t y, long m, long rows, uintptr_t z) {
+            concat(at<char>(x), n, at<char>(y), m, rows, at<char>(z));
+        },
+        "x", "n", "y", "m", "rows", "z");
+    op(
         m, "store_kv", "Write keys and values of new tokens into their slots of the paged cache.",
         [](uintptr_t k, long k_stride, uintptr_t v, long v_stride, bool is_bf16, long rows, uintptr_t slot_mapping,
            uintptr_t keys, uintptr_t values, bool codes, long blocks, int block_size, int heads, int width) {

@@ -138,6 +138,45 @@ void forbid(float* x, long stride, long rows, long n, const uint8_t* allowed, lo
     over(rows, n, [&](long r) { ops.forbid(x + r * stride, n, allowed + r * bytes); });
 }
 
+namespace {
+
+// The first place of the largest of value(x[i]); a NaN is never the largest, unless it is the first.
+template <class T, class F> long first_of_largest(const T* x, long n, F value) {
+    long best = 0;
+    auto largest = value(x[0]);
+    for (long i = 1; i < n; i++) {
+        const auto own = value(x[i]);
+        if (own > largest) largest = own, best = i;
+    }
+    return best;
+}
+
+}  // namespace
+
+void argmax(Values x, long stride, long rows, long n, int64_t* tokens) {
+    if (n < 1) throw std::invalid_argument("the largest of no numbers");
+    over(rows, n, [&](long r) {
+        const Values row = x + r * stride;
+        if (row.bf16) {
+            tokens[r] = first_of_largest((const uint16_t*)row.data, n, [](uint16_t bits) {
+                const uint32_t wide = (uint32_t)bits << 16;
+                float number;
+                std::memcpy(&number, &wide, sizeof number);
+                return number;
+            });
+        } else {
+            tokens[r] = first_of_largest((const float*)row.data, n, [](float number) { return number; });
+        }
+    });
+}
+
+void concat(const char* x, long n, const char* y, long m, long rows, char* z) {
+    for (long r = 0; r < rows; r++) {
+        std::memcpy(z + r * (n + m), x + r * n, n);
+        std::memcpy(z + r * (n + m) + n, y + r * m, m);
+    }
+}
+
 void quantize_int4(Values x, long stride, long rows, long inner, long group_size, uint8_t* codes, float* scales,
                    uint8_t* zero_points) {
     if (inner < 2 || inner % 2 || group_size < 2 || group_size % 2) throw std::invalid_argument("columns that do not pair");

@@ -1,5 +1,5 @@
 // The ops that read and write each number once: embedding, norms, rotary embedding, SwiGLU, routing, tokens that are not
-// allowed, and quantising a weight.
+// allowed, the likeliest token, and quantising a weight.
 // Not here: matrix products, attention.
 #pragma once
 
@@ -68,6 +68,12 @@ void route(const float* logits, const float* bias, long rows, long experts, cons
 // x (rows, n), rows `stride` elements apart, = -infinity where the row's bit i % 8 of byte i / 8 of allowed (rows, bytes) is
 // not set. Throws std::invalid_argument if there are fewer bits than n.
 void forbid(float* x, long stride, long rows, long n, const uint8_t* allowed, long bytes);
+
+// tokens (rows) = the first of the largest of each row of x (rows, n), rows `stride` elements apart; n is at least 1.
+void argmax(Values x, long stride, long rows, long n, int64_t* tokens);
+
+// z (rows, n + m), in bytes, of x (rows, n) and y (rows, m), all contiguous.
+void concat(const char* x, long n, const char* y, long m, long rows, char* z);
 
 // x (rows, inner), rows `stride` elements apart, inner even -> codes (rows, inner / 2), scales and zero_points (rows, groups).
 void quantize_int4(Values x, long stride, long rows, long inner, long group_size, uint8_t* codes, float* scales,

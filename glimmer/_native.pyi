@@ -512,6 +512,18 @@ def forbid(pool: Pool, x: int, stride: int, rows: int, n: int, allowed: int, byt
 def queue_forbid(call_list: CallList, x: int, stride: int, rows: int, n: int, allowed: int, bytes: int) -> None:
     """Append a call of `forbid` to call_list; nothing is computed yet."""
 
+def argmax(pool: Pool, x: int, is_bf16: bool, stride: int, rows: int, n: int, tokens: int) -> None:
+    """tokens (rows) = the first of the largest of each row of x (rows, n)."""
+
+def queue_argmax(call_list: CallList, x: int, is_bf16: bool, stride: int, rows: int, n: int, tokens: int) -> None:
+    """Append a call of `argmax` to call_list; nothing is computed yet."""
+
+def concat(pool: Pool, x: int, n: int, y: int, m: int, rows: int, z: int) -> None:
+    """z (rows, n + m), in bytes, of x (rows, n) and y (rows, m)."""
+
+def queue_concat(call_list: CallList, x: int, n: int, y: int, m: int, rows: int, z: int) -> None:
+    """Append a call of `concat` to call_list; nothing is computed yet."""
+
 def store_kv(
     pool: Pool,
     k: int,
