@@ -55,8 +55,8 @@ class Transport(Protocol):
     def broadcast(self, x: Tensor, members: Sequence[int], source: int, timeout: float | None = None) -> None:
         """Replace x by that of the member at place `source`. timeout: as in all_reduce."""
 
-    def wait_for_all(self, members: Sequence[int], what: str, timeout: float) -> None:
-        """Return when every member has made this call; EngineError after `timeout` seconds."""
+    def wait_for_all(self, members: Sequence[int], what: str, timeout: float) -> bool:
+        """Whether every member has made this call, or the first has left; EngineError after `timeout` seconds."""
 
     def close(self) -> None:
         """Destroy the process groups."""
@@ -177,14 +177,14 @@ class Group:
                         f" look at rank {self.members[rank]}",
                     )
 
-    def wait_for_all(self, what: str, timeout: float) -> None:
-        """Return when every rank has called this with the same `what`, which may take `timeout` seconds.
+    def wait_for_all(self, what: str, timeout: float) -> bool:
+        """True when every rank has called this with the same `what`, which may take `timeout` seconds; False if rank 0
+        has closed its groups instead.
 
         For work whose length differs from rank to rank by more than a collective may take, such as loading.
         EngineError names the ranks that did not come in time.
         """
-        if self.size > 1:
-            self.connected.wait_for_all(self.members, what, timeout)
+        return self.size == 1 or self.connected.wait_for_all(self.members, what, timeout)
 
     def close(self) -> None:
         """Destroy the process groups of this process: all of them, whichever group is asked. May be called again."""

@@ -20,6 +20,7 @@ collectives as the model sees them (group.py), which tensor is cut in which way 
 import atexit
 import fcntl
 import functools
+import itertools
 import math
 import os
 import queue
@@ -281,6 +282,9 @@ def interface_towards(address: str) -> str | None:
     return None
 
 
+_numbers = itertools.count()  # of the connections that this process has made: alike on all ranks
+
+
 class World:
     """The connection of this process to all others: store, process groups, deadlines, and an orderly end.
 
@@ -289,6 +293,7 @@ class World:
 
     def __init__(self, rank: int, size: int, device: torch.device, backend: str, join_timeout: float):
         self.rank, self.size, self.device = rank, size, device
+        self._number = next(_numbers)
         self.timeouts = _timeouts()
         end_with_launcher()
         self.store = _join(rank, size, _number("GLIMMER_JOIN_TIMEOUT", join_timeout, 0, 1e7))
@@ -351,17 +356,23 @@ class World:
         """Replace x by that of the member at place `source`. timeout: as in all_reduce."""
         self._run(members, timeout, dist.broadcast, x, group_src=source)
 
-    def wait_for_all(self, members: Sequence[int], what: str, timeout: float) -> None:
-        """Return when every member has made this call; EngineError after `timeout` seconds names who has not."""
-        missing = list(members)
+    def wait_for_all(self, members: Sequence[int], what: str, timeout: float) -> bool:
+        """True when every member has made this call, False if the first of them has closed its connection instead.
+
+        EngineError after `timeout` seconds names who has not come.
+        """
+        missing, first = list(members), members[0]
         deadline = time.monotonic() + timeout
         with self._waits():
             try:
                 self.store.set(f"{what}/{self.rank}", "1")
                 while True:
+                    left = self.store.check([self._left_key(first)])
                     missing = [r for r in missing if not self.store.check([f"{what}/{r}"])]
                     if not missing:
-                        return
+                        return True
+                    if left and first in missing:
+                        return False
                     if self._closed:
                         raise self._left(members)
                     if time.monotonic() > deadline:
@@ -416,6 +427,10 @@ class World:
             with self._changed:
                 self._inside.discard(thread)
                 self._changed.notify_all()
+
+    def _left_key(self, rank: int) -> str:
+        """Under which a rank says in the store that it has closed this connection; later ones have other numbers."""
+        return f"left {self._number}/{rank}"
 
     def _left(self, members: Sequence[int]) -> EngineError:
         return EngineError(
@@ -476,6 +491,8 @@ class World:
             self._changed.wait_for(lambda: self._inside <= {threading.get_ident()}, GRACE)
         self._running = None
         self._handles.clear()
+        with suppress(RuntimeError):  # the store is gone, and nobody waits there
+            self.store.torch.set(self._left_key(self.rank), "1")  # not in a thread: the interpreter may be ending
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -1,6 +1,6 @@
 """One rank of a job without a model, run by test_mesh.py: does what its first argument says and prints what it found.
 
-usage: ranks.py mesh TP EP DP | equal | models CASES | stopped | interrupted | late | thread store|collective
+usage: ranks.py mesh TP EP DP | equal | models CASES | stopped | interrupted | late | left | thread store|collective
 SECONDS | exit CODE
 """
 
@@ -88,6 +88,12 @@ def main(what: str, *words: str) -> int:
         print(json.dumps(group.all_reduce_min(group.rank)))
         if group.rank == 0:
             group.wait_for_all("has left", 0.5)
+    elif what == "left":
+        if group.rank == 0:
+            group.close()
+            sys.stdin.readline()  # it holds the meeting point
+        else:
+            print(group.wait_for_all("asks", 60))
     elif what == "stopped":
         if group.rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)

@@ -147,6 +147,12 @@ def test_ranks_wait_for_all(ranks):
     assert ended([second]) == [("0\n", "")]
 
 
+def test_nobody_waits_for_a_rank_0_that_has_left(ranks):
+    first, second = ranks(2, "left")
+    assert ended([second]) == [("False\n", "")]
+    assert first.communicate("go\n", timeout=30) == ("", "") and first.returncode == 0
+
+
 def test_a_stopped_rank_is_named_after_the_timeout(ranks):
     """A process that is stopped keeps its connections open: only the deadline finds it."""
     others = ranks(3, "stopped", GLIMMER_COLLECTIVE_TIMEOUT="2")

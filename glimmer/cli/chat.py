@@ -74,11 +74,13 @@ def main(argv: list[str]) -> int:
     """Talk until the end; returns the exit code."""
     if COMMAND.asks_for_help(argv):
         return 0
-    if argv[:1] == ["-"]:
-        argv = ["--prompt", *argv]
     settings = COMMAND.read(argv)
     conversation = Conversation.from_settings(settings)
     engine = settings.fields(ENGINE_OPTIONS)
+    question = settings.take("prompt")
+    if engine.get("model") == "-":  # the two words without a flag may come in either order
+        question, directory = engine.pop("model"), question
+        engine |= {} if directory is None else {"model": directory}
     named = engine.pop("model", None) if "url" in settings.given else None
     if "url" in settings.given and engine:
         raise ConfigError(
@@ -90,7 +92,6 @@ def main(argv: list[str]) -> int:
         engine["model"] = str(model_directory(engine.get("model") or demo.default_model(COMMAND.name)))
         ModelConfig.load(engine["model"])  # refused before a question is read and processes are started
         server = own_server(serve_words(engine), quiet=True)
-    question = settings.take("prompt")
     if question == "-" or (question is None and not exits.is_terminal(sys.stdin)):
         question = _from_stdin()
     screen: chat_screen.Screen = (

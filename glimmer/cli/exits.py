@@ -15,7 +15,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 from glimmer.errors import ConfigError, GlimmerError, NotEnoughMemory
@@ -24,6 +25,7 @@ REFUSED = GlimmerError.exit_code
 INTERRUPTED = 130
 CLOSED_PIPE = 141
 OTHERS = 2.0  # seconds that the processes of a job may be apart in what they find
+_command = ""  # the latest that `run` has begun
 
 
 class Terminated(BaseException):
@@ -38,6 +40,35 @@ class Terminated(BaseException):
 def terminate(*_: object) -> None:
     """As a handler of SIGTERM."""
     raise Terminated
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """While modules are imported: Ctrl-C and SIGTERM end the process at once, where they would raise an exception.
+
+    An exception could come in the middle of what a library does as it is imported, and some of that swallows it: the
+    process would go on as if nobody had asked it to end.
+    """
+
+    def end(number: int, _: object) -> None:
+        write("")
+        to_stderr("\n" * (number == signal.SIGINT) + f"glimmer {_command}".rstrip() + ": interrupted")
+        if number == signal.SIGINT:
+            os._exit(INTERRUPTED)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    raising = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+    found = {number: handler for number, handler in raising.items() if signal.getsignal(number) is handler}
+    if threading.current_thread() is not threading.main_thread():
+        found = {}
+    for number in found:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in found.items():
+            signal.signal(number, handler)
 
 
 def place() -> str:
@@ -105,7 +136,9 @@ NO_MEMORY = ("failed to map segment", "can't start new thread")
 def run(command: str, work: Callable[[], int]) -> int:
     """The exit code of `work`. A GlimmerError becomes its three lines, and so do a lack of memory and a path that this
     user may not use; a closed pipe ends quietly; Ctrl-C is raised."""
+    global _command
     prepare()
+    _command = command
     handles = alone() and threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
     if handles and before is signal.SIG_DFL:  # of a job's processes the launcher takes care

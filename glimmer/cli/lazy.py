@@ -6,7 +6,10 @@ importlib.util.LazyLoader: its unfinished modules are seen, and run too early, b
 """
 
 import importlib
+import sys
 from typing import Any
+
+from glimmer.cli import exits
 
 
 class lazy:
@@ -16,4 +19,7 @@ class lazy:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        return getattr(importlib.import_module(self._name), attribute)
+        if self._name not in sys.modules:
+            with exits.importing():
+                importlib.import_module(self._name)
+        return getattr(sys.modules[self._name], attribute)

@@ -82,7 +82,9 @@ def command(name: str, argv: list[str]) -> int:
         refusal = ConfigError(f"no command {name!r}", " or ".join(COMMANDS), todo)
         exits.to_stderr(f"glimmer: {refusal}")
         return refusal.exit_code
-    code: int = importlib.import_module(module(name)).main(argv)
+    with exits.importing():
+        found = importlib.import_module(module(name))
+    code: int = found.main(argv)
     return code
 
 

@@ -8,10 +8,13 @@ Not here: what the processes do (server/).
 
 import json
 import logging
+import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +35,7 @@ else:
     parallel, http_process = lazy("glimmer.parallel"), lazy("glimmer.server.http_process")
     engine_process = lazy("glimmer.server.engine_process")
 
+ENDING = (signal.SIGTERM, signal.SIGINT)
 LAST_WORDS = 10.0  # seconds that the HTTP process may take to end after the engine
 
 ENGINE_OPTIONS = without(ENGINE, "skip_tokenizer_init")
@@ -107,26 +111,41 @@ def command_for(engine: dict[str, Any]) -> list[str]:
 def rank(config: ServerConfig, engine: dict[str, Any]) -> int:
     """This process is one of several that torchrun has started: it computes; rank 0 starts the one that speaks HTTP.
 
-    torchrun's SIGTERM is for the HTTP process, which ends the engine when the answers are done.
+    torchrun's SIGTERM or SIGINT is for the HTTP process, which ends the engine when the answers are done. Where that
+    process ends before it wants an engine, because it refuses its settings, so does this one, with the same exit code.
     """
     number, size = parallel.world()
     engine = {"tensor_parallel_size": size} | engine
     if number > 0:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        return engine_process.follow(engine)
+        return engine_process.follow(engine, _leave_signals_to_rank_0)
     directory = SocketDirectory()
     try:
         path = f"{directory.path}/engine.sock"
         words = [sys.executable, "-m", "glimmer.server.http_process", path]
         http = subprocess.Popen(words, stdin=subprocess.PIPE, text=True, start_new_session=True)
-        signal.signal(signal.SIGTERM, lambda *_: http.terminate())
-        signal.signal(signal.SIGINT, lambda *_: http.send_signal(signal.SIGINT))
-        assert http.stdin is not None
-        http.stdin.write(json.dumps({"server": asdict(config), "model": engine["model"]}) + "\n")
-        http.stdin.flush()  # it stays open: its end tells that this process has ended
+        told = False
+
+        def tell(signal_number: int, _: object) -> None:
+            """It ends in order what it has begun: nothing, as long as its socket is not there."""
+            nonlocal told
+            told = True
+            http.send_signal(signal_number) if os.path.exists(path) else http.kill()
+
+        for ending in ENDING:
+            signal.signal(ending, tell)
         try:
-            code = engine_process.serve(path, engine)
-            return http.wait(LAST_WORDS) or code
+            assert http.stdin is not None
+            with suppress(BrokenPipeError):  # it has ended already
+                http.stdin.write(json.dumps({"server": asdict(config), "model": engine["model"]}) + "\n")
+                http.stdin.flush()  # it stays open: its end tells that this process has ended
+            answer = engine_process.serve  # imported while the other process begins
+            while http.poll() is None and not os.path.exists(path):
+                time.sleep(0.05)
+            code = answer(path, engine) if http.poll() is None else 0
+            how = http.wait(LAST_WORDS)
+            if how < 0:  # ended by a signal
+                how = 0 if told else EngineError.exit_code
+            return how or code
         except subprocess.TimeoutExpired:
             return EngineError.exit_code
         finally:
@@ -134,3 +153,9 @@ def rank(config: ServerConfig, engine: dict[str, Any]) -> int:
             http.wait()
     finally:
         directory.close()
+
+
+def _leave_signals_to_rank_0() -> None:
+    """This rank ends when rank 0 says so, whose HTTP process still has answers to give."""
+    for ending in ENDING:
+        signal.signal(ending, signal.SIG_IGN)

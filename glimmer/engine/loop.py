@@ -21,6 +21,7 @@ import itertools
 import logging
 import os
 import queue
+import sys
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -50,7 +51,7 @@ T = TypeVar("T")
 
 LINGER = 0.05  # seconds that the thread of a single process waits for the next request before it ends
 HEARTBEAT = 0.5  # seconds between two messages of an idle rank 0
-LEAVE = 1.0  # seconds that `close` on several ranks waits for rank 0's last message, and for the last step
+LEAVE = 1.0  # seconds that an interrupted call, and `close` on several ranks, wait for the last step
 LAST_STEP = 600.0  # seconds that `close` waits for the last step of a single process
 MESSAGE = 1 << 20  # bytes that rank 0 sends at the head of a step, about; one request may be longer
 
@@ -136,13 +137,16 @@ class Loop:
     def cancel(self, call: Call, wait: bool = True) -> None:
         """End what is left of a call. When this returns, the engine holds nothing of it (unless wait=False).
 
-        For a call that was never submitted, or has ended, this does nothing. May be called by a finalizer.
+        Whoever is interrupted (Ctrl-C, SIGTERM) meanwhile waits no longer than LEAVE seconds for the end of a step.
+        What the engine still holds then ends before anything that is asked for later begins. For a call that was never
+        submitted, or has ended, this does nothing. May be called by a finalizer.
         """
         if call.ended.is_set():
             return
         self._post(lambda: self._close(call))
         if wait and threading.current_thread() is not self._thread:
-            call.ended.wait()
+            interrupted = not isinstance(sys.exc_info()[1], Exception | GeneratorExit | None)
+            call.ended.wait(LEAVE if interrupted else None)
 
     def run(self, what: Callable[[], T]) -> T:
         """Call `what` between two steps; return what it returns, or raise what it raises."""
@@ -233,9 +237,10 @@ class Loop:
             self._running, self._thread = True, threading.current_thread()
             self._latest = self._thread
         try:
-            self._group.wait_for_all("answers requests", self._group.timeouts.request)
-            self._together = True
-            while self._turn():
+            self._together = self._group.wait_for_all("answers requests", self._group.timeouts.request)
+            if not self._together:  # rank 0 has closed before it asked for anything
+                self._stop(CLOSED)
+            while self._running and self._turn():
                 pass
         except BaseException as error:
             log.debug("the engine has failed", exc_info=error)

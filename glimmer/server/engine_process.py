@@ -255,15 +255,17 @@ def serve(path: str, settings: dict[str, Any]) -> int:
             str(llm.group.device),
         )
     )
+    llm.follow()  # from now on the other ranks know of each other's end
     in_order = EngineProcess(connection, llm).run(incoming)
     connection.finish()
     llm.close()
     return 0 if in_order else EngineError.exit_code
 
 
-def follow(settings: dict[str, Any]) -> int:
-    """The part of a rank other than 0."""
+def follow(settings: dict[str, Any], loaded: Callable[[], object] = lambda: None) -> int:
+    """The part of a rank other than 0. loaded: called when it is ready to take part."""
     llm = LLM(**settings)
+    loaded()
     llm.follow()
     llm.close()
     return 0

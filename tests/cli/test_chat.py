@@ -143,6 +143,8 @@ def test_pipes(server, tmp_path):
         (["/etc", "-p", "-"], "config.json"),
         (["nowhere", "-p", "hi"], "'nowhere' does not exist"),
         (["nowhere", "-p", "-"], "'nowhere' does not exist"),
+        (["--temperature", "0", "-", "nowhere"], "'nowhere' does not exist"),
+        (["--url", "http://127.0.0.1:9", "-"], "stdin is empty"),
         (["/dev/null", "-p", "hi"], "'/dev/null' is a file"),
         (["-p", ""], "empty"),
     ],

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,17 @@ MAIN = "from glimmer.__main__ import main\n"
 def test_ctrl_c_before_and_after_a_command_is_quiet(program, code):
     done = process("-c", f"import atexit, os, signal, sys\n{CTRL_C}sys.argv[1:] = ['--version']\n{program}\n")
     assert (done.returncode, done.stderr) == (code, "") and done.stdout in ("", f"glimmer {__version__}\n")
+
+
+SWALLOWS = "import os, signal, sys\ntry:\n    os.kill(os.getpid(), int(sys.argv[1]))\nexcept BaseException:\n    pass\n"
+
+
+@pytest.mark.parametrize("number, code, line", [(signal.SIGINT, 130, "\n"), (signal.SIGTERM, -signal.SIGTERM, "")])
+def test_a_library_that_swallows_what_is_raised_while_it_is_imported_swallows_no_signal(number, code, line, tmp_path):
+    (tmp_path / "swallows.py").write_text(SWALLOWS)
+    program = "from glimmer.cli import exits, lazy\nexits.run('x', lambda: lazy.lazy('swallows').os.getpid())\n"
+    done = process("-c", program, str(number.value), cwd=tmp_path, env={"PYTHONPATH": f"{ROOT}:{tmp_path}"})
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"{line}glimmer x: interrupted\n")
 
 
 def stay(seconds: int) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from glimmer.config import SamplingParams
+from glimmer.engine import loop as loops
 from glimmer.engine.loop import Loop
 from glimmer.engine.ranks import Call, ParentRequest
 from glimmer.engine.sequence import FinishReason
@@ -120,6 +121,30 @@ def test_a_client_that_fails_loses_its_own_requests_only(loop, fail):
     assert first.ended.wait(SECONDS) and second.ended.wait(SECONDS)
     assert good.tokens[0, 0] == alone([1, 2])
     assert isinstance(bad.events.get(timeout=SECONDS), ZeroDivisionError if fail == "put" else KeyboardInterrupt)
+
+
+def test_an_interrupted_caller_does_not_wait_for_a_long_step(loop, monkeypatch):
+    """A signal ends a process at once, also where a step takes minutes; and the engine is none the worse."""
+    monkeypatch.setattr(loops, "LEAVE", 0.05)
+    begun, over, step = threading.Event(), threading.Event(), loop.engine.step
+
+    def long():
+        begun.set()
+        assert over.wait(SECONDS)
+        return step()
+
+    monkeypatch.setattr(loop.engine, "step", long)
+    _, call = ask(loop, parent("a", [1], max_tokens=40))
+    assert begun.wait(SECONDS)
+    with pytest.raises(KeyboardInterrupt):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            loop.cancel(call)
+            assert not call.ended.is_set()
+    over.set()
+    asker, later = ask(loop, parent("b", [2]))
+    assert later.ended.wait(SECONDS) and asker.tokens[0, 0] == alone([2]) and call.ended.is_set()
 
 
 def test_enough_ends_an_answer_early(loop):
