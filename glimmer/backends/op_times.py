@@ -9,6 +9,7 @@ which calls a model makes (model/cost.py), limits of the machine (Backend.limits
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from itertools import cycle, islice
 from time import perf_counter
 
@@ -28,7 +29,8 @@ MAX_BYTES, MAX_OPERATIONS = 64 << 20, 8e9  # of the weights of one call; what ex
 COLD = (
     4  # caches full of matrices, in turn, of which none is found there again: of two, a quarter is on some processors
 )
-MAX_COPIES, MAX_CALLS = 64, 4096  # of what a call works with; in a round
+FILLING = 10  # rounds that it may last to work with so many copies once: longer, and arithmetic decides, not memory
+MAX_CALLS = 4096  # in a round
 MAX_OPERAND_BYTES = 4 << 30  # bytes that a call, or what is measured of it, may work with
 MAX_ROWS = 4096  # of an embedding's table
 PANEL = 32  # rows of a matrix that are never divided
@@ -70,7 +72,7 @@ class OpTimes:
             )
         runs: list[Run] = []
         filled = once = 0.0
-        while len(runs) < MAX_COPIES and filled <= working_set and once * len(runs) < ROUND_SECONDS:
+        while len(runs) < MAX_CALLS and filled <= working_set and once * len(runs) < FILLING * ROUND_SECONDS:
             run, nbytes = self._one(part)
             if not runs:
                 run()
@@ -201,6 +203,7 @@ def _dtype(matrix: Matrix) -> torch.dtype:
     return torch.float32 if matrix.wide else torch.bfloat16
 
 
+@lru_cache(maxsize=2)  # of a call, of which many copies are packed
 def _weight(matrix: Matrix) -> Weight:
     """A matrix with values."""
     made = Weight.empty(

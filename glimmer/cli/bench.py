@@ -151,15 +151,15 @@ def _limits(model: "LLM", profile: "Profile | None") -> dict[str, float] | None:
     """What the machine can do just then; its disk too, where experts were read from it."""
     limits = model.limits()
     if limits is not None and profile is not None and profile.missed:
-        speed = machines.disk_of(Path(model.config.model), None).speed_of(*profile.reads)
-        limits |= {} if speed is None else {"disk": speed}
+        reads = machines.disk_of(Path(model.config.model), None).reads(profile.expert_bytes)
+        limits |= {} if reads is None else {"first_read": reads[0], "further_read": reads[1]}
     return limits
 
 
 def _predicted(figure: Figure) -> float | None:
     """After the peak of memory has been read, since it takes some."""
     profile, limits = figure.profile, figure.limits
-    if profile is None or limits is None or (profile.missed and "disk" not in limits):
+    if profile is None or limits is None or (profile.missed and "first_read" not in limits):
         return None
     return figure.tokens * figure.seen / profile.expected(limits, figure.key.startswith("decode"))
 

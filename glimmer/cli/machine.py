@@ -8,9 +8,11 @@ model needs (model/cost.py), and what follows (plan.py).
 import mmap
 import os
 import re
+import statistics
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -23,12 +25,14 @@ from glimmer.backends import selection
 from glimmer.backends.base import Backend
 from glimmer.backends.measurements import Measurements
 from glimmer.backends.op_times import OpTimes
+from glimmer.checkpoint.buffers import HUGE_PAGE, Buffers
 from glimmer.cli.options import size
 from glimmer.errors import ConfigError
 from glimmer.hub import cache_directory
 
 GIB = 1 << 30
 PROBE_SECONDS, PROBE_THREADS, PROBE_BLOCK = 0.5, 8, 2 << 20  # as the store of paged experts reads: csrc/store.h
+QUARTERS, LONE_READS, LONE_SECONDS = 4, 31, 0.2  # its parts of an expert; experts read one by one, and for how long
 MIN_PROBE = 64 << 20  # bytes of a file from which a disk's speed can be told
 
 
@@ -95,11 +99,13 @@ class Disk:
     how: str
     file: Path | None = None
 
-    def speed_of(self, block: int, depth: float) -> float | None:
-        """The same of blocks of so many bytes, about so many at a time; where nothing was measured, `speed`."""
-        if self.file is None:
-            return self.speed
-        return _probe(self.file, block, max(1, min(PROBE_THREADS, round(depth))))
+    def reads(self, nbytes: int) -> tuple[float, float] | None:
+        """Seconds until an expert of so many bytes is there, and that each further one takes which is asked for at the
+        same time; None where nothing was measured. The first one takes longer: a disk is slow to begin."""
+        if self.speed is None:
+            return None
+        further = nbytes / self.speed
+        return (further if self.file is None else max(further, _lone_read(self.file, nbytes))), further
 
 
 @dataclass(frozen=True)
@@ -234,20 +240,57 @@ def _files(directory: Path) -> Iterator[Path]:
         yield from (file for file in directory.glob(pattern) if file.is_file())
 
 
+def _memory(nbytes: int) -> memoryview:
+    """Memory that begins with a page, in large pages as experts' slots: into small ones disks may read half as fast."""
+    whole = -(-nbytes // HUGE_PAGE) * HUGE_PAGE
+    return Buffers().empty(whole).fill_(1).numpy().data[:nbytes]
+
+
+def _lone_read(file: Path, nbytes: int) -> float:
+    """Seconds from asking for so many bytes until all are there, read directly by a thread for each quarter while
+    nothing else is read: the median of LONE_READS, of fewer where these last long, with as much time between them.
+    Raises OSError."""
+    descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+    part = -(-nbytes // (QUARTERS * mmap.PAGESIZE)) * mmap.PAGESIZE
+    count = max(1, os.fstat(descriptor).st_size // (QUARTERS * part))
+    memory = _memory(QUARTERS * part)
+    buffers = [memory[i * part : (i + 1) * part] for i in range(QUARTERS)]
+    seconds: list[float] = []
+    try:
+        with ThreadPoolExecutor(QUARTERS) as threads:
+            end = time.perf_counter() + LONE_SECONDS
+            for turn in range(LONE_READS):
+                place = turn * 7919 % count * QUARTERS
+                begin = time.perf_counter()
+                reads = [
+                    threads.submit(os.preadv, descriptor, [buffer], (place + i) * part)
+                    for i, buffer in enumerate(buffers)
+                ]
+                for read in reads:
+                    read.result()
+                seconds.append(time.perf_counter() - begin)
+                time.sleep(seconds[-1])
+                if time.perf_counter() > end:
+                    break
+    finally:
+        os.close(descriptor)
+    return statistics.median(seconds)
+
+
 def _probe(file: Path, block: int, depth: int) -> float:
     """Bytes/s of direct reads of blocks by so many threads, in an order that no read-ahead knows. Raises OSError."""
     descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
     count = os.fstat(descriptor).st_size // block
     read = [0] * depth
     faults: list[OSError] = []
+    buffers = [_memory(block) for _ in range(depth)]
     end = time.perf_counter() + PROBE_SECONDS
 
     def work(me: int) -> None:
-        buffer = mmap.mmap(-1, block)  # memory that begins with a page
         turn = me
         try:
             while time.perf_counter() < end and not faults:
-                read[me] += os.preadv(descriptor, [buffer], turn * 7919 % count * block)
+                read[me] += os.preadv(descriptor, [buffers[me]], turn * 7919 % count * block)
                 turn += depth
         except OSError as error:
             faults.append(error)

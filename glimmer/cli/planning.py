@@ -23,7 +23,7 @@ from glimmer.cli.machine import Machine
 from glimmer.config import EngineConfig
 from glimmer.engine.runner import activation_bytes, divide_paged, least_cache, resolve_dtype
 from glimmer.errors import CheckpointError, ConfigError
-from glimmer.model.cost import META, Kinds, Shapes, Work, as_quantized, phases, with_disk
+from glimmer.model.cost import META, Kinds, Shapes, Work, as_quantized, phases, reading, with_disk
 from glimmer.model.experts import STATS, counted
 from glimmer.model.layers import Layer
 from glimmer.model.names import mtp_prefix, tensor_parallel_sizes
@@ -251,12 +251,12 @@ def _speed(candidate: Candidate, shapes: Shapes, machine: Machine, work: Work, t
     weights = held.nbytes - held.mtp
     found = phases(work.cost, work.steps, machine.limits, weights, captured, machine.times)
     if candidate.where == DISK:
-        missing = work.experts * (1 - candidate.hits)
         layers = work.routed.calls.total()
-        speed = machine.disk.speed_of(held.record, missing / layers)
-        assert speed is not None, "else no time is told"
+        reads, chosen = machine.disk.reads(held.record), work.experts / layers
+        assert reads is not None, "else no time is told"
         beside = phases(work.routed, 0, machine.limits, weights, captured, machine.times)
-        found = with_disk(found, beside, missing * held.record / speed, work.experts / layers, candidate.hits)
+        disk = reading(layers, chosen, candidate.hits, *reads)
+        found = with_disk(found, beside, disk, chosen, candidate.hits)
     return Speed(tokens / sum(found.values()), found)
 
 

@@ -20,7 +20,7 @@ from glimmer.backends.timed import Cost, Timed
 from glimmer.engine.engine import Clock, Engine
 from glimmer.engine.runner import Runner
 from glimmer.group import Group
-from glimmer.model.cost import phases, with_disk
+from glimmer.model.cost import phases, reading, with_disk
 
 
 class Profile:
@@ -65,10 +65,10 @@ class Profile:
         return (0, 0) if paging is None else (paging.wanted, paging.missed)
 
     @property
-    def reads(self) -> tuple[int, float]:
-        """(bytes of an expert that is read, how many a layer has waited for at a time); zeros where none was read."""
+    def expert_bytes(self) -> int:
+        """Of an expert that is read from the disk; 0: none is."""
         paging = self._runner.paging
-        return (0, 0.0) if paging is None else (paging.slot_bytes, self.missed / max(self._layers, 1))
+        return 0 if paging is None else paging.slot_bytes
 
     @property
     def _layers(self) -> int:
@@ -96,14 +96,15 @@ class Profile:
     def expected(self, limits: Mapping[str, float], captured: bool) -> float:
         """Seconds that the steps should take on this machine, by the cost model of `glimmer plan`: their ops are
         measured, with values of their own. limits: Backend.limits; where experts were read from the disk,
-        limits["disk"] is how many bytes it reads in a second, read as `reads` says. captured: if the steps are repeated
-        ones, without Python between their ops."""
+        limits["first_read"] is how many seconds one takes alone, limits["further_read"] each other one of the same
+        layer. captured: if the steps are repeated ones, without Python between their ops."""
         times = OpTimes.of(self._runner.backend, limits)
         found = phases(self.total, self.steps, limits, self._weights, captured, times)
         if self.missed:
             routed = phases(self._timed.parts()["experts"], 0, limits, self._weights, captured, times)
-            disk = self.missed * self.reads[0] / limits["disk"]
-            found = with_disk(found, routed, disk, self.wanted / self._layers, 1 - self.missed / self.wanted)
+            chosen, hits = self.wanted / self._layers, 1 - self.missed / self.wanted
+            disk = reading(self._layers, chosen, hits, limits["first_read"], limits["further_read"])
+            found = with_disk(found, routed, disk, chosen, hits)
         return sum(found.values())
 
     @property

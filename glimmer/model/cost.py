@@ -60,6 +60,13 @@ def phases(
     return {"memory bandwidth": share * ops, "arithmetic": (1 - share) * ops, "calls": python}
 
 
+def reading(layers: float, chosen: float, hits: float, first: float, further: float) -> float:
+    """Seconds in which so many layers read the experts that they lack: chosen and hits as in `with_disk`. first: until
+    one is there that is read alone; further: that each other one takes which the layer reads at the same time."""
+    some = 1 - float(hits**chosen)  # of the layers: those that lack any
+    return layers * (some * first + (chosen * (1 - hits) - some) * further)
+
+
 def with_disk(
     found: dict[str, float], routed: dict[str, float], disk: float, chosen: float, hits: float
 ) -> dict[str, float]:

@@ -21,7 +21,7 @@ from glimmer.cli.machine import Disk, Machine
 from glimmer.cli.main import main
 from glimmer.config import EngineConfig
 from glimmer.device import Card
-from glimmer.model.cost import BETWEEN, SEQUENCE, STEP, Shapes, as_quantized, phases, with_disk
+from glimmer.model.cost import BETWEEN, SEQUENCE, STEP, Shapes, as_quantized, phases, reading, with_disk
 from glimmer.model_config import ModelConfig
 from glimmer.weight import Kind
 
@@ -144,6 +144,14 @@ def test_reading_is_hidden_behind_experts_that_are_there():
     assert total(10.0, 0.0) == pytest.approx(14.0 - 2 * 7 / 8)
     assert total(10.0, 0.5) == pytest.approx(14.0 - 2 * 7 / 8 * (1 - 0.5**8))
     assert total(0.1, 0.5) == pytest.approx(4.0)
+
+
+def test_the_first_expert_that_a_layer_reads_takes_longer_than_further_ones():
+    assert reading(10, 8, 1.0, 3.0, 1.0) == 0
+    assert reading(10, 8, 0.0, 3.0, 1.0) == 10 * (3 + 7)
+    assert reading(10, 1, 0.5, 3.0, 1.0) == 10 * 0.5 * 3
+    assert reading(1, 2, 0.5, 3.0, 1.0) == pytest.approx(0.5 * 3 + 0.25 * (3 + 1))
+    assert reading(10, 8, 0.7, 1.0, 1.0) == pytest.approx(10 * 8 * 0.3)
 
 
 @pytest.mark.slow
@@ -402,7 +410,10 @@ def test_the_probe_reads_what_is_there(tmp_path):
         file.truncate(machine.MIN_PROBE)
     found = machine.disk_of(solid, None)
     assert (found.speed is None) == ("refuses" in found.how) and (found.speed is None or found.speed > 0)
-    assert found.speed is None or found.speed_of(1 << 20, 2.4) > 0
-    assert machine.disk_of(hollow, 5).speed_of(1 << 20, 1) == 5
-    assert machine.disk_of(hollow, None).speed is None and machine.disk_of(hollow, 5).speed == 5
+    if found.speed is not None:
+        first, further = found.reads(1 << 20)
+        assert first >= further == (1 << 20) / found.speed
+    assert machine.disk_of(hollow, 5).reads(1 << 20) == ((1 << 20) / 5, (1 << 20) / 5)
+    unknown = machine.disk_of(hollow, None)
+    assert unknown.speed is None and unknown.reads(1 << 20) is None
     shutil.rmtree(solid)
