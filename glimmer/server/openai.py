@@ -22,6 +22,7 @@ from glimmer.errors import RequestError, shown
 from glimmer.server.answer import Delta, Finished, Place
 from glimmer.server.exchange import EventStream, begun, chunks_of, convert, json_response, read_request, until_gone
 from glimmer.server.openai_types import (
+    CHAT_REFUSED,
     ChatBody,
     Sampling,
     refuse_unsupported,
@@ -47,7 +48,7 @@ async def chat_completions(request: Request) -> Response:
     service: Service = request.app.state.service
 
     def read(raw: Chunk) -> tuple[ChatBody, ChatRequest]:
-        refuse_unsupported(raw, "/v1/chat/completions")
+        refuse_unsupported(raw, "/v1/chat/completions", CHAT_REFUSED)
         body = convert(raw, ChatBody)
         return body, chat_request(body, service)
 

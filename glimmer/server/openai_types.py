@@ -123,7 +123,7 @@ _SAMPLERS = {
     }.items()
 }  # fmt: skip
 
-REFUSED: Mapping[str, Only] = {
+REFUSED: dict[str, Only] = {
     **{name: vllm_names.SAMPLING[name] for name in ("use_beam_search", "length_penalty", "early_stopping")},
     **{name: vllm_names.SAMPLING[name] for name in ("logits_processors", "extra_args")},
     **_SAMPLERS,
@@ -144,10 +144,22 @@ REFUSED: Mapping[str, Only] = {
     "json_schema": Only(NONE, "use response_format"),
     "grammar": Only((None, ""), "use structured_outputs: {\"grammar\": ...}"),
     "prompt_logprobs": Only((None,), "use echo with logprobs in /v1/completions"),
+    "return_token_ids": Only((None, False), "leave it out: /tokenize gives the ids of a text"),
+    "return_tokens_as_token_ids": Only((None, False), "leave it out: /tokenize gives the ids of a text"),
+    "return_hidden_states": Only((None, False), "leave it out"),
+    "include_reasoning": Only((None, True), "leave it out: reasoning has a field of its own"),
+    "separate_reasoning": Only((None, True), "leave it out: reasoning has a field of its own"),
+    "n_predict": Only((None,), "use max_tokens"),
+    "n_probs": Only((None, 0), "use logprobs"),
+    "regex": Only((None,), "use structured_outputs: {\"regex\": ...}"),
+    "ebnf": Only((None,), "use structured_outputs: {\"grammar\": ...}"),
 }  # fmt: skip
+CHAT_REFUSED: Mapping[str, Only] = REFUSED | {
+    "echo": Only((None, False), "leave it out: the client has the message that the answer goes on with"),
+}
 
 
-def refuse_unsupported(body: Mapping[str, Any], api: str) -> None:
+def refuse_unsupported(body: Mapping[str, Any], api: str, refused: Mapping[str, Only] = REFUSED) -> None:
     """RequestError for a field that would change the answer, and that is not served."""
-    unsupported = {name: body[name] for name in body if name in REFUSED}
-    vllm_names.check(api, unsupported, REFUSED, (), RequestError)
+    unsupported = {name: body[name] for name in body if name in refused}
+    vllm_names.check(api, unsupported, refused, (), RequestError)

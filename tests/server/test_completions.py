@@ -79,7 +79,8 @@ def test_a_stop_string_never_shows_its_beginning(client):
     [("suffix", "x"), ("best_of", 3), ("logprobs", 21), ("n", 129), ("max_tokens", 0), ("prompt", []), ("prompt", ""),
      ("prompt", [[]]), ("prompt", [-1]), ("prompt", [10**30]), ("prompt", "x" * 10**6), ("echo", "yes"), ("n", 0),
      ("stop", [""]), ("stop", 5), ("seed", 10**60), ("logit_bias", {"x": 1}), ("logit_bias", {"99999999": 1}),
-     ("top_p", 0), ("temperature", "hot"), ("typical_p", 0.5)],
+     ("top_p", 0), ("temperature", "hot"), ("typical_p", 0.5), ("return_token_ids", True),
+     ("n_predict", 5)],
 )  # fmt: skip
 def test_what_cannot_be_served_is_named(client, field, value):
     with pytest.raises(openai.BadRequestError) as refused:

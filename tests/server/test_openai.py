@@ -77,6 +77,14 @@ def test_thinking_in_the_vendor_s_words(server):
     assert answer(thinking={"type": "off"}).json()["error"]["param"] == "thinking.type"
 
 
+@pytest.mark.parametrize("field, value", [("echo", True), ("return_token_ids", True), ("include_reasoning", False)])
+def test_fields_of_other_servers_that_would_change_an_answer_are_refused_by_name(server, field, value):
+    body = {"messages": SUM, "temperature": 0, "max_tokens": 2}
+    error = server.post("/v1/chat/completions", body | {field: value}).json()["error"]
+    assert error["param"] == field and error["type"] == "invalid_request_error"
+    assert server.post("/v1/chat/completions", body | {field: not value}).status_code == 200
+
+
 def test_the_raw_stream(server):
     response = server.post("/v1/chat/completions", {"messages": SUM, "stream": True, "max_tokens": 3})
     assert response.headers["content-type"].startswith("text/event-stream")
