@@ -29,15 +29,16 @@ def store(x, cache, slots, heads, row_stride, head_stride, D, WIDTH, CODES: tl.c
 @triton.jit
 def attend(
     q, keys, values, y, largest, sums, block_tables, query_start_loc, seq_lens,
-    scale, S, T, table_columns, row_stride, head_stride, kv_heads, D, WIDTH, BLOCK_SIZE, split_size,
-    SHARE: tl.constexpr, CODES: tl.constexpr, SPLIT: tl.constexpr, WIDEN: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
+    scale, S, T, table_columns, row_stride, head_stride, kv_heads, BLOCK_SIZE, split_size,
+    D: tl.constexpr, WIDTH: tl.constexpr, SHARE: tl.constexpr, CODES: tl.constexpr, SPLIT: tl.constexpr,
+    WIDEN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile: up to ROWS // SHARE positions of one sequence, with the SHARE query heads of one key-value head.
 
     Tiles of sequence s begin at query_start_loc[s] // positions + s, so that nobody has to count them; some are empty.
-    scale: times log2(e), for powers of two. SPLIT: y holds sums that are not divided yet, (splits, T, heads, D)
-    float32, and largest and sums (splits, T, heads) what `merge` needs beside them.
+    scale: times log2(e), for powers of two. D and WIDTH are constants, so that the compiler knows alignments.
+    SPLIT: y holds sums that are not divided yet, (splits, T, heads, D) float32, and largest and sums (splits, T, heads)
+    what `merge` needs beside them.
     """
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     positions: tl.constexpr = ROWS // SHARE
@@ -72,6 +73,10 @@ def attend(
     some_see = tl.minimum(begin + positions, last) - last + length  # keys that any row sees
     key_begin = split * split_size if SPLIT else 0
     key_end = tl.minimum(some_see, key_begin + split_size) if SPLIT else some_see
+    if SPLIT:  # noqa: SIM102  # without splits no branch is compiled
+        if key_begin >= key_end:  # as most splits of a captured step, which has room for the longest sequence
+            tl.store(largest + (split.to(tl.int64) * T + rows) * (kv_heads * SHARE) + heads, top, mask=live)
+            return
     for at in range(key_begin, key_end, KEYS):
         key = at + tl.arange(0, KEYS)
         there = key < key_end

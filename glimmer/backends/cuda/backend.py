@@ -296,9 +296,9 @@ class Cuda(Reference):
         tiles = t // (per_tile // share) + batch.num_sequences
         attention.attend[(tiles, g, splits)](
             q, kv.keys, kv.values, parts, largest, sums, batch.block_tables, batch.query_start_loc, batch.seq_lens,
-            scale * LOG2_E, batch.num_sequences, t, batch.block_tables.shape[1], q.stride(0), q.stride(1), g, d,
-            kv.keys.shape[3], kv.block_size, SPLIT,
-            SHARE=share, CODES=kv.quantized, SPLIT=splits > 1, WIDEN=self._interpreted,
+            scale * LOG2_E, batch.num_sequences, t, batch.block_tables.shape[1], q.stride(0), q.stride(1), g,
+            kv.block_size, SPLIT, D=d, WIDTH=kv.keys.shape[3], SHARE=share, CODES=kv.quantized, SPLIT=splits > 1,
+            WIDEN=self._interpreted,
             ROWS=per_tile, KEYS=64, BLOCK=triton.next_power_of_2(max(16, d)),
         )  # fmt: skip
         if splits > 1:
