@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,7 +56,8 @@ class Batch:
         tables = [block for table in block_tables for block in (*table, *[0] * (columns - len(table)))]
         query_start_loc = list(accumulate(query_lens, initial=0))
         parts = [tokens, positions, slot_mapping, tables, logits_indices, query_start_loc, seq_lens]
-        return _views(torch.tensor([x for part in parts for x in part]), [len(part) for part in parts], None)
+        numbers = np.array([x for part in parts for x in part], np.int64)  # in a quarter of the time of torch.tensor
+        return _views(torch.from_numpy(numbers), [len(part) for part in parts], None)
 
     @property
     def num_sequences(self) -> int:
@@ -81,7 +83,7 @@ class Batch:
 
 def _views(data: Tensor, sizes: list[int], host: tuple[Tensor, Tensor] | None) -> Batch:
     """The parts of one tensor as a Batch; host: the last two of them in the host's memory, None if all are there."""
-    tokens, positions, slot_mapping, tables, logits_indices, query_start_loc, seq_lens = data.split(sizes)
+    tokens, positions, slot_mapping, tables, logits_indices, query_start_loc, seq_lens = data.split_with_sizes(sizes)
     block_tables = tables.view(len(seq_lens), -1)
     on_host = host or (query_start_loc, seq_lens)
     return Batch(tokens, positions, slot_mapping, block_tables, logits_indices, query_start_loc, seq_lens, *on_host)

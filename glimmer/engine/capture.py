@@ -7,32 +7,24 @@ Not here: how a backend captures (backends/), steps with prompts, large batches,
 captured).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
 from glimmer.backends.base import Captured, KVCache
 from glimmer.batch import Batch
-from glimmer.model.glm4_moe import Glm4Moe, Rotary
+from glimmer.model.glm4_moe import Glm4Moe
 
 MAX_BATCH = 64  # rows; beyond, a step's kernels are so long that the rest does not matter
-
-Inputs = tuple[Tensor, Tensor, Rotary]  # x, residual, and the rotary angles
-
-
-class Layers(Protocol):
-    """Layers of the model that are captured: Glm4Moe.run_layers or Glm4Moe.run_draft."""
-
-    def __call__(self, x: Tensor, residual: Tensor, rotary: Rotary, batch: Batch, kv: Sequence[KVCache]) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class CapturedDecode:
     """One captured step of n sequences: the tensors that it reads, and the calls."""
 
-    inputs: tuple[Tensor, ...]  # x, residual, cos, sin
+    inputs: tuple[Tensor, ...]  # hidden states, where the layers begin with some; cos, sin
+    residual: Tensor  # zeros
     batch: Batch
     captured: Captured
 
@@ -40,10 +32,18 @@ class CapturedDecode:
 class StepCapture:
     """`layers` of a model for steps in which all sequences have as many rows, at most max_query_len.
 
-    max_blocks: of the longest sequence that there may be.
+    layers: Glm4Moe.run_layers, or run_draft, which begins with hidden states. max_blocks: of the longest sequence that
+    there may be.
     """
 
-    def __init__(self, model: Glm4Moe, layers: Layers, kv: Sequence[KVCache], max_blocks: int, max_query_len: int):
+    def __init__(
+        self,
+        model: Glm4Moe,
+        layers: Callable[..., Tensor],
+        kv: Sequence[KVCache],
+        max_blocks: int,
+        max_query_len: int,
+    ):
         self.model, self.layers, self.kv = model, layers, kv
         self.max_blocks, self.max_query_len = max_blocks, max_query_len
         self._steps: dict[tuple[int, int], CapturedDecode] = {}  # by (sequences, rows of each)
@@ -62,17 +62,16 @@ class StepCapture:
             batch.tokens
         )
 
-    def run(self, inputs: Inputs, batch: Batch) -> Tensor:
-        """What `layers` returns, (T, H), captured or not; valid until the next call."""
+    def run(self, batch: Batch, *hidden: Tensor) -> Tensor:
+        """What `layers` returns, (T, H), captured or not; valid until the next call. hidden: (T, H), or nothing."""
         if not self.serves(batch):
-            return self.layers(*inputs, batch, self.kv)
-        x, residual, rotary = inputs
+            return self.layers(*hidden, *self.model.start(batch), batch, self.kv)
         key = batch.num_sequences, len(batch.tokens) // batch.num_sequences
         step = self._steps.get(key)
         if step is None:
-            step = self._steps[key] = self._capture(x, residual, rotary, batch)
+            step = self._steps[key] = self._capture(batch, hidden)
             return step.captured.output
-        for mine, new in zip(step.inputs, (x, residual, *rotary)):
+        for mine, new in zip(step.inputs, (*hidden, *self.model.rotary(batch.positions))):
             mine.copy_(new)
         step.batch.tokens.copy_(batch.tokens)
         step.batch.slot_mapping.copy_(batch.slot_mapping)
@@ -81,7 +80,8 @@ class StepCapture:
         step.captured.replay()
         return step.captured.output
 
-    def _capture(self, x: Tensor, residual: Tensor, rotary: Rotary, batch: Batch) -> CapturedDecode:
-        own, x, residual = batch.widened(self.max_blocks), x.clone(), residual.clone()  # x may be another one's output
-        captured = self.model.backend.capture(lambda: self.layers(x, residual, rotary, own, self.kv))
-        return CapturedDecode((x, residual, *rotary), own, captured)
+    def _capture(self, batch: Batch, hidden: tuple[Tensor, ...]) -> CapturedDecode:
+        own, (residual, rotary) = batch.widened(self.max_blocks), self.model.start(batch)
+        hidden = tuple(x.clone() for x in hidden)  # it may be another one's output
+        captured = self.model.backend.capture(lambda: self.layers(*hidden, residual, rotary, own, self.kv))
+        return CapturedDecode((*hidden, *rotary), residual, own, captured)

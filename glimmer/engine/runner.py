@@ -180,7 +180,7 @@ class Runner:
         if it wants none. Both are valid until the next call."""
         batch = self.backend.prepare(batch)
         try:
-            hidden = self.capture.run(self.model.embed(batch), batch)
+            hidden = self.capture.run(batch)
             logits = self.model.logits(_rows(hidden, batch.logits_indices)) if len(batch.logits_indices) else None
         except torch.OutOfMemoryError as error:
             raise NotEnoughMemory(
@@ -200,7 +200,7 @@ class Runner:
         hidden: (T, H) of `forward`; see Glm4Moe.draft.
         """
         batch = self.backend.prepare(batch)
-        return self.draft_capture.run(self.model.begin_draft(hidden, batch), batch)
+        return self.draft_capture.run(batch, hidden)
 
     def draft_chain(self, hidden: Tensor, batch: Batch | None, vocab_size: int) -> list[list[int]]:
         """For each of S sequences 1 + q guesses below vocab_size, each of which follows from those before it.

@@ -191,19 +191,21 @@ class Glm4Moe(nn.Module):
 
     def forward(self, batch: Batch, kv: Sequence[KVCache]) -> Tensor:
         """The hidden state of every row after the final norm, (T, H): what logits and the MTP layer start from."""
-        return self.run_layers(*self.embed(batch), batch, kv)
+        return self.run_layers(*self.start(batch), batch, kv)
 
-    def embed(self, batch: Batch) -> tuple[Tensor, Tensor, Rotary]:
-        """What the first layer gets: x (T, H), nothing yet; residual (T, H), the embedded tokens; the rotary angles."""
-        x = self.group.all_reduce(self.embed_tokens(batch.tokens))                   # (T, H)
-        return x.new_zeros(x.shape), x.to(self.residual_dtype), self.rotary(batch.positions)
+    def start(self, batch: Batch) -> tuple[Tensor, Rotary]:
+        """What layers get beside tokens and hidden states: residual (T, H), nothing yet; the rotary angles."""
+        shape = len(batch.tokens), self.config.hidden_size
+        residual = torch.zeros(shape, dtype=self.residual_dtype, device=batch.tokens.device)
+        return residual, self.rotary(batch.positions)
 
-    def run_layers(self, x: Tensor, residual: Tensor, rotary: Rotary, batch: Batch, kv: Sequence[KVCache]) -> Tensor:
+    def run_layers(self, residual: Tensor, rotary: Rotary, batch: Batch, kv: Sequence[KVCache]) -> Tensor:
         """All layers and the final norm. Nothing but ops and collectives, so that a step can be captured."""
+        x = self.group.all_reduce(self.embed_tokens(batch.tokens))                   # (T, H)
         for i, block in enumerate(self.layers):
             x, residual = block(x, residual, rotary, batch, kv[i])
-        x, _ = self.norm(x, residual)
-        return x
+        hidden: Tensor = self.norm(x, residual)[0]                                   # (T, H)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(R, H) -> (R, V) float32, the whole vocabulary on every rank."""
@@ -215,11 +217,7 @@ class Glm4Moe(nn.Module):
         hidden: (T, H) of `forward`, or of an earlier `draft` when chaining. tokens: (T,) each row's next token.
         """
         batch = replace(batch, tokens=tokens)
-        return self.run_draft(*self.begin_draft(hidden, batch), batch, kv)
-
-    def begin_draft(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Rotary]:
-        """What the MTP layer gets beside the tokens: hidden (T, H); residual (T, H), nothing yet; the rotary angles."""
-        return hidden, torch.zeros_like(hidden, dtype=self.residual_dtype), self.rotary(batch.positions)
+        return self.run_draft(hidden, *self.start(batch), batch, kv)
 
     def run_draft(
         self, x: Tensor, residual: Tensor, rotary: Rotary, batch: Batch, kv: Sequence[KVCache]
