@@ -15,7 +15,6 @@ have slots, paged decode beside resident. Prints a table and one line of JSON.
 import argparse
 import json
 import math
-import mmap
 import os
 import random
 import shutil
@@ -38,6 +37,7 @@ from glimmer.backends import cpu, selection
 from glimmer.backends.base import RouteRule
 from glimmer.checkpoint.disk import check_space
 from glimmer.checkpoint.packed_file import MANIFEST, Form, PackedFile, PackedWriter, head
+from glimmer.cli.machine import large_pages
 from glimmer.engine import runner
 from glimmer.group import Group
 from glimmer.model import names
@@ -117,13 +117,13 @@ def write_model(directory: Path, config: dict) -> None:
 
 
 def disk_speed(file: Path, block: int, depth: int, seconds: float = 4.0) -> float:
-    """Bytes a second of direct reads of `block` bytes at random places, `depth` at a time."""
+    """Bytes a second of direct reads of `block` bytes at random places, `depth` at a time, into large pages."""
     descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
     blocks, done = os.fstat(descriptor).st_size // block, [0] * depth
     end = time.perf_counter() + seconds
 
     def read(number: int) -> None:
-        memory, places = mmap.mmap(-1, block), random.Random(number)
+        memory, places = large_pages(block), random.Random(number)
         while time.perf_counter() < end:
             done[number] += os.preadv(descriptor, [memory], places.randrange(blocks) * block)
 

@@ -240,7 +240,7 @@ def _files(directory: Path) -> Iterator[Path]:
         yield from (file for file in directory.glob(pattern) if file.is_file())
 
 
-def _memory(nbytes: int) -> memoryview:
+def large_pages(nbytes: int) -> memoryview:
     """Memory that begins with a page, in large pages as experts' slots: into small ones disks may read half as fast."""
     whole = -(-nbytes // HUGE_PAGE) * HUGE_PAGE
     return Buffers().empty(whole).fill_(1).numpy().data[:nbytes]
@@ -253,7 +253,7 @@ def _lone_read(file: Path, nbytes: int) -> float:
     descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
     part = -(-nbytes // (QUARTERS * mmap.PAGESIZE)) * mmap.PAGESIZE
     count = max(1, os.fstat(descriptor).st_size // (QUARTERS * part))
-    memory = _memory(QUARTERS * part)
+    memory = large_pages(QUARTERS * part)
     buffers = [memory[i * part : (i + 1) * part] for i in range(QUARTERS)]
     seconds: list[float] = []
     try:
@@ -283,7 +283,7 @@ def _probe(file: Path, block: int, depth: int) -> float:
     count = os.fstat(descriptor).st_size // block
     read = [0] * depth
     faults: list[OSError] = []
-    buffers = [_memory(block) for _ in range(depth)]
+    buffers = [large_pages(block) for _ in range(depth)]
     end = time.perf_counter() + PROBE_SECONDS
 
     def work(me: int) -> None:
