@@ -3,7 +3,9 @@
 What each computes is compared with its definition in test_ops.py, by Triton's interpreter.
 """
 
+import importlib
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -36,6 +38,32 @@ def test_every_kernel_builds(tmp_path):
     built = [line.split() for line in done.stdout.splitlines()]
     assert {(target, kernel) for target, kernel, *_ in built} == set(itertools.product(LIMITS, KERNELS))
     assert all(int(shared) <= LIMITS[target] for target, _, shared, *_ in built), done.stdout
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """benchmarks/gpu.py."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    return importlib.import_module("gpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is about what it says without a GPU")
+def test_the_benchmark_says_what_is_missing(gpu, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["gpu.py"])
+    assert gpu.main() == 2
+    assert [line.split()[0] for line in capsys.readouterr().err.splitlines()] == ["no", "expected:", "to"]
+
+
+def test_the_benchmark_goes_on_after_a_failure(gpu, tmp_path):
+    out = tmp_path / "lines"
+    report = gpu.Report(out, 1)
+    report.part("op", lambda: 1 / 0, op="first")
+    report.part("op", lambda: {"us": 2}, op="second")
+    report.end = 0
+    report.part("op", lambda: {"us": 3}, op="third")
+    first, second, third = map(json.loads, out.read_text().splitlines())
+    assert first["error"] == "division by zero" and report.failed == 1
+    assert second == {"part": "op", "op": "second", "us": 2} and "left_out" in third
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is about Triton's interpreter")

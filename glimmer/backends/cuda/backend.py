@@ -89,7 +89,8 @@ class Graph:
         function()  # what Triton compiles and torch allocates once is no part of a graph
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # Other threads may allocate and copy meanwhile: blocks of the cache to the disk, for one.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self.output = function()
         self._graph.replay()
 
