@@ -26,8 +26,8 @@ from pathlib import Path
 import make_checkpoint
 
 from glimmer import LLM, SamplingParams
+from glimmer.checkpoint.buffers import large_pages
 from glimmer.cli.demo import default_model
-from glimmer.cli.machine import large_pages
 from glimmer.engine.disk_cache import READERS
 
 CONFIG = make_checkpoint.CONFIG | {

@@ -35,9 +35,9 @@ from torch import Tensor
 from glimmer import LLM, SamplingParams
 from glimmer.backends import cpu, selection
 from glimmer.backends.base import RouteRule
+from glimmer.checkpoint.buffers import large_pages
 from glimmer.checkpoint.disk import check_space
 from glimmer.checkpoint.packed_file import MANIFEST, Form, PackedFile, PackedWriter, head
-from glimmer.cli.machine import large_pages
 from glimmer.engine import runner
 from glimmer.group import Group
 from glimmer.model import names

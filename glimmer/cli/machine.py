@@ -25,7 +25,7 @@ from glimmer.backends import selection
 from glimmer.backends.base import Backend
 from glimmer.backends.measurements import Measurements
 from glimmer.backends.op_times import OpTimes
-from glimmer.checkpoint.buffers import HUGE_PAGE, Buffers
+from glimmer.checkpoint.buffers import large_pages
 from glimmer.cli.options import size
 from glimmer.errors import ConfigError
 from glimmer.hub import cache_directory
@@ -238,12 +238,6 @@ def disk_of(directory: Path, speed: int | None) -> Disk:
 def _files(directory: Path) -> Iterator[Path]:
     for pattern in ("*.safetensors", "weights-*.bin", "packed-*/weights-*.bin"):
         yield from (file for file in directory.glob(pattern) if file.is_file())
-
-
-def large_pages(nbytes: int) -> memoryview:
-    """Memory that begins with a page, in large pages as experts' slots: into small ones disks may read half as fast."""
-    whole = -(-nbytes // HUGE_PAGE) * HUGE_PAGE
-    return Buffers().empty(whole).fill_(1).numpy().data[:nbytes]
 
 
 def _lone_read(file: Path, nbytes: int) -> float:

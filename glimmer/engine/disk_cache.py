@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from glimmer.engine.blocks import Blocks
-from glimmer.engine.kv_store import MAX_BLOCKS, KVStore
+from glimmer.engine.kv_store import HEADER, MAX_BLOCKS, KVStore
 from glimmer.engine.sequence import Sequence
 from glimmer.group import Group
 
@@ -221,15 +221,16 @@ class DiskCache:
         page = None
         try:
             if not hasattr(self._local, "memory"):
-                self._local.memory = torch.empty(self.store.page_bytes, dtype=torch.uint8)
-            memory: Tensor = self._local.memory
+                self._local.memory = self.store.memory()
+            memory: memoryview = self._local.memory
+            blocks_read = torch.frombuffer(memory, dtype=torch.uint8)[HEADER : HEADER + self.store.page_bytes]
             while (page := fetch.take()) is not None:
-                rows = self.store.get(fetch.names[page], memory.numpy().data)
+                rows = self.store.get(fetch.names[page], memory)
                 if rows is None:
                     return fetch.stop(page)
                 skip = max(0, fetch.before - page * self.num_blocks)
                 blocks = fetch.blocks[page * self.num_blocks + skip : (page + 1) * self.num_blocks]
-                self.io.import_blocks(blocks, memory[skip * self.store.block_bytes :])
+                self.io.import_blocks(blocks, blocks_read[skip * self.store.block_bytes :])
                 fetch.rows[page] = rows
         except Exception as error:  # the sequence computes what is not read
             log.warning("KV blocks cannot be read: %s: %s", type(error).__name__, error)

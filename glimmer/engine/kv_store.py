@@ -18,6 +18,7 @@ Not here: which blocks, when, and in which thread (disk_cache.py).
 import errno
 import fcntl
 import logging
+import mmap
 import os
 import re
 import stat
@@ -32,14 +33,15 @@ from hashlib import blake2b
 from itertools import count
 from pathlib import Path
 
+from glimmer.checkpoint.buffers import large_pages
 from glimmer.errors import ConfigError
-from glimmer.foreign import pread
 
 log = logging.getLogger("glimmer")
 
 MAGIC = b"GLMKV\x00\x00\x01"  # the last byte is the version of this format
 HEAD = struct.Struct("<8s16s16s32sIIQ")  # magic, identity, hash, checksum, blocks, rows of a block, bytes of a block
 HEADER = 512  # bytes before those of the blocks: HEAD, a uint16 for each block, and the CRC-32 of all of it
+PAGE_SIZE = mmap.PAGESIZE  # what direct reads are aligned to
 MAX_BLOCKS = (HEADER - HEAD.size - 4) // 2
 NAME = re.compile(r"[0-9a-f]{32}\.kv")
 UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.[0-9]+\.[0-9]+\.part")
@@ -110,10 +112,13 @@ class KVStore:
             return False
         return True
 
-    def get(self, name: bytes, memory: memoryview) -> list[int] | None:
-        """Read a page's blocks into memory (page_bytes): the `rows` of `put`, or None if there is no good page.
+    def memory(self) -> memoryview:
+        """Memory for `get`."""
+        return large_pages(-(-(HEADER + self.page_bytes) // PAGE_SIZE) * PAGE_SIZE)
 
-        A damaged one is counted and removed.
+    def get(self, name: bytes, memory: memoryview) -> list[int] | None:
+        """Read a page into what `memory` gave, its blocks from HEADER on: the `rows` of `put`, or None if there is no
+        good page. A damaged one is counted and removed.
         """
         path = self.path(name)
         try:
@@ -135,24 +140,38 @@ class KVStore:
 
     def _read(self, path: Path, name: bytes, memory: memoryview) -> list[int]:
         """As `get`. OSError or ValueError for what is no good page."""
-        header, nbytes = bytearray(HEADER), HEADER + self.page_bytes
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        nbytes = HEADER + self.page_bytes
+        try:
+            self._read_file(path, memory, nbytes, getattr(os, "O_DIRECT", 0))
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._read_file(path, memory, nbytes, 0)  # on a file system that does not read directly
+        header, blocks = memory[:HEADER], memory[HEADER:nbytes]
+        rows = list(struct.unpack_from(f"<{self.num_blocks}H", header, HEAD.size))
+        if header != self._header(name, blocks, rows):
+            raise ValueError("other bytes than its checksum says")
+        return rows
+
+    @staticmethod
+    def _read_file(path: Path, memory: memoryview, nbytes: int, flags: int) -> None:
+        """A file of so many bytes; ValueError for any other. Without the page cache (flags: O_DIRECT) a disk may be
+        twice as fast, and hardly slower than the page cache."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | flags)
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_size != nbytes:
                 raise ValueError(f"no file of {nbytes} bytes")
             if status.st_uid != os.geteuid():
                 raise ValueError("another user's file")
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-            length = os.preadv(descriptor, [header, memory], 0)
-            if length >= HEADER:
-                length += pread(descriptor, memory[length - HEADER :], length)
+            done = 0
+            while done < nbytes:
+                count = os.preadv(descriptor, [memory[done:]], done)
+                if count == 0:
+                    raise ValueError(f"it ends after {done} bytes")
+                done += count
         finally:
             os.close(descriptor)
-        rows = list(struct.unpack_from(f"<{self.num_blocks}H", header, HEAD.size))
-        if length != nbytes or header != self._header(name, memory, rows):
-            raise ValueError("other bytes than its checksum says")
-        return rows
 
     def put(self, name: bytes, rows: Sequence[int], memory: memoryview, good: Callable[[], bool]) -> bool:
         """Write a page: whether it is there now. rows: a number from 0 to 65,535 to be kept for each block.
