@@ -12,18 +12,24 @@ from glimmer.backends.cuda.rows import scaled, to_int8
 
 
 @triton.jit
-def store(x, cache, slots, heads, row_stride, head_stride, D, WIDTH, CODES: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: one head of one row, to its slot. CODES: int8 codes, and behind them their scale as float32."""
+def store(
+    k, v, keys, values, slots, heads, k_row_stride, k_head_stride, v_row_stride, v_head_stride, D, WIDTH,
+    CODES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: one head of one row of k, or of v, to its slot. CODES: int8 codes, then their scale as float32."""
     i = tl.program_id(0).to(tl.int64)
     t, head, d = i // heads, i % heads, tl.arange(0, BLOCK)
     live = d < D
-    v = tl.load(x + t * row_stride + head * head_stride + d, mask=live, other=0.0)
+    own, cache = k + t * k_row_stride + head * k_head_stride, keys
+    if tl.program_id(1) == 1:
+        own, cache = v + t * v_row_stride + head * v_head_stride, values
+    x = tl.load(own + d, mask=live, other=0.0)
     place = cache + (tl.load(slots + t) * heads + head) * WIDTH
     if CODES:
-        v, scale = scaled(v.to(tl.float32), 127.0)
-        v = to_int8(v)
+        x, scale = scaled(x.to(tl.float32), 127.0)
+        x = to_int8(x)
         tl.store((place + D).to(tl.pointer_type(tl.float32)), scale)
-    tl.store(place + d, v.to(cache.dtype.element_ty), mask=live)
+    tl.store(place + d, x.to(keys.dtype.element_ty), mask=live)
 
 
 @triton.jit

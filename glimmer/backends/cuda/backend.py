@@ -151,11 +151,11 @@ class Cuda(Reference):
 
     def rope_(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         cos, sin, half = cos.contiguous(), sin.contiguous(), cos.shape[1]
-        for x in (q, k):
-            assert x.stride(2) == 1, "heads whose dimensions lie apart"
-            rows.rope[(len(x) * x.shape[1],)](
-                x, cos, sin, x.shape[1], x.stride(0), x.stride(1), half, BLOCK=triton.next_power_of_2(half)
-            )
+        assert q.stride(2) == k.stride(2) == 1, "heads whose dimensions lie apart"
+        rows.rope[(len(q) * (q.shape[1] + k.shape[1]),)](
+            q, k, cos, sin, q.shape[1], k.shape[1], q.stride(0), q.stride(1), k.stride(0), k.stride(1), half,
+            BLOCK=triton.next_power_of_2(half),
+        )  # fmt: skip
 
     def forbid_(self, logits: Tensor, allowed: Tensor) -> None:
         assert logits.stride(1) == 1 and allowed.stride(1) == 1, "rows whose columns lie apart"
@@ -272,12 +272,11 @@ class Cuda(Reference):
         super().import_blocks(caches, blocks, data)
 
     def store_kv_(self, k: Tensor, v: Tensor, kv: KVCache, slot_mapping: Tensor) -> None:
-        slots, d = slot_mapping.contiguous(), kv.head_dim
-        for x, cache in ((_heads(k), kv.keys), (_heads(v), kv.values)):
-            attention.store[(len(x) * x.shape[1],)](
-                x, cache, slots, x.shape[1], x.stride(0), x.stride(1), d, cache.shape[3],
-                CODES=kv.quantized, BLOCK=triton.next_power_of_2(d),
-            )  # fmt: skip
+        k, v, slots, d = _heads(k), _heads(v), slot_mapping.contiguous(), kv.head_dim
+        attention.store[(len(k) * k.shape[1], 2)](
+            k, v, kv.keys, kv.values, slots, k.shape[1], k.stride(0), k.stride(1), v.stride(0), v.stride(1), d,
+            kv.keys.shape[3], CODES=kv.quantized, BLOCK=triton.next_power_of_2(d),
+        )  # fmt: skip
 
     def attention(self, q: Tensor, kv: KVCache, batch: Batch, scale: float) -> Tensor:
         q, (t, heads, d) = _heads(q), q.shape

@@ -74,18 +74,24 @@ def silu_times(gate, up):
 
 
 @triton.jit
-def rope(x, cos, sin, heads, row_stride, head_stride, HALF, BLOCK: tl.constexpr):
-    """One program: one head of one row, in place."""
+def rope(
+    q, k, cos, sin, q_heads, k_heads, q_row_stride, q_head_stride, k_row_stride, k_head_stride, HALF,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: one head of one row of q or, behind its heads, of k; in place."""
     i = tl.program_id(0).to(tl.int64)
-    t, columns = i // heads, tl.arange(0, BLOCK)
+    t, head, columns = i // (q_heads + k_heads), i % (q_heads + k_heads), tl.arange(0, BLOCK)
+    own = q + t * q_row_stride + head * q_head_stride
+    if head >= q_heads:
+        own = k + t * k_row_stride + (head - q_heads) * k_head_stride
     live = columns < HALF
-    first = x + t * row_stride + i % heads * head_stride + columns
+    first = own + columns
     a = tl.load(first, mask=live, other=0.0).to(tl.float32)
     b = tl.load(first + HALF, mask=live, other=0.0).to(tl.float32)
     c = tl.load(cos + t * HALF + columns, mask=live, other=0.0)
     s = tl.load(sin + t * HALF + columns, mask=live, other=0.0)
-    tl.store(first, (a * c - b * s).to(x.dtype.element_ty), mask=live)
-    tl.store(first + HALF, (b * c + a * s).to(x.dtype.element_ty), mask=live)
+    tl.store(first, (a * c - b * s).to(q.dtype.element_ty), mask=live)
+    tl.store(first + HALF, (b * c + a * s).to(q.dtype.element_ty), mask=live)
 
 
 @triton.jit
