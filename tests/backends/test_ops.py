@@ -92,7 +92,8 @@ def interpreted(request, monkeypatch) -> None:
             pytest.skip("Triton's interpreter cuts what a GPU rounds to bfloat16")
         if any(params[name] not in few for name, few in INTERPRETED_VALUES.items() if name in params):
             pytest.skip("minutes in Triton's interpreter")
-        monkeypatch.setattr("glimmer.backends.cuda.backend.SPLIT", 64)  # of few keys, too, there are several splits
+        for name, few in (("SPLIT", 16), ("MAX_SPLITS", 4)):  # of few keys, too, there are several splits
+            monkeypatch.setattr(f"glimmer.backends.cuda.backend.{name}", few)
 
 
 @pytest.fixture
