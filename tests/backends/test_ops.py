@@ -598,6 +598,18 @@ def test_attention(steps, heads, codes, served, dtype, noise):
     assert_close(found, definition, q, keys, values, case=(steps, heads, codes, dtype))
 
 
+def test_attention_does_not_depend_on_longer_tables_and_other_sequences(served, noise):
+    """A captured step has room for the longest sequence that there may be, and gives the same bits."""
+    ops, device = served
+    batch, pool = paged(STEPS["several decode"], 16, seed=1)
+    q, keys, values = noise(6, 4, 16), noise(pool, 16, 2, 16), noise(pool, 16, 2, 16)
+    ops, cache = filled(ops, keys, values, batch, False)
+    found = ops.attention(q.to(device), cache, batch.to(device), 0.25)
+    assert torch.equal(ops.attention(q.to(device), cache, batch.widened(90).to(device), 0.25), found)
+    alone = Batch.of([0], [99], [0], batch.block_tables[-1:].tolist(), [0], [1], [100])
+    assert torch.equal(ops.attention(q[-1:].to(device), cache, alone.to(device), 0.25), found[-1:])
+
+
 @pytest.mark.parametrize("step", [0.004, 0.02, 0.2, -0.2], ids=str)
 def test_attention_where_scores_rise_or_fall(step, served, noise):
     """By e to the power of `step` from key to key: what has been summed up loses weight slowly, fast, or not at all."""

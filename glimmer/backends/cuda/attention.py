@@ -35,7 +35,7 @@ def store(
 @triton.jit
 def attend(
     q, keys, values, y, largest, sums, block_tables, query_start_loc, seq_lens,
-    scale, S, T, table_columns, row_stride, head_stride, kv_heads, BLOCK_SIZE, split_size,
+    scale, S, T, table_columns, row_stride, head_stride, kv_heads, BLOCK_SIZE, split_size, max_splits,
     D: tl.constexpr, WIDTH: tl.constexpr, SHARE: tl.constexpr, CODES: tl.constexpr, SPLIT: tl.constexpr,
     WIDEN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -44,7 +44,8 @@ def attend(
     Tiles of sequence s begin at query_start_loc[s] // positions + s, so that nobody has to count them; some are empty.
     scale: times log2(e), for powers of two. D and WIDTH are constants, so that the compiler knows alignments.
     SPLIT: y holds sums that are not divided yet, (splits, T, heads, D) float32, and largest and sums (splits, T, heads)
-    what `merge` needs beside them.
+    what `merge` needs beside them. A split has split_size keys, or that times the power of two with which max_splits
+    suffice for the sequence: it depends on nothing else, so neither do the sums' bits.
     """
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     positions: tl.constexpr = ROWS // SHARE
@@ -77,9 +78,13 @@ def attend(
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     all_see = begin - last + length + 1  # keys that every row of the tile sees
     some_see = tl.minimum(begin + positions, last) - last + length  # keys that any row sees
-    key_begin = split * split_size if SPLIT else 0
-    key_end = tl.minimum(some_see, key_begin + split_size) if SPLIT else some_see
-    if SPLIT:  # noqa: SIM102  # without splits no branch is compiled
+    key_begin, key_end = 0, some_see
+    if SPLIT:
+        size = split_size
+        while size * max_splits < length:
+            size *= 2
+        key_begin = split * size
+        key_end = tl.minimum(some_see, key_begin + size)
         if key_begin >= key_end:  # as most splits of a captured step, which has room for the longest sequence
             tl.store(largest + (split.to(tl.int64) * T + rows) * (kv_heads * SHARE) + heads, top, mask=live)
             return

@@ -23,7 +23,7 @@ from glimmer.weight import ExpertWeights, Kind, Weight
 
 COLUMNS = 1024  # of a row, that one program computes where columns do not depend on each other
 FEW_ROWS, MANY_ROWS = 16, 64  # of a tile: the fewest that matrix units take, and as many as fit registers well
-SPLIT = 1024  # keys that one program of a decoding step reads, or more of a sequence that would take MAX_SPLITS of them
+SPLIT = 1024  # keys that one program of a decoding step reads, or more where MAX_SPLITS would not suffice
 MAX_SPLITS = 32  # each takes memory for every row
 LOG2_E = 1.4426950408889634
 CODES = {Kind.PLAIN: products.PLAIN, Kind.FP8: products.FP8, Kind.INT8: products.INT8, Kind.INT4: products.INT4}
@@ -288,8 +288,7 @@ class Cuda(Reference):
         per_tile = fewest if decodes else max(MANY_ROWS, fewest)
         # Of the table, not of the sequences: a captured step serves sequences of any length that it has room for.
         longest = batch.block_tables.shape[1] * kv.block_size
-        split_size = max(SPLIT, triton.next_power_of_2(triton.cdiv(longest, MAX_SPLITS)))
-        splits = triton.cdiv(longest, split_size) if decodes else 1
+        splits = min(triton.cdiv(longest, SPLIT), MAX_SPLITS) if decodes else 1
         y = q.new_empty(t, heads * d)
         parts, largest, sums = y, y, y
         if splits > 1:
@@ -299,9 +298,8 @@ class Cuda(Reference):
         attention.attend[(tiles, g, splits)](
             q, kv.keys, kv.values, parts, largest, sums, batch.block_tables, batch.query_start_loc, batch.seq_lens,
             scale * LOG2_E, batch.num_sequences, t, batch.block_tables.shape[1], q.stride(0), q.stride(1), g,
-            kv.block_size, split_size, D=d, WIDTH=kv.keys.shape[3], SHARE=share, CODES=kv.quantized, SPLIT=splits > 1,
-            WIDEN=self._interpreted,
-            ROWS=per_tile, KEYS=64, BLOCK=triton.next_power_of_2(max(16, d)),
+            kv.block_size, SPLIT, MAX_SPLITS, D=d, WIDTH=kv.keys.shape[3], SHARE=share, CODES=kv.quantized,
+            SPLIT=splits > 1, WIDEN=self._interpreted, ROWS=per_tile, KEYS=64, BLOCK=triton.next_power_of_2(max(16, d)),
         )  # fmt: skip
         if splits > 1:
             block = triton.next_power_of_2(d)
