@@ -791,6 +791,7 @@ def test_route_sees_the_last_bits_of_the_bias(served):
         ([0.0] * 8, [0.0] * 8, rule(4, 4, 2), [0, 1, 2, 3]),
         ([0.0] * 8, [0.0, 0, 0, 0, -torch.inf, 0, 0, 0], rule(2, 2, 1), [0, 1]),
         ([0.0] * 8, [9.0, 9, 9, 9, torch.inf, -torch.inf, -torch.inf, -torch.inf], rule(2, 2, 1), [4, 0]),
+        ([0.0, -1e10, -89, -1e10], [-0.5, 0, 0, 0], rule(3), [0, 1, 2]),
         ([0.0] * 6, [-torch.inf, torch.inf, 1, 1, torch.inf, torch.inf], rule(3, 3, 2), [1, 4, 5]),
         ([0.0] * 6, [2.0, 1, torch.nan, -torch.inf, 3, 3], rule(2, 3, 1), [2, 0]),
         ([torch.inf, -torch.inf, 0.0, 0.0], [0.0, -torch.inf, 0, 0], rule(2, 2, 1), [2, 3]),
