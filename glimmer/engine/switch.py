@@ -32,8 +32,9 @@ NEAR = 2.0  # how many times as many sequences a batch may have that another one
 SETTLED = 8  # steps for which the best number stays decided
 REST = 7  # steps without drafts between two decisions
 START, BUDGET = 1.0, 0.005  # what trials may take: steps, and a share of the time
-# Steps that one of a trial takes at most, beside one for each draft of a sequence: beyond, it is disturbed.
-MAX_LOSS = 0.25
+# Steps that one of a trial loses at most, beside one for each draft of a sequence: beyond, it is disturbed. A step in
+# which only some sequences have drafts is not captured, and may take three times as long as another one.
+MAX_LOSS = 3.0
 TRIAL = 8  # drafts of a trial that tell enough
 TRIAL_STEPS = 40  # steps that it lasts at most: guesses may have to wait for the beginning of a block
 PARTLY = 0.25  # share of the sequences that must have drafts in a step whose time counts

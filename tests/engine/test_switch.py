@@ -69,6 +69,13 @@ def test_drafts_that_are_always_wrong_cost_next_to_nothing(sequences, seed):
     assert machine.run(sequences, 4000) > 0.985
 
 
+@pytest.mark.parametrize("right", [0.0, 0.5])
+def test_trials_whose_steps_take_much_longer_are_paid_in_full(right):
+    """As on a small model, where a step with drafts for some of the sequences only is not captured."""
+    machine = Machine(lambda n, k: 0.001 * (3.5 if k else 1), lambda n, k: 0.001 * (k > 0), [right] * 4)
+    assert machine.run(8, 4000) > 0.98
+
+
 @pytest.mark.parametrize("sequences", [1, 8, 32])
 def test_what_trials_need_is_kept_before_them_and_not_always(sequences):
     machine = Machine(cpu, drafting, [0.0] * 4)
