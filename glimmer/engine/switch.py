@@ -260,7 +260,8 @@ class Switch:
         """See `stepped`; a step of a trial, where steps without drafts take `plain`."""
         checked, accepted = sum(n for n, _ in drafts), sum(n for _, n in drafts)
         self._trial_steps -= 1
-        if not checked:
+        if not checked:  # the drafter has computed what its first drafts need
+            self._budget -= self._spent
             return
         if not plain.known:  # the size of the batch has changed
             self._budget, self._trial_steps = self._budget - seconds, 0
