@@ -109,7 +109,4 @@ class DraftChains:
 
     def _guess(self, tokens: Tensor, hidden: Tensor, vocab_size: int) -> None:
         """tokens (S,) = the likeliest below vocab_size after each row (S, H)."""
-        model, mtp = self.model, self.model.mtp
-        assert mtp is not None, "the model was built without its MTP layer"
-        logits = model.group.all_gather((mtp.head or model.lm_head)(hidden), model.config.vocab_size)
-        model.backend.argmax_(tokens, logits[:, :vocab_size])
+        self.model.backend.argmax_(tokens, self.model.draft_logits(hidden)[:, :vocab_size])

@@ -233,9 +233,10 @@ class Glm4Moe(nn.Module):
         return drafted
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
-        """(R, H) of `draft` -> (R, V) float32: guesses of the token two places after the row's own."""
+        """(R, H) of `draft` -> (R, V), not widened: guesses of the token two places after the row's own. Ops and
+        collectives only, as in `run_layers`."""
         assert self.mtp is not None, "the model was built without its MTP layer"
-        return self.group.all_gather((self.mtp.head or self.lm_head)(hidden).float(), self.config.vocab_size)
+        return self.group.all_gather((self.mtp.head or self.lm_head)(hidden), self.config.vocab_size)
 
     def rotary(self, positions: Tensor) -> Rotary:
         """cos and sin of the rotary angles, (T, R/2) float32 each; computed once for all layers."""
