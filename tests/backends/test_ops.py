@@ -962,32 +962,34 @@ def test_ops_that_share_a_layout_are_overridden_together_or_not_at_all(cls, layo
     assert own in (set(), set(LAYOUTS[layout])), f"{cls.__name__} overrides {own} of {LAYOUTS[layout]}"
 
 
+def blocks_of(served, monkeypatch, spec: KVCacheSpec, count: int) -> tuple[Backend, list[KVCache]]:
+    """Who serves such a cache in the place of `served`, and so many blocks of each layer."""
+    ops, device = served
+    monkeypatch.setenv("GLIMMER_BACKEND", ops.name)
+    chosen = choose(device, cache=spec)
+    return chosen, chosen.allocate_kv(spec, count)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("size, dim", [(5, 16), (16, 15), (32, 16)])
 def test_the_bytes_of_a_block_are_those_that_are_allocated(size, dim, dtype, served, monkeypatch):
-    ops, device = served
-    monkeypatch.setenv("GLIMMER_BACKEND", ops.name)
     spec = KVCacheSpec(3, size, 2, dim, dtype)
-    chosen = choose(device, cache=spec)
-    caches = chosen.allocate_kv(spec, 7)
+    chosen, caches = blocks_of(served, monkeypatch, spec, 7)
     assert sum(kv.keys.nbytes + kv.values.nbytes for kv in caches) == 7 * chosen.kv_block_bytes(spec)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("size, dim", [(5, 16), (32, 16)])
 def test_blocks_are_exported_and_imported_byte_for_byte(size, dim, dtype, served, monkeypatch):
-    ops, device = served
-    monkeypatch.setenv("GLIMMER_BACKEND", ops.name)
     spec = KVCacheSpec(3, size, 2, dim, dtype)
-    chosen = choose(device, cache=spec)
-    caches = chosen.allocate_kv(spec, 7)
+    chosen, caches = blocks_of(served, monkeypatch, spec, 7)
     random = torch.randint(0, 256, (3, chosen.kv_block_bytes(spec)), dtype=torch.uint8)
     chosen.import_blocks(caches, [4, 0, 6], random)
     assert torch.equal(chosen.export_blocks(caches, [4, 0, 6]), random)
     assert torch.equal(chosen.export_blocks(caches, [6, 4, 1]), torch.stack([random[2], random[0], 0 * random[0]]))
     parts = [part[[4, 0, 6]].flatten(1).view(torch.uint8).cpu() for kv in caches for part in (kv.keys, kv.values)]
     assert torch.equal(torch.cat(parts, 1), random), "keys and values of each layer in their order"
-    if device.type == "cpu":
+    if chosen.device.type == "cpu":
         with pytest.raises(IndexError):
             chosen.export_blocks(caches, [1, 7])
         with pytest.raises(IndexError):
@@ -997,11 +999,8 @@ def test_blocks_are_exported_and_imported_byte_for_byte(size, dim, dtype, served
 
 @pytest.mark.parametrize("size, dim", [(5, 16), (32, 16)])
 def test_bytes_of_fewer_or_more_blocks_are_refused(size, dim, served, monkeypatch):
-    ops, device = served
-    monkeypatch.setenv("GLIMMER_BACKEND", ops.name)
     spec = KVCacheSpec(2, size, 2, dim, torch.float32)
-    chosen = choose(device, cache=spec)
-    caches = chosen.allocate_kv(spec, 3)
+    chosen, caches = blocks_of(served, monkeypatch, spec, 3)
     data = torch.ones(2 * chosen.kv_block_bytes(spec), dtype=torch.uint8)
     for wrong in (data[:-1], data[: len(data) // 2]):
         with pytest.raises((ValueError, RuntimeError)):
